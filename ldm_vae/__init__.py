@@ -1,0 +1,23 @@
+"""Train KL-VAEs on images and measure them; see README.md."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "LdmVaeError": "ldm_vae.errors",
+    "PatchAutoencoderKL": "ldm_vae.models.autoencoder",
+    "PatchDiscriminator": "ldm_vae.models.discriminator",
+    "load_autoencoder": "ldm_vae.models.pretrained",
+    "open_source": "ldm_vae.data.sources",
+    "reconstruct": "ldm_vae.models.pretrained",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for when it is asked for: torch and diffusers take seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module ldm_vae has no attribute {name}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,66 @@
+"""Configurations: frozen dataclasses on the command line and in `config.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from ldm_vae.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def parse_config(
+    presets: Mapping[str, tuple[str, Config]], *, description: str, args: Sequence[str] | None = None
+) -> Config:
+    """`PRESET --flag value ...` -> the preset's configuration with the flags put in.
+
+    Args:
+        presets: name -> (one line of help, configuration).
+        args: the command line; sys.argv's unless given.
+
+    Raises:
+        ConfigError: what tyro did not accept, in one line.
+    """
+    with tyro_errors():
+        return tyro.extras.overridable_config_cli(dict(presets), description=description, args=args)
+
+
+def parse_flags(config_class: type[Config], *, description: str, args: Sequence[str] | None = None) -> Config:
+    """`--flag value ...` -> a configuration, for scripts without presets. Raises ConfigError like `parse_config`."""
+    with tyro_errors():
+        return tyro.cli(config_class, description=description, args=args)
+
+
+@contextlib.contextmanager
+def tyro_errors() -> Iterator[None]:
+    """Turns tyro's framed page about a wrong flag into a ConfigError of one line; --help passes through."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        text = re.sub(r"\x1b\[[0-9;]*m|[\u2500-\u257f]", " ", said.getvalue())  # without colours and boxes
+        raise ConfigError(" ".join(text.split())) from None
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A dataclass as what JSON gives back: tuples as lists, paths as strings."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return plain
+
+
+def differences(saved: Mapping[str, Any], config: Any, *, free: Sequence[str]) -> list[str]:
+    """`field: saved -> now` for each field of a configuration that changed, those in `free` left out."""
+    now = as_json(config)
+    keys = [k for k in sorted({*saved, *now}) if k not in free and saved.get(k) != now.get(k)]
+    return [f"{k}: {saved.get(k)} -> {now.get(k)}" for k in keys]

@@ -1,0 +1,207 @@
+"""One image between a file and a tensor: decoding, channels, resizing, and the two ranges of values."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tifffile
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+from ldm_vae.errors import BadImageError
+
+MAX_PIXELS = 100_000_000
+BACKGROUND = 255
+"""Images with transparency are composited on this grey level of 0..255: white."""
+
+Pixels = np.ndarray[Any, Any]
+"""(H, W, C) of uint8, uint16 or float32 in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One image as it was stored: `pixels` (H, W, C), its label (None without one) and its name."""
+
+    pixels: Pixels
+    label: int | None
+    name: str
+
+
+LUMA = np.array([0.299, 0.587, 0.114])
+"""ITU-R BT.601, what PIL's convert("L") uses."""
+
+
+def read_pixels(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """A file's bytes -> pixels (H, W, channels): uint8, uint16 if the file has 16 bits, or float32 in [0, 1].
+
+    Reads whatever PIL opens (an animation's first frame; the orientation that EXIF names is applied), 16-bit PNG
+    and TIFF at full precision, TIFF with several pages or more than four channels, and NumPy's .npy.
+
+    Raises:
+        BadImageError: empty, truncated, not an image, more than `max_pixels`, or channels that do not fit.
+    """
+    if not data:
+        raise BadImageError("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if data[:6] == b"\x93NUMPY":
+                return exact_channels(read_npy(data, max_pixels), channels)
+            if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+                pages = read_scientific_tiff(data, max_pixels)
+                if pages is not None:
+                    return pages if pages.shape[2] == channels else convert_channels(pages, channels)
+            return convert_channels(read_pil(data, max_pixels), channels)
+    except BadImageError:
+        raise
+    except MemoryError:
+        raise BadImageError("not enough memory to decode it") from None
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadImageError(f"cannot be decoded: {reason}") from None
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImageError(f"{width}x{height} is more than the limit of {max_pixels} pixels")
+    if width < 1 or height < 1:
+        raise BadImageError(f"{width}x{height} has no pixels")
+
+
+def read_pil(data: bytes, max_pixels: int) -> Pixels:
+    with Image.open(io.BytesIO(data)) as image:
+        check_size(*image.size, max_pixels)
+        if image.format == "PNG" and data[24] == 16:  # PIL would cut 16-bit colour to 8: bit depth is byte 24 of IHDR
+            raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            decoded = decode_image(raw, ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+            return decoded.permute(1, 2, 0).numpy()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16
+            values = np.asarray(image)[:, :, None]
+            if values.min() < 0 or values.max() > 65535:
+                raise BadImageError(f"integers from {values.min()} to {values.max()}: at most 16 bits are read")
+            return values.astype(np.uint16)
+        if image.mode == "F":
+            return check_float(np.asarray(image)[:, :, None])
+        transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+        if image.mode in ("1", "L", "LA", "La"):
+            return np.atleast_3d(np.asarray(image.convert("LA" if transparent else "L")))
+        return np.asarray(image.convert("RGBA" if transparent else "RGB"))
+
+
+def read_npy(data: bytes, max_pixels: int) -> Pixels:
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, _, dtype = read_header(file)
+    if len(shape) not in (2, 3):
+        raise BadImageError(f"an array of shape {shape}: (H, W) or (H, W, C) is needed")
+    check_size(shape[1], shape[0], max_pixels)
+    if np.prod(shape, dtype=object) * dtype.itemsize > len(data) - file.tell():
+        raise BadImageError("truncated array")
+    file.seek(0)
+    array = np.atleast_3d(np.load(file, allow_pickle=False))
+    return array if array.dtype in (np.uint8, np.uint16) else check_float(array)
+
+
+def read_scientific_tiff(data: bytes, max_pixels: int) -> Pixels | None:
+    """TIFF that PIL would cut short: several pages, more than four channels, or 16 bits; None for any other."""
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        page = tiff.pages[0]
+        plain = len(tiff.pages) == 1 and page.samplesperpixel <= 4 and page.dtype != np.uint16
+        if plain or page.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.SEPARATED):
+            return None
+        check_size(page.imagewidth, page.imagelength, max_pixels)
+        if len(tiff.pages) > 64 or page.samplesperpixel > 64:
+            raise BadImageError(f"{len(tiff.pages)} pages of {page.samplesperpixel} channels: at most 64 are read")
+        shapes = {p.shape for p in tiff.pages}
+        if len(shapes) > 1:  # a stack of unlike pages, thumbnails for instance: the first one is the image
+            array = page.asarray()
+        else:
+            array = np.concatenate([channels_last(p) for p in tiff.pages], axis=2)
+    array = np.atleast_3d(array)
+    return array if array.dtype in (np.uint8, np.uint16) else check_float(array)
+
+
+def channels_last(page: tifffile.TiffPage) -> Pixels:
+    array = page.asarray()
+    planar = array.ndim == 3 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
+    return np.moveaxis(array, 0, 2) if planar else np.atleast_3d(array)
+
+
+def check_float(array: Pixels) -> Pixels:
+    if array.dtype.kind != "f":
+        raise BadImageError(f"values of type {array.dtype}: uint8, uint16 or floats in [0, 1] are read")
+    if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+        raise BadImageError("float values outside [0, 1]")
+    return array.astype(np.float32)
+
+
+def exact_channels(pixels: Pixels, channels: int) -> Pixels:
+    if pixels.shape[2] != channels:
+        raise BadImageError(f"{pixels.shape[2]} channels, the model has {channels}")
+    return pixels
+
+
+def convert_channels(pixels: Pixels, channels: int) -> Pixels:
+    """Grey (1), grey with alpha (2), RGB (3) or RGBA (4) -> the `channels` asked for, 1, 3 or 4."""
+    have = pixels.shape[2]
+    if have == channels:
+        return pixels
+    if have > 4 or channels not in (1, 3, 4):
+        return exact_channels(pixels, channels)
+    top = 1.0 if pixels.dtype == np.float32 else np.iinfo(pixels.dtype).max
+    colour = pixels[:, :, :1] if have < 3 else pixels[:, :, :3]
+    alpha = pixels[:, :, -1:] if have in (2, 4) else None
+    if alpha is not None and channels != 4:
+        share = alpha / top
+        colour = store(colour * share + BACKGROUND / 255 * top * (1 - share), pixels.dtype)
+    if channels == 1:
+        return colour if colour.shape[2] == 1 else store((colour @ LUMA)[:, :, None], pixels.dtype)
+    colour = np.repeat(colour, 3, axis=2) if colour.shape[2] == 1 else colour
+    if channels == 3:
+        return colour
+    return np.concatenate([colour, np.full_like(colour[:, :, :1], top) if alpha is None else alpha], axis=2)
+
+
+def store(values: Pixels, dtype: Any) -> Pixels:
+    return values.astype(dtype) if np.dtype(dtype).kind == "f" else np.rint(values).astype(dtype)
+
+
+def resize(pixels: Pixels, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Pixels:
+    """Antialiased bicubic resampling (PIL's) to `size` = (height, width), of `box` = (x0, y0, x1, y1) or of all."""
+    height, width = size
+    if pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3):
+        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+        return np.atleast_3d(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box)))
+    planes = [Image.fromarray(np.ascontiguousarray(p, np.float32)) for p in np.moveaxis(pixels, 2, 0)]
+    planes = [np.asarray(p.resize((width, height), Image.Resampling.BICUBIC, box)) for p in planes]
+    top = 1.0 if pixels.dtype == np.float32 else np.iinfo(pixels.dtype).max
+    return store(np.clip(np.stack(planes, axis=2), 0, top), pixels.dtype)
+
+
+def centre_square(pixels: Pixels, side: int) -> Pixels:
+    """The largest centred square, resampled to side x side: the crop of every benchmark and picture grid."""
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    left, top = (width - short) / 2, (height - short) / 2
+    return resize(pixels, (side, side), (left, top, left + short, top + short))
+
+
+def to_images(pixels: Pixels) -> Tensor:
+    """Pixels (..., H, W, C) -> images (..., C, H, W), float32 in [-1, 1], with the precision that the file had."""
+    top = 1.0 if pixels.dtype == np.float32 else float(np.iinfo(pixels.dtype).max)
+    values = torch.from_numpy(np.moveaxis(pixels, -1, -3).astype(np.float32))
+    return values.mul_(2 / top).sub_(1)
+
+
+def to_pixels(images: Tensor) -> Pixels:
+    """Images (..., C, H, W), clamped to [-1, 1] -> pixels uint8 (..., H, W, C), rounded to the nearest."""
+    values = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return np.moveaxis(values.cpu().numpy(), -3, -1)

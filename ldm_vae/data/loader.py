@@ -1,0 +1,162 @@
+"""Batches for training: which crop of which image stands at which position, decoded ahead by worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ldm_vae.data.images import Pixels, resize, to_images
+from ldm_vae.data.order import Stream, generator_at, index_at, positions_of
+from ldm_vae.data.sources import Source
+from ldm_vae.errors import BadImageError, DataError
+
+MAX_TRIES = 10_000
+BadImages = dict[str, str]
+"""Name -> reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """images (B, C, R, R) in [-1, 1], their positions, and the bad images met on the way."""
+
+    images: Tensor
+    positions: list[int]
+    bad_images: BadImages
+
+    def pin_memory(self) -> Batch:
+        return Batch(images=self.images.pin_memory(), positions=self.positions, bad_images=self.bad_images)
+
+
+class CropDataset(Dataset[tuple[Tensor, int, BadImages]]):
+    """`crops[position]` is a random crop, perhaps mirrored: a pure function of (source, seed, position).
+
+    A bad image's place is taken by the next one of the source that can be used.
+
+    Args:
+        resolution: side R of the crops.
+        shorter_side: images are resized so that their shorter side has this many pixels before the crop; None
+            keeps their size. Images smaller than the crop are always enlarged.
+        cache_bytes: decoded images are kept in this process up to so many bytes.
+    """
+
+    def __init__(
+        self, source: Source, *, seed: int, resolution: int, shorter_side: int | None = None, cache_bytes: int = 0
+    ) -> None:
+        self.source, self.seed, self.resolution, self.shorter_side = source, seed, resolution, shorter_side
+        self.cache: dict[int, Pixels] = {}
+        self.cache_left = cache_bytes
+        self.bad: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int, BadImages]:
+        index = index_at(position, size=len(self.source), seed=self.seed)
+        met: BadImages = {}
+        pixels = self.load(index, met)
+        tries = 1
+        while pixels is None:
+            if tries >= min(len(self.source), MAX_TRIES):
+                name, reason = next(iter(met.items()))
+                raise DataError(f"no usable image: all {tries} that were tried are bad, such as {name}: {reason}")
+            index, tries = (index + 1) % len(self.source), tries + 1
+            pixels = self.load(index, met)
+        return to_images(self.crop(pixels, generator_at(self.seed, position, Stream.CROP))), position, met
+
+    def load(self, index: int, met: BadImages) -> Pixels | None:
+        """Image `index`, made smaller if that is asked for; None, and a line in `met`, for a bad one."""
+        if index in self.cache:
+            return self.cache[index]
+        if index not in self.bad:
+            try:
+                return self.keep(index, self.source[index].pixels)
+            except BadImageError as error:
+                self.bad[index] = str(error)
+        met[self.source.name(index)] = self.bad[index]
+        return None
+
+    def keep(self, index: int, pixels: Pixels) -> Pixels:
+        height, width = pixels.shape[:2]
+        target = max(self.shorter_side or min(height, width), self.resolution)
+        if target < min(height, width):
+            scale = target / min(height, width)
+            size = (max(target, round(height * scale)), max(target, round(width * scale)))
+            pixels = resize(pixels, size)
+        if pixels.nbytes <= self.cache_left:
+            self.cache[index] = pixels
+            self.cache_left -= pixels.nbytes
+        return pixels
+
+    def crop(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
+        """(R, R, C): where and whether mirrored is drawn from `rng`."""
+        height, width = pixels.shape[:2]
+        target = max(self.shorter_side or min(height, width), self.resolution)
+        side = self.resolution * min(height, width) / target  # in pixels of this image; below R it is enlarged
+        along, across, mirror = rng.random(3)
+        if side == self.resolution:
+            top, left = int(along * (height - self.resolution + 1)), int(across * (width - self.resolution + 1))
+            crop = pixels[top : top + self.resolution, left : left + self.resolution]
+        else:
+            y, x = along * (height - side), across * (width - side)
+            crop = resize(pixels, (self.resolution, self.resolution), (x, y, x + side, y + side))
+        return crop[:, ::-1] if mirror < 0.5 else crop
+
+
+class MicroBatches(Sampler[list[int]]):
+    """The positions of each micro-batch of one process, from `first_step` up to `last_step`."""
+
+    def __init__(
+        self, *, first_step: int, last_step: int, batch_size: int, rank: int, num_processes: int, accumulation: int
+    ) -> None:
+        self.first_step, self.last_step, self.batch_size = first_step, last_step, batch_size
+        self.rank, self.num_processes, self.accumulation = rank, num_processes, accumulation
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.last_step):
+            positions = positions_of(
+                step, batch_size=self.batch_size, rank=self.rank, num_processes=self.num_processes
+            )
+            share = len(positions) // self.accumulation
+            for i in range(self.accumulation):
+                yield list(positions[i * share : (i + 1) * share])
+
+
+def collate(rows: list[tuple[Tensor, int, BadImages]]) -> Batch:
+    bad_images: BadImages = {}
+    for _, _, met in rows:
+        bad_images |= met
+    return Batch(
+        images=torch.stack([image for image, _, _ in rows]),
+        positions=[position for _, position, _ in rows],
+        bad_images=bad_images,
+    )
+
+
+def load_batches(crops: CropDataset, order: MicroBatches, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """The micro-batches of `order`, decoded by `num_workers` processes, or by this one when that is 0."""
+    loader = DataLoader(
+        crops,
+        batch_sampler=order,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=one_thread if num_workers else None,
+    )
+    try:
+        yield from loader
+    except DataError as error:  # a worker's comes wrapped in its traceback
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+
+
+def one_thread(worker: int) -> None:
+    """Workers share the machine with the training step; torch's threads in each would only get in its way."""
+    torch.set_num_threads(1)

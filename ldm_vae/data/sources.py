@@ -1,0 +1,268 @@
+"""Where images come from: random access by index, `len(source)` and `source[i]`, whatever lies behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from ldm_vae.data.images import MAX_PIXELS, Sample, read_pixels
+from ldm_vae.data.procedural import PROCEDURAL, ProceduralSource
+from ldm_vae.errors import BadImageError, DataError
+
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .tif .tiff .bmp .dib .avif .gif .npy".split()
+    + ".jp2 .ppm .pgm .pbm .pnm .tga .ico".split()
+)
+MAX_FILE_BYTES = 2**30
+HELD_OUT_EVERY = 10
+SPLITS = {"#train": False, "#held-out": True}
+
+
+class Source(Protocol):
+    """Images with random access. `source[i]` raises BadImageError for one that cannot be used."""
+
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Sample: ...
+    def name(self, index: int) -> str: ...
+
+
+class FileSource:
+    """Files under one root, each read by `read(name)`; the first folder of a name is its class."""
+
+    def __init__(self, names: list[str], read: Callable[[str], bytes], *, channels: int, max_pixels: int) -> None:
+        self.names = sorted(names)
+        self.read = read
+        self.channels = channels
+        self.max_pixels = max_pixels
+        folders = {PurePosixPath(n).parts[0] for n in self.names if "/" in n}
+        self.classes: tuple[str, ...] = tuple(sorted(folders))
+        self.label_of = {folder: label for label, folder in enumerate(self.classes)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def __getitem__(self, index: int) -> Sample:
+        name = self.names[index]
+        try:
+            data = self.read(name)
+        except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise BadImageError(f"cannot be read: {reason}") from None
+        pixels = read_pixels(data, channels=self.channels, max_pixels=self.max_pixels)
+        folder = name.partition("/")[0] if "/" in name else None
+        return Sample(pixels=pixels, label=self.label_of[folder] if folder else None, name=name)
+
+
+def is_image(name: str) -> bool:
+    """By its extension; hidden files, and what archivers of macOS leave behind, are not."""
+    parts = PurePosixPath(name).parts
+    hidden = any(p.startswith(".") or p == "__MACOSX" for p in parts)
+    return not hidden and PurePosixPath(name).suffix.lower() in EXTENSIONS
+
+
+def folder_source(root: Path, *, channels: int, max_pixels: int) -> FileSource:
+    """Every image below a folder. Links to folders are followed, each real folder once on a path."""
+    names = []
+    pending = [("", (os.path.realpath(root),))]
+    while pending:
+        prefix, above = pending.pop()
+        try:
+            entries = list(os.scandir(root / prefix))
+        except OSError as error:
+            if not prefix:
+                raise DataError(f"cannot list {root}: {error.strerror}") from None
+            continue
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.is_dir():
+                real = os.path.realpath(entry.path)
+                if real not in above and not entry.name.startswith("."):
+                    pending.append((name + "/", (*above, real)))
+            elif is_image(name):
+                names.append(name)
+
+    return FileSource(names, FolderReader(root), channels=channels, max_pixels=max_pixels)
+
+
+@dataclass(frozen=True)
+class FolderReader:
+    root: Path
+
+    def __call__(self, name: str) -> bytes:
+        path = self.root / name
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise BadImageError(f"file larger than {MAX_FILE_BYTES} bytes")
+        return path.read_bytes()
+
+
+class ZipReader:
+    """Members of a zip by name; the file is opened anew in each process that reads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.archive: zipfile.ZipFile | None = None
+        self.process = 0
+
+    def open(self) -> zipfile.ZipFile:
+        if self.archive is None or self.process != os.getpid():
+            self.archive, self.process = zipfile.ZipFile(self.path), os.getpid()
+        return self.archive
+
+    def __call__(self, name: str) -> bytes:
+        info = self.open().getinfo(name)
+        if info.file_size > MAX_FILE_BYTES:
+            raise BadImageError(f"file larger than {MAX_FILE_BYTES} bytes")
+        return self.open().read(info)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "archive": None, "process": 0}
+
+
+def zip_source(path: Path, *, channels: int, max_pixels: int) -> FileSource:
+    """Every image in a zip of a folder."""
+    reader = ZipReader(path)
+    try:
+        names = [n for n in reader.open().namelist() if is_image(n)]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not a zip that can be read: {error}") from None
+    return FileSource(names, reader, channels=channels, max_pixels=max_pixels)
+
+
+class HuggingFaceSource:
+    """The image column of a Hugging Face dataset; labels from its ClassLabel column when it has one."""
+
+    def __init__(self, dataset: Any, *, channels: int, max_pixels: int) -> None:
+        import datasets
+
+        images = [k for k, v in dataset.features.items() if isinstance(v, datasets.Image)]
+        labels = [k for k, v in dataset.features.items() if isinstance(v, datasets.ClassLabel)]
+        if not images:
+            raise DataError(f"the data set has no image column: its columns are {', '.join(dataset.column_names)}")
+        self.image, self.label = images[0], labels[0] if labels else None
+        self.classes: tuple[str, ...] = tuple(dataset.features[self.label].names) if self.label else ()
+        self.dataset = dataset.cast_column(self.image, datasets.Image(decode=False))
+        self.channels, self.max_pixels = channels, max_pixels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return f"{index:08d}"
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.dataset[index]
+        stored = row[self.image] or {}
+        data = stored.get("bytes")
+        if data is None and stored.get("path") and os.path.isfile(stored["path"]):
+            data = Path(stored["path"]).read_bytes()
+        pixels = read_pixels(data or b"", channels=self.channels, max_pixels=self.max_pixels)
+        label = row[self.label] if self.label else None
+        return Sample(pixels=pixels, label=label, name=self.name(index))
+
+
+def hugging_face_source(path: str, *, channels: int, max_pixels: int) -> HuggingFaceSource:
+    """A hub id, a parquet file, a folder of parquet files or one that `Dataset.save_to_disk` wrote."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{path} is a Hugging Face dataset: pip install 'ldm-vae[datasets]' to read it") from None
+    local = Path(path)
+    try:
+        if local.is_file():
+            dataset = datasets.load_dataset("parquet", data_files=str(local), split="train")
+        elif (local / "state.json").is_file():
+            dataset = datasets.load_from_disk(str(local))
+        elif local.is_dir():
+            dataset = datasets.load_dataset("parquet", data_dir=str(local), split="train")
+        else:
+            dataset = datasets.load_dataset(path, split="train")
+    except Exception as error:  # the library raises many kinds: offline, unknown, damaged, no train split
+        raise DataError(f"cannot load the Hugging Face dataset {path}: {type(error).__name__}: {error}") from None
+    return HuggingFaceSource(dataset, channels=channels, max_pixels=max_pixels)
+
+
+class SplitSource:
+    """Every tenth image of a source (held out), or the other nine tenths (train): arithmetic, no list."""
+
+    def __init__(self, source: Source, *, held_out: bool) -> None:
+        self.source, self.held_out = source, held_out
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        held_out = -(-len(self.source) // HELD_OUT_EVERY)
+        return held_out if self.held_out else len(self.source) - held_out
+
+    def inner(self, index: int) -> int:
+        return index * HELD_OUT_EVERY if self.held_out else index + index // (HELD_OUT_EVERY - 1) + 1
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.inner(index))
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[self.inner(index)]
+
+
+def is_hugging_face_folder(path: Path) -> bool:
+    if (path / "state.json").is_file():
+        return True
+    return any(path.glob("*.parquet")) or any((path / "data").glob("*.parquet"))
+
+
+def open_source(path: str, *, channels: int = 3, resolution: int = 256, max_pixels: int = MAX_PIXELS) -> Source:
+    """The images that `path` names: a folder, a .zip, a Hugging Face dataset or `procedural:NAME[@SEED]`.
+
+    With `#held-out` behind it, every tenth of them; with `#train`, the others.
+
+    Args:
+        channels: of the pixels; what a file has is converted where that makes sense.
+        resolution: side of procedural images; other sources give what they hold.
+        max_pixels: images with more are bad images.
+
+    Raises:
+        DataError: nothing there, or nothing in it that is an image.
+    """
+    for suffix, held_out in SPLITS.items():
+        if path.endswith(suffix):
+            whole = open_source(
+                path.removesuffix(suffix), channels=channels, resolution=resolution, max_pixels=max_pixels
+            )
+            split = SplitSource(whole, held_out=held_out)
+            if len(split) == 0:
+                raise DataError(f"{path} is empty: the {len(whole)} images of the whole are too few to be split")
+            return split
+    if path.startswith("procedural:"):
+        match = re.fullmatch(r"procedural:([a-z-]+)(?:@(\d+))?", path)
+        if not match or match[1] not in PROCEDURAL:
+            raise DataError(f"{path} is not known: try {', '.join(f'procedural:{n}' for n in PROCEDURAL)}")
+        return ProceduralSource(match[1], seed=int(match[2] or 0), size=resolution, channels=channels)
+    local = Path(path)
+    source: Source
+    if local.is_dir():
+        if is_hugging_face_folder(local):
+            source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
+        else:
+            source = folder_source(local, channels=channels, max_pixels=max_pixels)
+    elif local.is_file():
+        if local.suffix.lower() == ".parquet":
+            source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
+        elif zipfile.is_zipfile(local):
+            source = zip_source(local, channels=channels, max_pixels=max_pixels)
+        else:
+            raise DataError(f"{path} is a file, but neither a .zip nor a .parquet: give the folder of images")
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and not local.parent.exists():
+        source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
+    else:
+        raise DataError(f"no such folder or file: {path}")
+    if len(source) == 0:
+        raise DataError(f"no images in {path}: looked for {' '.join(sorted(EXTENSIONS))}")
+    return source

@@ -1,0 +1,41 @@
+"""Every error that a user can meet. All are LdmVaeError; each says what was given, what is wrong and what to do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class LdmVaeError(Exception):
+    """Something that the user can put right."""
+
+
+class ConfigError(LdmVaeError):
+    """A flag, or a combination of flags, that cannot work."""
+
+
+class DataError(LdmVaeError):
+    """A data set that cannot be opened, or holds nothing usable."""
+
+
+class BadImageError(DataError):
+    """One image that cannot be used; the message is the reason, for `bad_images.csv`."""
+
+
+class ModelError(LdmVaeError):
+    """A model that is not there, or is not what was asked for."""
+
+
+class RunError(LdmVaeError):
+    """A run directory that cannot be written or resumed."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends a script with one line on standard error and exit code 2 when the user can put the error right."""
+    try:
+        yield
+    except (LdmVaeError, ValueError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

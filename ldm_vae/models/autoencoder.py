@@ -1,0 +1,254 @@
+"""PatchAutoencoderKL: a convolutional KL-VAE that does all its work on patches and sees only so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around an identity: (B, C, H, W) -> (B, C, H, W). It sees `radius` positions each way.
+
+    No normalisation and ReLU: the fastest of what was compared, and nothing was better (docs/decisions/001).
+    """
+
+    radius = 2
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(functional.relu(x))
+        return x + self.conv2(functional.relu(h))
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution, recomputed in the backward pass when checkpointing is on."""
+
+    def __init__(self, block: type[nn.Module], channels: int, num_blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block(channels) for _ in range(num_blocks))
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Images (B, C, H, W) -> moments (B, 2c, H/f, W/f)."""
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        in_channels: int,
+        moments: int,
+        patch: int,
+        widths: tuple[int, ...],
+        layers: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.patch = patch
+        self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
+        self.stages = nn.ModuleList(Stage(block, w, n) for w, n in zip(widths, layers, strict=True))
+        self.downs = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.conv_out = nn.Conv2d(widths[-1], moments, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(functional.pixel_unshuffle(x, self.patch))  # (B, w0, H/p, W/p)
+        for i, stage in enumerate(self.stages):
+            if i > 0:
+                h = self.downs[i - 1](functional.pixel_unshuffle(h, 2))  # half as high and wide
+            h = stage(h)
+        return self.conv_out(functional.relu(h))  # (B, 2c, H/f, W/f)
+
+
+class Decoder(nn.Module):
+    """Latents (B, c, H/f, W/f) -> images (B, C, H, W)."""
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        out_channels: int,
+        latent_channels: int,
+        patch: int,
+        widths: tuple[int, ...],
+        layers: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.patch = patch
+        coarse_to_fine = widths[::-1]
+        self.conv_in = nn.Conv2d(latent_channels, coarse_to_fine[0], 3, padding=1)
+        self.stages = nn.ModuleList(Stage(block, w, n) for w, n in zip(coarse_to_fine, layers[::-1], strict=True))
+        self.ups = nn.ModuleList(
+            nn.Conv2d(a, 4 * b, 1) for a, b in zip(coarse_to_fine, coarse_to_fine[1:], strict=False)
+        )
+        self.conv_out = nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.conv_in(z)  # (B, w, H/f, W/f)
+        for i, stage in enumerate(self.stages):
+            if i > 0:
+                h = functional.pixel_shuffle(self.ups[i - 1](h), 2)  # twice as high and wide
+            h = stage(h)
+        return functional.pixel_shuffle(self.conv_out(functional.relu(h)), self.patch)  # (B, C, H, W)
+
+
+class PatchAutoencoderKL(ModelMixin, ConfigMixin):
+    r"""A KL-VAE (Kingma & Welling 2014; Rombach et al. 2022, section 3.1) with a finite receptive field.
+
+    Pixel-unshuffle takes the images to H/patch x W/patch at once, residual blocks without attention or spatial
+    normalisation do the rest. The interface is diffusers' `AutoencoderKL`'s: `encode(x).latent_dist`,
+    `decode(z).sample`, `save_pretrained`, `from_pretrained`.
+
+    Args:
+        in_channels: channels of the images.
+        out_channels: channels of the reconstruction; those of the images unless given.
+        latent_channels: channels c of the latents.
+        patch_size: side of the patches that the stem folds into channels, a power of two.
+        block_out_channels: width of each resolution, finest first. The stride is
+            `f = patch_size * 2 ** (len(block_out_channels) - 1)`.
+        encoder_layers_per_block, decoder_layers_per_block: residual blocks at each resolution, finest first.
+        latents_mean, latents_std: per latent channel, measured over a data set; (z - mean) / std are scaled latents.
+        scaling_factor, shift_factor: the scalar convention of older diffusers VAEs, for code that asks for it.
+
+    Raises:
+        ValueError: lengths that differ, or a patch size that is not a power of two.
+    """
+
+    _supports_gradient_checkpointing = True
+    _repeated_blocks = ("Stage",)  # what compile_repeated_blocks() compiles
+    block: type[nn.Module] = ResidualBlock
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        latent_channels: int = 4,
+        patch_size: int = 4,
+        block_out_channels: tuple[int, ...] = (64, 128),
+        encoder_layers_per_block: tuple[int, ...] = (1, 1),
+        decoder_layers_per_block: tuple[int, ...] = (1, 2),
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+    ) -> None:
+        super().__init__()
+        widths = tuple(block_out_channels)
+        encoder_layers, decoder_layers = tuple(encoder_layers_per_block), tuple(decoder_layers_per_block)
+        if not len(widths) == len(encoder_layers) == len(decoder_layers) > 0:
+            raise ValueError(
+                f"block_out_channels {widths}, encoder_layers_per_block {encoder_layers} and decoder_layers_per_block "
+                f"{decoder_layers} name one entry a resolution: give them the same length"
+            )
+        if patch_size < 1 or patch_size & (patch_size - 1):
+            raise ValueError(f"patch_size {patch_size} is not a power of two: try 2 or 4")
+        self.encoder = Encoder(self.block, in_channels, 2 * latent_channels, patch_size, widths, encoder_layers)
+        self.decoder = Decoder(
+            self.block, out_channels or in_channels, latent_channels, patch_size, widths, decoder_layers
+        )
+        self.spatial_compression_ratio = patch_size * 2 ** (len(widths) - 1)
+
+    @property
+    def encoder_halo(self) -> int:
+        """Pixels beyond its own f x f cell that a latent depends on, each way (f: the stride)."""
+        cell, halo = self.config.patch_size, 0
+        convolutions = [self.block.radius * n for n in self.config.encoder_layers_per_block]
+        convolutions[0] += 1  # conv_in
+        convolutions[-1] += 1  # conv_out
+        for count in convolutions:
+            halo += count * cell
+            cell *= 2
+        return halo
+
+    @property
+    def decoder_halo(self) -> int:
+        """Latents beyond its own that the f x f pixels of a latent depend on, each way."""
+        convolutions = [self.block.radius * n for n in self.config.decoder_layers_per_block]
+        convolutions[0] += 1  # conv_out
+        convolutions[-1] += 1  # conv_in
+        halo = 0
+        for count in convolutions:  # finest first: halve the reach at each coarser resolution, rounding up
+            halo = -(-halo // 2) + count
+        return halo
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Any]:
+        """Images (B, C, H, W) in [-1, 1] -> `latent_dist` over latents (B, c, H/f, W/f).
+
+        Raises:
+            ValueError: H or W not a multiple of f, or a channel count other than the model's.
+        """
+        stride = self.spatial_compression_ratio
+        height, width = x.shape[-2:]
+        if x.shape[1] != self.config.in_channels:
+            raise ValueError(f"images have {x.shape[1]} channels, the model takes {self.config.in_channels}")
+        if height % stride or width % stride or not height * width:
+            nearest = f"{max(height // stride, 1) * stride}x{max(width // stride, 1) * stride}"
+            raise ValueError(f"image size {height}x{width} is not a multiple of {stride}: try {nearest}")
+        posterior = DiagonalGaussianDistribution(self.encoder(x))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Latents (B, c, H/f, W/f) -> `sample`, images (B, C, H, W), about [-1, 1] and not clamped.
+
+        `generator` is unused: diffusers' pipelines pass one.
+        """
+        sample = self.decoder(z)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Images in, reconstruction out, through the posterior's mean or, if asked for, a sample of it."""
+        posterior = self.encode(sample).latent_dist
+        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "demo": {
+        "latent_channels": 4,
+        "patch_size": 4,
+        "block_out_channels": (96,),
+        "encoder_layers_per_block": (2,),
+        "decoder_layers_per_block": (3,),
+    },
+    "f8c4": {"latent_channels": 4},
+    "f8c8": {"latent_channels": 8},
+    "f16c16": {
+        "latent_channels": 16,
+        "block_out_channels": (64, 128, 256),
+        "encoder_layers_per_block": (1, 1, 1),
+        "decoder_layers_per_block": (1, 1, 2),
+    },
+    "f4c3": {"latent_channels": 3, "patch_size": 2},
+    "f8c4-large": {
+        "latent_channels": 4,
+        "patch_size": 2,
+        "block_out_channels": (128, 256, 768),
+        "encoder_layers_per_block": (2, 2, 2),
+        "decoder_layers_per_block": (2, 3, 5),
+    },
+}
+"""Keywords of PatchAutoencoderKL for each preset; the README says what they are for."""

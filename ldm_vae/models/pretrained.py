@@ -1,0 +1,114 @@
+"""Any diffusers autoencoder, by a run directory, a model folder or a hub id, behind one way to encode."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from ldm_vae.errors import ModelError
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+
+DETERMINISTIC_LOGVAR = -30.0
+
+
+def load_autoencoder(path: str) -> Any:
+    """The autoencoder that RUN_OR_MODEL names, in float32 and evaluation mode.
+
+    Args:
+        path: a run directory (its `vae/`), a folder of diffusers' layout, a pipeline's folder, or a hub id.
+
+    Raises:
+        ModelError: nothing there, no autoencoder, or files that cannot be read.
+    """
+    subfolder, name = find_model(path)
+    if name == "PatchAutoencoderKL":
+        model_class: Any = PatchAutoencoderKL
+    else:
+        model_class = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
+    if model_class is None:
+        raise ModelError(f"{path} holds a {name}, which is not an autoencoder")
+    try:
+        vae = model_class.from_pretrained(path, subfolder=subfolder, use_safetensors=True)
+    except Exception as error:  # damaged files raise many kinds
+        raise ModelError(f"cannot load {name} from {path}: {type(error).__name__}: {error}") from None
+    return vae.eval()
+
+
+def find_model(path: str) -> tuple[str | None, str]:
+    """The subfolder that holds the autoencoder (`vae` in runs and pipelines), and the name of its class."""
+    folder = Path(path)
+    on_the_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and not folder.parent.exists()
+    if not folder.is_dir() and not on_the_hub:
+        raise ModelError(f"no such model: {path}")
+    reasons = []
+    for subfolder in ("vae", None):
+        try:
+            config = PatchAutoencoderKL.load_config(path, subfolder=subfolder)
+            return subfolder, str(config["_class_name"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reasons.append(str(error).split("\n")[0])
+    where = "could not be had from the hub" if on_the_hub else "has no readable config.json (has its run saved yet?)"
+    raise ModelError(f"{path} {where}: {reasons[-1]}")
+
+
+def encode_moments(vae: Any, images: Tensor) -> Tensor:
+    """Images (B, C, H, W) -> mean and log-variance of the latents (B, 2c, H/f, W/f).
+
+    For a deterministic autoencoder (AutoencoderTiny, AutoencoderDC) the log-variance is -30.
+    """
+    encoded = vae.encode(images)
+    if hasattr(encoded, "latent_dist"):
+        moments: Tensor = encoded.latent_dist.parameters
+        return moments
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    return torch.cat([latents, torch.full_like(latents, DETERMINISTIC_LOGVAR)], dim=1)
+
+
+def reconstruct(vae: Any, images: Tensor) -> Tensor:
+    """Images (B, C, H, W) of any size -> their reconstruction through the posterior's mean, same size.
+
+    Sizes that are not a multiple of the stride are continued by their last row and column.
+    """
+    stride = stride_of(vae)
+    height, width = images.shape[-2:]
+    down, right = -height % stride, -width % stride
+    padded = nn.functional.pad(images, (0, right, 0, down), mode="replicate") if down or right else images
+    mean = encode_moments(vae, padded).chunk(2, dim=1)[0]
+    sample: Tensor = vae.decode(mean).sample
+    return sample[..., :height, :width]
+
+
+def stride_of(vae: Any) -> int:
+    """Pixels a latent, each way: f."""
+    ratio = getattr(vae, "spatial_compression_ratio", None)
+    if ratio is None and "block_out_channels" in vae.config:
+        ratio = 2 ** (len(vae.config.block_out_channels) - 1)
+    if ratio is None:
+        raise ModelError(f"{type(vae).__name__} does not say its stride")
+    return int(ratio)
+
+
+def channels_of(vae: Any) -> int:
+    """Channels of the images."""
+    return int(vae.config.in_channels)
+
+
+def latent_channels_of(vae: Any) -> int:
+    return int(vae.config.latent_channels)
+
+
+def last_layer(vae: Any) -> nn.Parameter:
+    """The weights of the decoder's last convolution, where the adaptive weight compares gradients."""
+    convolutions = [m for m in vae.decoder.modules() if isinstance(m, nn.Conv2d)]
+    return convolutions[-1].weight
+
+
+def posterior_of(moments: Tensor) -> DiagonalGaussianDistribution:
+    """Computed in float32: the KL of a sharp posterior is a small difference of large numbers."""
+    return DiagonalGaussianDistribution(moments.float())

@@ -1,0 +1,241 @@
+"""One training step of a KL-VAE with perceptual and adversarial losses, on any number of processes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from ldm_vae.data.loader import Batch
+from ldm_vae.data.order import Stream, noise_at
+from ldm_vae.models.pretrained import encode_moments, last_layer, latent_channels_of, posterior_of, stride_of
+from ldm_vae.objectives import losses, perceptual
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised, and how: the part of a configuration that a step reads."""
+
+    seed: int = 0
+    gradient_accumulation_steps: int = 1
+    """Micro-batches a step in each process."""
+    reconstruction: losses.ReconstructionLoss = "l1"
+    kl_weight: float = 1e-4
+    """Times nats per pixel, beside a mean error on [-1, 1]; Stable Diffusion's is 3.3e-7."""
+    perceptual: Literal["pretrained", "random", "none"] = "pretrained"
+    """LPIPS with pretrained features, with random features (no download), or without LPIPS."""
+    lpips_backbone: perceptual.Backbone = "vgg"
+    lpips_weight: float = 1.0
+    lpips_channels: tuple[int, int, int] | None = None
+    """The three channels that LPIPS sees, when the images have neither one nor three."""
+    adversarial: Literal["hinge", "non-saturating", "none"] = "hinge"
+    adversarial_weight: float = 0.5
+    """Times the adaptive weight."""
+    disc_start: int = 50_000
+    """The step from which the discriminator trains and counts."""
+    learned_logvar: bool = False
+    """Learn the scale of the reconstruction error instead of fixing it at 1."""
+    max_grad_norm: float = 1.0
+
+
+class TrainableVAE(nn.Module):
+    """The one forward pass that DDP wraps: encode, sample, decode, with the scale of the error beside it."""
+
+    def __init__(self, vae: ModelMixin, learned_logvar: bool) -> None:
+        super().__init__()
+        self.vae = vae
+        self.logvar = nn.Parameter(torch.zeros(()), requires_grad=learned_logvar)
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W), noise (B, c, h, w) -> reconstruction, moments (B, 2c, h, w), logvar."""
+        moments = encode_moments(self.vae, images)
+        posterior = posterior_of(moments)
+        latents = posterior.mean + posterior.std * noise
+        return self.vae.decode(latents).sample, moments, self.logvar * 1
+
+
+@dataclass(kw_only=True)
+class State:
+    """What training changes, and what it needs beside it. `vae` and `discriminator` may be wrapped by DDP."""
+
+    vae: nn.Module
+    discriminator: nn.Module | None
+    lpips: nn.Module | None
+    ema: EMAModel
+    optimizers: dict[str, torch.optim.Optimizer]
+    adaptive_weight: Tensor
+    bare: TrainableVAE
+
+    def parts(self) -> dict[str, Any]:
+        """Everything that a checkpoint holds."""
+        networks = {"vae": self.bare, "ema": self.ema, "adaptive_weight": self.adaptive_weight}
+        if self.discriminator is not None:
+            networks["discriminator"] = getattr(self.discriminator, "module", self.discriminator)
+        return networks | {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
+
+
+@dataclass(kw_only=True)
+class GeneratorStep:
+    """Weighted loss terms by name, and what they were made from."""
+
+    terms: dict[str, Tensor]
+    reconstruction: Tensor
+    moments: Tensor
+    adversarial_gradient: Tensor | None
+    """Of the adversarial loss, unweighted, at the decoder's last layer; None before `disc_start`."""
+
+
+def generator_step(
+    images: Tensor, noise: Tensor, state: State, config: Objective, *, adversarial: bool, accelerator: Accelerator
+) -> GeneratorStep:
+    """One forward of the wrapped VAE and its named loss terms. images: (B, C, H, W) in [-1, 1]."""
+    reconstruction, moments, logvar = state.vae(images, noise)
+    scale = torch.exp(-logvar)
+    terms = {config.reconstruction: scale * losses.reconstruction_loss(reconstruction, images, config.reconstruction)}
+    if state.lpips is not None:
+        with accelerator.autocast():
+            terms["lpips"] = scale * config.lpips_weight * state.lpips(reconstruction, images)
+    if config.learned_logvar:
+        terms["logvar"] = logvar
+    if config.kl_weight > 0:
+        num_pixels = images.shape[-2] * images.shape[-1]
+        terms["kl"] = config.kl_weight * losses.kl_per_pixel(posterior_of(moments), num_pixels)
+    gradient = None
+    if adversarial:
+        assert state.discriminator is not None
+        judge = accelerator.unwrap_model(state.discriminator)
+        judge.eval().requires_grad_(False)  # no gradient for the discriminator in this step
+        loss = losses.GENERATOR_LOSSES[config.adversarial](judge(reconstruction))
+        judge.requires_grad_(True)
+        gradient = torch.autograd.grad(loss, last_layer(state.bare.vae), retain_graph=True)[0]
+        terms["adversarial"] = config.adversarial_weight * state.adaptive_weight * loss
+    return GeneratorStep(terms=terms, reconstruction=reconstruction, moments=moments, adversarial_gradient=gradient)
+
+
+def discriminator_step(
+    images: Tensor, reconstruction: Tensor, discriminator: nn.Module, config: Objective, *, first: bool
+) -> tuple[Tensor, Tensor]:
+    """Its loss and its accuracy on one micro-batch; `first`: whether this is the step's first one.
+
+    Real and fake go through in one forward. Spectral norm's power iteration advances in training mode only: once a
+    step, however many micro-batches it has.
+    """
+    discriminator.train(first)
+    real, fake = discriminator(torch.cat([images, reconstruction.detach()])).chunk(2)
+    return losses.DISCRIMINATOR_LOSSES[config.adversarial](real, fake), losses.discriminator_accuracy(real, fake)
+
+
+@dataclass(kw_only=True)
+class StepResult:
+    """What one step leaves for the log."""
+
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    moments: Tensor | None = None
+    bad_images: dict[str, str] = field(default_factory=dict)
+    waited: float = 0.0
+    healthy: bool = True
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            self.terms[name] = self.terms.get(name, 0) + value.detach()
+
+    def average(self, count: int) -> None:
+        self.terms = {name: value / count for name, value in self.terms.items()}
+
+    def metrics(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over all processes; per-channel figures come from this step's last micro-batch."""
+        posterior = posterior_of(self.moments)
+        latents = posterior.mean.transpose(0, 1).flatten(1)  # (c, B * h * w)
+        vectors = {
+            "kl_bits": losses.kl_bits_per_channel(posterior),
+            "latents_mean": latents.mean(dim=1),
+            "latents_square": latents.square().mean(dim=1),
+        }
+        names = list(self.terms)
+        values = torch.cat([torch.stack([self.terms[n].float() for n in names]), *vectors.values()])
+        means = accelerator.reduce(values, "mean").tolist()
+        metrics = dict(zip(names, means, strict=False))
+        channels = len(latents)
+        for i, name in enumerate(vectors):
+            for c in range(channels):
+                metrics[f"{name}/{c}"] = means[len(names) + i * channels + c]
+        for c in range(channels):
+            variance = metrics.pop(f"latents_square/{c}") - metrics[f"latents_mean/{c}"] ** 2
+            metrics[f"latents_std/{c}"] = math.sqrt(max(variance, 0.0))
+        return metrics
+
+
+def train_step(
+    batches: Iterator[Batch],
+    state: State,
+    config: Objective,
+    *,
+    step: int,
+    learning_rates: dict[str, float],
+    accelerator: Accelerator,
+) -> StepResult:
+    """One global batch: forward and backward of each micro-batch, then one update of each network.
+
+    Gradients are summed over micro-batches and averaged over processes before anything is read from them. When a
+    loss or a gradient is not finite anywhere, every process skips the update.
+    """
+    adversarial = state.discriminator is not None and step >= config.disc_start
+    networks = [n for n in (state.vae, state.discriminator) if n is not None]
+    vae = state.bare.vae
+    last = last_layer(vae)
+    adversarial_gradient = torch.zeros_like(last)
+    result = StepResult()
+    for micro in range(config.gradient_accumulation_steps):
+        before = time.perf_counter()
+        batch = next(batches)
+        result.waited += time.perf_counter() - before
+        result.bad_images |= batch.bad_images
+        images = batch.images.to(accelerator.device, memory_format=torch.channels_last, non_blocking=True)
+        shape = (latent_channels_of(vae), images.shape[-2] // stride_of(vae), images.shape[-1] // stride_of(vae))
+        noise = torch.from_numpy(noise_at(config.seed, batch.positions, shape, Stream.POSTERIOR)).to(images.device)
+        with accelerator.accumulate(*networks):
+            done = generator_step(images, noise, state, config, adversarial=adversarial, accelerator=accelerator)
+            accelerator.backward(sum(done.terms.values()))
+            result.add(done.terms)
+            result.moments = done.moments.detach()
+            if adversarial:
+                adversarial_gradient += done.adversarial_gradient
+                loss, accuracy = discriminator_step(
+                    images, done.reconstruction, state.discriminator, config, first=micro == 0
+                )
+                accelerator.backward(loss)
+                result.add({"discriminator": loss, "discriminator_accuracy": accuracy})
+    result.average(config.gradient_accumulation_steps)
+    total = sum(result.terms.values())
+    if adversarial:  # last.grad is that of every weighted term: take the adversarial one off
+        adversarial_gradient = accelerator.reduce(adversarial_gradient, "mean") / config.gradient_accumulation_steps
+        share = config.adversarial_weight * state.adaptive_weight
+        adaptive_weight = losses.adaptive_weight(last.grad - share * adversarial_gradient, adversarial_gradient)
+    for name, optimizer in state.optimizers.items():
+        if name == "vae" or adversarial:
+            norm = nn.utils.clip_grad_norm_(parameters_of(optimizer), config.max_grad_norm)
+            result.terms[f"{name}_grad_norm"] = norm
+            total = total + norm
+    result.healthy = bool(accelerator.reduce(total.detach().float(), "sum").isfinite())
+    for name, optimizer in state.optimizers.items():
+        if result.healthy and (name == "vae" or adversarial):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rates[name]
+            optimizer.step()
+        optimizer.zero_grad()
+    if result.healthy:
+        state.ema.step(state.bare.vae.parameters())
+        if adversarial:
+            state.adaptive_weight.copy_(adaptive_weight)
+    return result
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,96 @@
+"""What the VAE and its discriminator minimise, as plain functions of tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+from torch.nn import functional
+
+ReconstructionLoss = Literal["l1", "l2", "charbonnier"]
+AdversarialLoss = Literal["hinge", "non-saturating"]
+
+
+def reconstruction_loss(reconstruction: Tensor, images: Tensor, kind: ReconstructionLoss) -> Tensor:
+    """Mean over all values of images (B, C, H, W) in [-1, 1]; Charbonnier is sqrt(d^2 + 1e-6) (Lai et al. 2017)."""
+    difference = reconstruction.float() - images.float()
+    match kind:
+        case "l1":
+            return difference.abs().mean()
+        case "l2":
+            return difference.square().mean()
+        case "charbonnier":
+            return (difference.square() + 1e-6).sqrt().mean()
+
+
+def kl_per_pixel(posterior: DiagonalGaussianDistribution, num_pixels: int) -> Tensor:
+    r"""KL(posterior || N(0, 1)) in nats per pixel, mean over the batch (Kingma & Welling 2014, appendix B).
+
+    One pixel is one (y, x) place, whatever its channels: `num_pixels` is H * W of the image. Stable Diffusion's code
+    sums the KL over the latents and the error over all C * H * W values of an image, so its weight of 1e-6 beside
+    a *summed* error is 1e-6 / C of ours beside a *mean* error: 3.3e-7 for colour images. Divided by ln 2, this is
+    the rate in bits per pixel of an ideal code for samples of the posterior.
+    """
+    return posterior.kl().mean() / num_pixels
+
+
+def kl_bits_per_channel(posterior: DiagonalGaussianDistribution) -> Tensor:
+    """KL in bits per latent value, for each latent channel: (c,)."""
+    nats = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)  # (B, c, h, w)
+    return nats.mean(dim=(0, 2, 3)) / math.log(2)
+
+
+class LearnedScale(nn.Module):
+    """error -> error / exp(logvar) + logvar: the Gaussian's scale as one parameter (Dai & Wipf 2019).
+
+    For one error a pixel this is the likelihood that Stable Diffusion's trainer calls nll. Fixed at `logvar` unless
+    `learned`.
+    """
+
+    def __init__(self, logvar: float = 0.0, learned: bool = False) -> None:
+        super().__init__()
+        self.logvar = nn.Parameter(torch.tensor(float(logvar)), requires_grad=learned)
+
+    def forward(self, error: Tensor) -> Tensor:
+        return error / self.logvar.exp() + self.logvar
+
+
+def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
+    """-mean(logits): the generator's side of the hinge loss (Lim & Ye 2017)."""
+    return -fake_logits.float().mean()
+
+
+def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
+    """-mean(log D(fake)): the non-saturating loss (Goodfellow et al. 2014, section 3)."""
+    return functional.softplus(-fake_logits.float()).mean()
+
+
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Half the sum of the two hinges (Lim & Ye 2017, eq. 7; the half is VQGAN's)."""
+    return 0.5 * (functional.relu(1 - real_logits.float()).mean() + functional.relu(1 + fake_logits.float()).mean())
+
+
+def non_saturating_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Half of -mean(log D(real)) - mean(log(1 - D(fake))) (Goodfellow et al. 2014, eq. 1)."""
+    return 0.5 * (functional.softplus(-real_logits.float()).mean() + functional.softplus(fake_logits.float()).mean())
+
+
+GENERATOR_LOSSES = {"hinge": hinge_generator_loss, "non-saturating": non_saturating_generator_loss}
+DISCRIMINATOR_LOSSES = {"hinge": hinge_discriminator_loss, "non-saturating": non_saturating_discriminator_loss}
+
+
+def discriminator_accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """The share of patches that the discriminator gets right: 0.5 is a guess."""
+    return 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
+
+
+def adaptive_weight(other_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
+    """|d(other terms)| / |d(adversarial term)| at the decoder's last layer (Esser et al. 2021, eq. 7), at most 1e4.
+
+    Both gradients are those of the whole global batch, of the step before the one that the weight is used in: a
+    weight from part of a batch would make the step depend on how the batch is split.
+    """
+    return (other_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(max=1e4)

@@ -1,0 +1,96 @@
+"""LPIPS (Zhang et al. 2018) through the `lpips` package, and what to do when its weights or its channels are missing."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlparse
+
+import lpips
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from ldm_vae.errors import ConfigError, ModelError
+
+Backbone = Literal["vgg", "alex", "squeeze"]
+SMALLEST_IMAGE = {"vgg": 64, "alex": 32, "squeeze": 32}
+WEIGHTS = {
+    "vgg": torchvision.models.VGG16_Weights.IMAGENET1K_V1,
+    "alex": torchvision.models.AlexNet_Weights.IMAGENET1K_V1,
+    "squeeze": torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1,
+}
+RANDOM_SEED = 0
+
+
+class PerceptualLoss(nn.Module):
+    """LPIPS between images (B, C, H, W) in [-1, 1]: `forward(reconstruction, images)` is its mean over the batch.
+
+    The backbone is frozen; the gradient reaches the reconstruction. LPIPS knows three channels: one channel is
+    repeated, three are taken as they are, and for any other number `channels` names the three that are shown to it.
+
+    Args:
+        backbone: vgg, alex or squeeze.
+        pretrained: False takes a randomly initialised backbone (always the same one). Its distances are those of
+            random features and must be labelled so.
+        image_channels: C.
+        channels: three indices, needed unless C is 1 or 3.
+
+    Raises:
+        ConfigError: C without a policy.
+        ModelError: the backbone's pretrained weights are not there and cannot be downloaded.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone = "vgg",
+        *,
+        pretrained: bool = True,
+        image_channels: int = 3,
+        channels: tuple[int, int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if channels is None and image_channels not in (1, 3):
+            raise ConfigError(
+                f"LPIPS sees three channels and the images have {image_channels}: name three of them "
+                "(--lpips-channels 2 1 0) or do without it (--perceptual none)"
+            )
+        if channels is not None and not all(0 <= c < image_channels for c in channels):
+            raise ConfigError(f"LPIPS channels {channels} are not all among the images' 0..{image_channels - 1}")
+        self.channels = list(channels) if channels else None
+        self.lpips = load_backbone(backbone, pretrained)
+        self.requires_grad_(False)
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        return self.distances(reconstruction, images).mean()
+
+    def distances(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """One distance an image: (B,)."""
+        return self.lpips(self.three(reconstruction), self.three(images)).flatten()
+
+    def three(self, images: Tensor) -> Tensor:
+        if self.channels is not None:
+            return images[:, self.channels]
+        return images.expand(-1, 3, -1, -1)  # (B, 3, H, W): one channel repeated, three as they are
+
+    def train(self, mode: bool = True) -> PerceptualLoss:
+        return super().train(False)  # its dropout stays off
+
+
+def load_backbone(backbone: Backbone, pretrained: bool) -> lpips.LPIPS:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # lpips speaks torchvision's older dialect
+        torch.manual_seed(RANDOM_SEED)
+        try:
+            return lpips.LPIPS(net=backbone, pnet_rand=not pretrained, verbose=False)
+        except (OSError, RuntimeError, EOFError) as error:
+            file = Path(urlparse(WEIGHTS[backbone].url).path).name
+            place = Path(torch.hub.get_dir()) / "checkpoints"
+            raise ModelError(
+                f"LPIPS needs the pretrained weights {file}, which are not usable in {place} and could not be "
+                f"downloaded ({type(error).__name__}: {error}): copy the file there"
+                f"{' (TORCH_HOME moves the place)' if 'TORCH_HOME' not in os.environ else ''}, "
+                "or choose --perceptual random or --perceptual none"
+            ) from None

@@ -1,0 +1,70 @@
+"""Pictures for people: grids of originals, reconstructions and errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ldm_vae.data.images import centre_square, to_images, to_pixels
+from ldm_vae.data.order import index_at
+from ldm_vae.data.sources import Source
+from ldm_vae.errors import BadImageError, DataError
+
+MAX_TRIES = 1000
+ERROR_GAIN = 4
+GAP = 4
+LABEL_HEIGHT = 16
+
+
+def validation_images(source: Source, *, side: int, count: int = 32, seed: int = 0) -> tuple[Tensor, dict[str, str]]:
+    """Up to `count` images (N, C, side, side) in [-1, 1], the same ones always, and the bad ones met: name -> reason.
+
+    Raises:
+        DataError: none of those tried is usable.
+    """
+    images: list[Tensor] = []
+    bad: dict[str, str] = {}
+    for position in range(min(len(source), MAX_TRIES)):
+        index = index_at(position, size=len(source), seed=seed)
+        try:
+            images.append(to_images(centre_square(source[index].pixels, side)))
+        except BadImageError as error:
+            bad[source.name(index)] = str(error)
+        if len(images) == count:
+            break
+    if not images:
+        name, reason = next(iter(bad.items()))
+        raise DataError(f"no usable image: all {len(bad)} that were tried are bad, such as {name}: {reason}")
+    return torch.stack(images), bad
+
+
+def visible(images: Tensor) -> np.ndarray:
+    """Images (N, C, H, W) -> uint8 (N, H, W, 3): grey repeated, of many channels the first three."""
+    shown = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    return to_pixels(shown)
+
+
+def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Image.Image:
+    """Three rows, an image a column: originals, reconstructions, and absolute errors, enlarged by ERROR_GAIN."""
+    errors = (images - reconstructions).abs() * ERROR_GAIN - 1
+    rows = [
+        ("originals", visible(images)),
+        ("reconstructions", visible(reconstructions)),
+        (f"absolute errors x {ERROR_GAIN}", visible(errors)),
+    ]
+    return labelled_rows(rows)
+
+
+def labelled_rows(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
+    """Rows of pixels (N, H, W, 3) below their labels, as one picture."""
+    count, height, width = rows[0][1].shape[:3]
+    sheet = Image.new("RGB", (count * (width + GAP) + GAP, len(rows) * (height + LABEL_HEIGHT + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (label, pixels) in enumerate(rows):
+        top = r * (height + LABEL_HEIGHT + GAP)
+        draw.text((GAP, top + 2), label, fill="black")
+        for c, tile in enumerate(pixels):
+            sheet.paste(Image.fromarray(tile), (GAP + c * (width + GAP), top + LABEL_HEIGHT))
+    return sheet

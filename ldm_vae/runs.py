@@ -1,0 +1,273 @@
+"""A run directory: configuration, metrics, bad images, and checkpoints that survive whatever ends the run."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm_vae.config import as_json, differences
+from ldm_vae.errors import RunError
+
+PACKAGES = ("ldm-vae", "torch", "torchvision", "diffusers", "accelerate", "lpips", "numpy", "pillow", "safetensors")
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What `Run.save` wrote: the step that comes next, tensors by name, and small facts."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class Run:
+    """A run directory, opened by every process and written by the main one.
+
+    Args:
+        directory: made if it is not there.
+        config: a dataclass; its fields must equal those of the run that is resumed.
+        free: fields that may differ on resume, because no result depends on them.
+        main: whether this process writes.
+
+    Raises:
+        RunError: the directory cannot be written, holds something else, or a run with other settings.
+    """
+
+    def __init__(self, directory: Path, config: Any, *, free: Sequence[str] = (), main: bool = True) -> None:
+        self.directory, self.main = directory, main
+        try:
+            for folder in ("checkpoints", "samples"):
+                (directory / folder).mkdir(parents=True, exist_ok=True)
+            config_file = directory / "config.json"
+            if config_file.exists():
+                self.compare(config_file, config, free)
+            elif main:
+                write_json(config_file, {"config": as_json(config), "versions": versions(), "git": git_revision()})
+            if main:
+                with tempfile.TemporaryFile(dir=directory):
+                    pass  # it can be written
+        except OSError as error:
+            raise RunError(f"cannot write the run directory {directory}: {error.strerror or error}") from None
+        self.seen_bad_images = self.read_bad_images()
+
+    @staticmethod
+    def compare(config_file: Path, config: Any, free: Sequence[str]) -> None:
+        try:
+            saved = json.loads(config_file.read_text())["config"]
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"{config_file} is not a run's configuration: choose another --output") from None
+        changed = differences(saved, config, free=free)
+        if changed:
+            raise RunError(
+                f"{config_file.parent} holds a run with other settings ({'; '.join(changed)}): "
+                "use those to resume it, or choose another --output"
+            )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of `metrics.jsonl`."""
+        if self.main:
+            with open(self.directory / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops the metrics of steps that are about to be done again."""
+        file = self.directory / "metrics.jsonl"
+        if self.main and file.exists():
+            lines = [line for line in file.read_text().splitlines() if line_step(line) <= step]
+            with atomic(file) as out:
+                out.write("".join(line + "\n" for line in lines).encode())
+
+    def read_bad_images(self) -> dict[str, str]:
+        file = self.directory / "bad_images.csv"
+        if not file.exists():
+            return {}
+        with open(file, newline="", encoding="utf-8", errors="surrogateescape") as lines:
+            return {row["name"]: row["reason"] for row in csv.DictReader(lines)}
+
+    def add_bad_images(self, bad_images: Mapping[str, str]) -> None:
+        """`bad_images.csv`, a line a name: name,reason."""
+        new = {name: reason for name, reason in bad_images.items() if name not in self.seen_bad_images}
+        self.seen_bad_images |= new
+        if self.main and new:
+            file = self.directory / "bad_images.csv"
+            is_new = not file.exists()
+            with open(file, "a", newline="", encoding="utf-8", errors="surrogateescape") as out:
+                writer = csv.writer(out)
+                if is_new:
+                    writer.writerow(["name", "reason"])
+                writer.writerows(sorted(new.items()))
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """`checkpoints/step-N/`, complete or not there; all but the newest few are removed."""
+        if not self.main:
+            return
+        folder = self.directory / "checkpoints"
+        target = folder / f"step-{checkpoint.step}"
+        with staged_directory(target) as staging:
+            tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
+            save_file(tensors, staging / "state.safetensors")
+            digest = sha256(staging / "state.safetensors")
+            record = {"step": checkpoint.step, "sha256": digest, "facts": checkpoint.facts}
+            write_json(staging / "state.json", record)
+        for old in sorted(folder.glob("step-*"), key=step_of)[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load_newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; damaged ones are passed over with a warning.
+
+        Raises:
+            RunError: there are checkpoints, and none of them is whole.
+        """
+        folders = sorted((self.directory / "checkpoints").glob("step-*"), key=step_of, reverse=True)
+        for folder in folders:
+            try:
+                return read_checkpoint(folder)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                warnings.warn(f"{folder} is damaged ({error}): passed over", stacklevel=2)
+        if folders:
+            raise RunError(f"none of the checkpoints in {folders[0].parent} is whole: remove them to start anew")
+        return None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Raises ValueError for a digest that differs, and whatever reading a damaged file raises."""
+    record = json.loads((folder / "state.json").read_text())
+    if sha256(folder / "state.safetensors") != record["sha256"]:
+        raise ValueError("state.safetensors does not have the digest that state.json names")
+    tensors = load_file(folder / "state.safetensors")
+    return Checkpoint(step=int(record["step"]), tensors=tensors, facts=dict(record["facts"]))
+
+
+def step_of(folder: Path) -> int:
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def line_step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # cut short by a crash
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_revision() -> str | None:
+    """The commit of the code, "-dirty" behind it when files differ; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@contextmanager
+def atomic(file: Path) -> Iterator[IO[bytes]]:
+    """Opens a file beside `file` for bytes, and puts it in its place, flushed, when all went well."""
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            yield out
+            flush(out)
+        os.chmod(name, 0o644)
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `target`, flushed, when all went well."""
+    for left in target.parent.glob(f".{target.name}.*"):  # by a run that was killed in here
+        shutil.rmtree(left, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield staging
+        os.chmod(staging, 0o755)
+        for file in staging.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as data:
+                    os.fsync(data.fileno())
+        old = target.parent / f".{target.name}.old"
+        if target.exists():
+            os.rename(target, old)
+        os.rename(staging, target)
+        flush_directory(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def flush(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(file: Path, value: Any) -> None:
+    with atomic(file) as out:
+        out.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGINT came, so that a step can be finished; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.previous: dict[int, Any] = {}
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,36 @@
+"""Small images made on the spot, and a clean Accelerate for each test."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+
+from ldm_vae.data.sources import open_source
+
+ROOT = Path(__file__).parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a network
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its settings in singletons: forget them, so that each test may choose its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 12 images of 72x60, in two classes."""
+    folder = tmp_path_factory.mktemp("photos")
+    source = open_source("procedural:dead-leaves@7", resolution=72)
+    for i in range(12):
+        path = folder / ("first class" if i % 2 else "zweite Klasse ü") / f"image {i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(source[i].pixels[:60]).save(path)
+    return folder

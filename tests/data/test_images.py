@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from ldm_vae.data.images import centre_square, convert_channels, read_pixels, resize, to_images, to_pixels
+from ldm_vae.errors import BadImageError
+
+RAMP = np.arange(48 * 3, dtype=np.uint8).reshape(6, 8, 3)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP", "PPM", "TGA"])
+def test_lossless_formats_give_the_pixels_that_were_written(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert np.array_equal(read_pixels(encoded(Image.fromarray(RAMP), kind, **options)), RAMP)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "AVIF"])
+def test_lossy_formats_give_nearly_the_pixels_that_were_written(kind: str) -> None:
+    smooth = np.asarray(Image.fromarray(RAMP).resize((64, 48), Image.Resampling.BICUBIC))
+    assert np.abs(read_pixels(encoded(Image.fromarray(smooth), kind, quality=95)).astype(int) - smooth).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"])
+def test_every_mode_becomes_one_three_or_four_channels(mode: str) -> None:
+    kind = {"PA": "PNG", "LAB": "TIFF", "CMYK": "TIFF", "YCbCr": "TIFF", "RGBX": "TIFF"}.get(mode, "PNG")
+    image = Image.fromarray(RAMP)
+    image = image.convert("P").convert(mode) if mode == "PA" else image.convert("RGB").convert(mode)
+    if mode in ("PA", "HSV"):
+        image = image.convert("RGBA" if mode == "PA" else "RGB")
+    data = encoded(image, kind)
+    reference = np.asarray(image.convert("RGB")).astype(int)
+    for channels in (1, 3, 4):
+        pixels = read_pixels(data, channels=channels)
+        assert pixels.shape == (6, 8, channels)
+        assert pixels.dtype == np.uint8
+    if mode not in ("LA", "RGBA", "PA"):
+        assert np.abs(read_pixels(data).astype(int) - reference).max() <= 1
+
+
+def test_the_first_frame_of_an_animation_is_the_image() -> None:
+    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert (read_pixels(data) == [255, 0, 0]).all()
+
+
+def test_transparency_is_composited_on_white() -> None:
+    image = Image.fromarray(np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [10, 20, 30, 51]]], np.uint8))
+    pixels = read_pixels(encoded(image, "PNG"))
+    assert pixels[0].tolist() == [[10, 20, 30], [255, 255, 255], [206, 208, 210]]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    assert read_pixels(encoded(palette, "PNG", transparency=1))[0].tolist() == [[255, 0, 0], [255, 255, 255]]
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter to the right
+    for kind in ("PNG", "TIFF"):
+        turned = read_pixels(encoded(Image.fromarray(RAMP), kind, exif=exif))
+        assert np.array_equal(turned, np.rot90(RAMP, -1))
+
+
+def test_sixteen_bits_stay_sixteen_bits() -> None:
+    grey = (np.arange(40, dtype=np.uint16) * 1600).reshape(5, 8)
+    colour = np.stack([grey, grey[::-1], grey + 7], axis=2)
+    files = {
+        "grey png": (encoded(Image.fromarray(grey), "PNG"), grey[:, :, None]),
+        "colour png": (png16(colour), colour),
+        "grey tiff": (tiff(grey), grey[:, :, None]),
+        "colour tiff": (tiff(colour, photometric="rgb"), colour),
+        "npy": (npy(colour), colour),
+    }
+    for name, (data, expected) in files.items():
+        pixels = read_pixels(data, channels=expected.shape[2])
+        assert pixels.dtype == np.uint16, name
+        assert np.array_equal(pixels, expected), name
+        images = to_images(pixels)
+        assert np.allclose((images.double().numpy() + 1) / 2 * 65535, np.moveaxis(expected, 2, 0), atol=0.02), name
+
+
+def png16(pixels: np.ndarray) -> bytes:
+    """A 16-bit colour PNG, which PIL cannot write: the chunks by hand."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    height, width, _ = pixels.shape
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def tiff(array: np.ndarray, **options: object) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, array, **options)
+    return file.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 13])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_arrays_and_tiffs_of_many_channels_are_read_exactly(channels: int, dtype: type) -> None:
+    values = np.random.default_rng(0).random((6, 7, channels))
+    array = values.astype(dtype) if dtype == np.float32 else (values * np.iinfo(dtype).max).astype(dtype)
+    assert np.array_equal(read_pixels(npy(array), channels=channels), array)
+    pages = np.moveaxis(array, 2, 0)
+    if channels > 1:
+        paged = tiff(pages, photometric="minisblack")
+        assert np.array_equal(read_pixels(paged, channels=channels), array)
+    if channels > 4:
+        interleaved = tiff(array, photometric="minisblack", planarconfig="contig")
+        planar = tiff(pages, photometric="minisblack", planarconfig="separate")
+        assert np.array_equal(read_pixels(interleaved, channels=channels), array)
+        assert np.array_equal(read_pixels(planar, channels=channels), array)
+    with pytest.raises(BadImageError, match=f"{channels} channels, the model has 7"):
+        read_pixels(npy(array), channels=7)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"not an image at all", "cannot be decoded"),
+        (encoded(Image.fromarray(RAMP), "PNG")[:50], "cannot be decoded"),
+        (encoded(Image.fromarray(np.tile(RAMP, (9, 9, 1))), "JPEG")[:400], "cannot be decoded"),
+        (npy(RAMP)[:150], "truncated"),
+        (npy(np.full((3, 3), np.nan)), "outside"),
+        (npy(np.array([{"a": 1}], dtype=object)), "shape"),
+        (npy(np.zeros((2, 2), np.int32)), "int32"),
+        (encoded(Image.new("L", (1100, 1000)), "PNG"), "more than the limit of 1000000"),
+        (png16(np.zeros((1100, 1000, 3), np.uint16)), "more than the limit of 1000000"),
+        (tiff(np.zeros((5, 1100, 1000), np.uint8), compression="zlib", photometric="minisblack"), "more than the limit"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(BadImageError, match=reason):
+        read_pixels(data, max_pixels=1_000_000)
+
+
+def test_every_truncation_of_a_file_is_read_or_refused() -> None:
+    colour = (np.arange(5 * 8 * 3, dtype=np.uint16) * 500).reshape(5, 8, 3)
+    for data in (encoded(Image.fromarray(RAMP), "PNG"), tiff(colour, photometric="rgb"), npy(colour), png16(colour)):
+        for length in range(0, len(data), 3):
+            try:
+                assert read_pixels(data[:length]).shape[2] == 3
+            except BadImageError:
+                pass
+
+
+def test_grey_is_the_luma_of_colour() -> None:
+    reference = np.asarray(Image.fromarray(RAMP).convert("L")).astype(int)
+    assert np.abs(convert_channels(RAMP, 1)[:, :, 0].astype(int) - reference).max() <= 1
+
+
+def test_pixels_and_images_are_inverse_and_rounded_to_the_nearest() -> None:
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    images = to_images(every)
+    assert images.min() == -1
+    assert images.max() == 1
+    assert np.array_equal(to_pixels(images), every)
+    half = torch.tensor([[[-1.2, 1.2, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1]]])
+    assert to_pixels(half).ravel().tolist() == [0, 255, 0, 1]
+
+
+def test_resizing_sixteen_bits_agrees_with_resizing_eight() -> None:
+    eight = np.random.default_rng(1).integers(0, 256, (40, 30, 3)).astype(np.uint8)
+    sixteen = resize(eight.astype(np.uint16) * 257, (16, 16))
+    assert np.abs(sixteen / 257 - resize(eight, (16, 16))).max() <= 1.01
+
+
+def test_the_centre_square_of_a_square_of_that_size_is_itself() -> None:
+    square = np.random.default_rng(1).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    assert np.array_equal(centre_square(square, 32), square)
+    wide = np.concatenate([square * 0, square, square * 0], axis=1)
+    assert np.array_equal(centre_square(wide, 32), square)

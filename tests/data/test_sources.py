@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_vae.data.procedural import SHAPES
+from ldm_vae.data.sources import open_source
+from ldm_vae.errors import BadImageError, DataError
+
+
+def test_a_folder_is_read_recursively_in_order_with_labels(photos: Path) -> None:
+    source = open_source(str(photos))
+    assert len(source) == 12
+    assert source.classes == ("first class", "zweite Klasse ü")
+    names = [source.name(i) for i in range(12)]
+    assert names == sorted(names)
+    for i in range(12):
+        sample = source[i]
+        assert sample.label == source.classes.index(sample.name.split("/")[0])
+        assert np.array_equal(sample.pixels, np.asarray(Image.open(photos / sample.name)))
+
+
+def test_a_zip_of_a_folder_is_the_same_as_the_folder(photos: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for path in photos.rglob("*.png"):
+            archive.write(path, path.relative_to(photos))
+        archive.writestr("../escape.txt", "nothing")
+        archive.writestr("__MACOSX/._image.png", "nothing")
+    folder, zipped = open_source(str(photos)), open_source(str(tmp_path / "photos.zip"))
+    assert len(zipped) == len(folder)
+    assert zipped.classes == folder.classes
+    for i in range(12):
+        assert zipped.name(i) == folder.name(i)
+        assert zipped[i].label == folder[i].label
+        assert np.array_equal(zipped[i].pixels, folder[i].pixels)
+
+
+def test_a_local_hugging_face_dataset_is_read_with_its_labels(photos: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    paths = sorted(photos.rglob("*.png"))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [{"bytes": p.read_bytes(), "path": None} for p in paths] + [{"bytes": b"x", "path": None}]}
+    rows["label"] = [i % 2 for i in range(13)]
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    (tmp_path / "folder").mkdir()
+    dataset.to_parquet(tmp_path / "folder" / "train-0.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    for path in ("folder", "folder/train-0.parquet", "saved"):
+        source = open_source(str(tmp_path / path))
+        assert len(source) == 13
+        assert source.classes == ("a", "b")
+        assert source[3].label == 1
+        assert np.array_equal(source[3].pixels, np.asarray(Image.open(paths[3])))
+        with pytest.raises(BadImageError):
+            source[12]
+
+
+def test_links_to_folders_are_followed_and_loops_end(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(photos)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    source = open_source(str(tmp_path))
+    assert len(source) == 13
+    with pytest.raises(BadImageError, match="cannot be read"):
+        source[[source.name(i) for i in range(13)].index("gone.png")]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere", "no such folder or file: nowhere"),
+        ("procedural:nothing", "procedural:dead-leaves, procedural:shapes"),
+        ("procedural:shapes@x", "not known"),
+        ("{tmp}/empty", "no images in"),
+        ("{tmp}/text.txt", "neither a .zip nor a .parquet"),
+        ("{tmp}/missing", "no such folder or file"),
+    ],
+)
+def test_a_path_that_holds_nothing_is_one_clear_error(path: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("text")
+    with pytest.raises(DataError, match=message):
+        open_source(path.format(tmp=tmp_path))
+
+
+def test_a_damaged_zip_is_one_clear_error_and_a_damaged_member_a_bad_image(photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "photos.zip"
+    image = next(photos.rglob("*.png")).read_bytes()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("good.png", image)
+        archive.writestr("hurt.png", image[::-1])
+    data = bytearray(path.read_bytes())
+    data[data.index(image[::-1]) + 50] ^= 255
+    path.write_bytes(data)
+    source = open_source(str(path))
+    assert source[0].pixels.shape == (60, 72, 3)
+    with pytest.raises(BadImageError, match="CRC"):
+        source[1]
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError):
+        open_source(str(path))
+
+
+def test_held_out_and_train_are_disjoint_and_together_everything(photos: Path) -> None:
+    whole = open_source(str(photos))
+    parts = {s: open_source(f"{photos}#{s}") for s in ("train", "held-out")}
+    names = {s: [p.name(i) for i in range(len(p))] for s, p in parts.items()}
+    assert sorted(names["train"] + names["held-out"]) == [whole.name(i) for i in range(12)]
+    assert len(names["held-out"]) == 2
+    endless = open_source("procedural:dead-leaves#held-out", resolution=16)
+    assert np.array_equal(endless[5].pixels, open_source("procedural:dead-leaves", resolution=16)[50].pixels)
+
+
+@pytest.mark.parametrize("name", ["dead-leaves", "shapes"])
+def test_procedural_images_depend_on_seed_and_index_alone(name: str) -> None:
+    first, again = (open_source(f"procedural:{name}", resolution=48) for _ in range(2))
+    other = open_source(f"procedural:{name}@1", resolution=48)
+    for i in (0, 7, 10**11):
+        assert first[i].pixels.shape == (48, 48, 3)
+        assert np.array_equal(first[i].pixels, again[i].pixels)
+        assert not np.array_equal(first[i].pixels, other[i].pixels)
+    assert not np.array_equal(first[0].pixels, first[8].pixels)
+
+
+def test_shapes_have_eight_labelled_classes() -> None:
+    source = open_source("procedural:shapes", resolution=32, channels=1)
+    assert source.classes == SHAPES
+    assert [source[i].label for i in range(8)] == list(range(8))
+    assert source[0].pixels.shape == (32, 32, 1)
+
+
+def test_dead_leaves_have_the_statistics_of_natural_images() -> None:
+    """The power spectrum of photographs falls as 1/f^2, their gradients have heavy tails (Lee et al. 2001)."""
+    source = open_source("procedural:dead-leaves", resolution=128)
+    grey = np.stack([source[i].pixels.mean(axis=2) for i in range(24)]) / 255
+    power = (np.abs(np.fft.fft2(grey - grey.mean(axis=(1, 2), keepdims=True))) ** 2).mean(axis=0)
+    f = np.fft.fftfreq(128)
+    radius = np.hypot(f[:, None], f[None])
+    bins = np.geomspace(0.03, 0.3, 9)
+    middle = np.sqrt(bins[:-1] * bins[1:])
+    energy = [power[(radius >= a) & (radius < b)].mean() for a, b in zip(bins, bins[1:], strict=False)]
+    slope = np.polyfit(np.log(middle), np.log(energy), 1)[0]
+    assert -3.2 < slope < -1.6
+    gradient = np.diff(grey, axis=2).ravel()
+    kurtosis = ((gradient - gradient.mean()) ** 4).mean() / gradient.var() ** 2
+    assert kurtosis > 6
+    assert 0.1 < grey.std() < 0.35
+
+
+def test_hidden_files_and_other_files_are_not_images(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    for name in ("a.PNG", ".hidden.png", "notes.txt", ".cache/b.png", "MANIFEST.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(file.getvalue())
+    source = open_source(str(tmp_path))
+    assert [source.name(i) for i in range(len(source))] == ["a.PNG"]
+    assert source.classes == ()
+
+
+def test_names_that_are_not_unicode_are_read(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.png")).write_bytes(file.getvalue())
+    assert open_source(str(tmp_path))[0].pixels.shape == (4, 4, 3)

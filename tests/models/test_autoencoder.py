@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from ldm_vae.errors import ModelError
+from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
+from ldm_vae.models.pretrained import encode_moments, last_layer, load_autoencoder, reconstruct, stride_of
+
+SMALL: list[dict[str, Any]] = [
+    {"patch_size": 4, "block_out_channels": (8,), "encoder_layers_per_block": (1,), "decoder_layers_per_block": (2,)},
+    {"patch_size": 4, "block_out_channels": (8, 8)},
+    {
+        "patch_size": 2,
+        "block_out_channels": (8, 8, 8),
+        "encoder_layers_per_block": (1, 0, 1),
+        "decoder_layers_per_block": (2, 1, 0),
+    },
+]
+
+
+def tiny_kl() -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_presets_have_the_stride_and_channels_of_their_name(name: str) -> None:
+    with torch.device("meta"):
+        vae = PatchAutoencoderKL(**ARCHITECTURES[name])
+        images = torch.zeros(2, 3, 64, 64)
+        latents = vae.encode(images).latent_dist.mean
+        assert vae.decode(latents).sample.shape == images.shape
+    if name.startswith("f"):
+        stride, channels = name.removesuffix("-large")[1:].split("c")
+        assert latents.shape == (2, int(channels), 64 // int(stride), 64 // int(stride))
+    if name.endswith("-large"):
+        assert sum(p.numel() for p in vae.parameters()) == pytest.approx(83.65e6, rel=0.05)  # SD's VAE
+
+
+@pytest.mark.parametrize("keywords", SMALL)
+def test_the_receptive_field_is_finite_and_what_the_model_says(keywords: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(in_channels=1, latent_channels=2, **keywords).double()
+    for parameter in vae.parameters():
+        parameter.data = parameter.abs() + 0.01  # positive weights: no influence cancels or dies in a ReLU
+    stride = vae.spatial_compression_ratio
+    side = (2 * vae.encoder_halo // stride + 5) * stride
+    images = torch.rand(1, 1, side, side, dtype=torch.double, requires_grad=True)
+    cell = side // stride // 2
+    vae.encode(images).latent_dist.mean[0, :, cell, cell].sum().backward()
+    touched = images.grad[0, 0].nonzero()
+    first, last = cell * stride - vae.encoder_halo, (cell + 1) * stride - 1 + vae.encoder_halo
+    assert touched.min(dim=0).values.tolist() == [first, first]
+    assert touched.max(dim=0).values.tolist() == [last, last]
+
+    count = 2 * vae.decoder_halo + 5
+    latents = torch.rand(1, 2, count, count, dtype=torch.double, requires_grad=True)
+    middle = count // 2
+    block = vae.decode(latents).sample[0, 0, middle * stride :, middle * stride :][:stride, :stride]
+    block.sum().backward()
+    touched = latents.grad[0].abs().sum(dim=0).nonzero()
+    assert touched.min(dim=0).values.tolist() == [middle - vae.decoder_halo] * 2
+    assert touched.max(dim=0).values.tolist() == [middle + vae.decoder_halo] * 2
+
+
+@pytest.mark.parametrize("channels", [1, 3, 13])
+def test_a_saved_model_loads_with_equal_output(channels: int, tmp_path: Path) -> None:
+    vae = PatchAutoencoderKL(in_channels=channels, latents_mean=(0.5,) * 4, latents_std=(2.0,) * 4).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    assert [p.name for p in tmp_path.rglob("*.bin")] == []
+    images = torch.rand(2, channels, 32, 48) * 2 - 1
+    for path in (tmp_path, tmp_path / "vae"):  # a run directory, or the model's folder
+        again = load_autoencoder(str(path))
+        assert isinstance(again, PatchAutoencoderKL)
+        assert torch.equal(again(images).sample, vae(images).sample)
+        assert tuple(again.config.latents_std) == (2.0,) * 4
+
+
+def test_any_diffusers_autoencoder_loads_and_reconstructs_any_size(tmp_path: Path) -> None:
+    tiny = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    for name, vae in {"kl": tiny_kl(), "tiny": tiny}.items():
+        vae.save_pretrained(tmp_path / name)
+        loaded = load_autoencoder(str(tmp_path / name))
+        images = torch.rand(1, 3, 21, 34) * 2 - 1
+        assert reconstruct(loaded, images).shape == images.shape
+        whole = images[..., :20, :32]
+        encoded = vae.eval().encode(whole)
+        mean = encoded.latent_dist.mean if name == "kl" else encoded.latents
+        assert torch.allclose(reconstruct(loaded, whole), vae.decode(mean).sample, atol=1e-6)
+        assert last_layer(loaded).shape[0] == 3
+        assert stride_of(loaded) == 2
+        assert encode_moments(loaded, whole).shape[1] == 8
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such model"),
+        (lambda path: path.mkdir(), "no readable config.json"),
+        (lambda path: diffusers.UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",)).save_pretrained(path), "not an autoencoder"),
+        (lambda path: (PatchAutoencoderKL().save_pretrained(path),
+            (path / "diffusion_pytorch_model.safetensors").write_bytes(b"damage")), "cannot load PatchAutoencoderKL"),
+    ],
+)  # fmt: skip
+def test_what_is_no_model_is_one_clear_error(make: Any, message: str, tmp_path: Path) -> None:
+    make(tmp_path / "model")
+    with pytest.raises(ModelError, match=message):
+        load_autoencoder(str(tmp_path / "model"))
+
+
+def test_a_wrong_size_or_channel_count_says_what_would_fit() -> None:
+    vae = PatchAutoencoderKL(block_out_channels=(8, 8))
+    with pytest.raises(ValueError, match="image size 250x64 is not a multiple of 8: try 248x64"):
+        vae.encode(torch.zeros(1, 3, 250, 64))
+    with pytest.raises(ValueError, match="images have 1 channels, the model takes 3"):
+        vae.encode(torch.zeros(1, 1, 64, 64))
+    with pytest.raises(ValueError, match="same length"):
+        PatchAutoencoderKL(block_out_channels=(8, 8, 8))
+    with pytest.raises(ValueError, match="power of two"):
+        PatchAutoencoderKL(patch_size=3)
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(block_out_channels=(8, 16))
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+
+    def gradients() -> list[torch.Tensor]:
+        vae.zero_grad()
+        vae(images).sample.square().mean().backward()
+        return [p.grad.clone() for p in vae.parameters() if p.grad is not None]
+
+    plain = gradients()
+    vae.enable_gradient_checkpointing()
+    assert vae.is_gradient_checkpointing
+    for a, b in zip(plain, gradients(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_compiled_model_gives_the_same_reconstruction() -> None:
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(block_out_channels=(8, 8)).eval()
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        plain = vae(images).sample
+        vae.compile_repeated_blocks()
+        assert torch.allclose(vae(images).sample, plain, atol=1e-5)

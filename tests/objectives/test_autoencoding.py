@@ -1,0 +1,189 @@
+"""Gradient truth: which term reaches which network, and that splitting a batch changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
+from diffusers.training_utils import EMAModel
+
+from ldm_vae.data.loader import Batch
+from ldm_vae.data.order import Stream, noise_at
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.models.discriminator import PatchDiscriminator
+from ldm_vae.models.pretrained import last_layer
+from ldm_vae.objectives import losses
+from ldm_vae.objectives.autoencoding import (
+    Objective,
+    State,
+    TrainableVAE,
+    discriminator_step,
+    generator_step,
+    train_step,
+)
+from ldm_vae.objectives.perceptual import PerceptualLoss
+
+RATES = {"vae": 1e-4, "discriminator": 1e-4}
+IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+NOISE = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def make_state(objective: Objective, spectral_norm: bool = False) -> State:
+    torch.manual_seed(0)
+    bare = TrainableVAE(PatchAutoencoderKL(block_out_channels=(8, 16)), objective.learned_logvar)
+    discriminator = PatchDiscriminator(base_channels=8, spectral_norm=spectral_norm)
+    lpips = PerceptualLoss("squeeze", pretrained=False) if objective.perceptual != "none" else None
+    trained = [p for p in bare.parameters() if p.requires_grad]
+    optimizers = {
+        "vae": torch.optim.AdamW(trained, weight_decay=0.0),
+        "discriminator": torch.optim.AdamW(discriminator.parameters(), weight_decay=0.0),
+    }
+    return State(
+        vae=bare,
+        discriminator=discriminator,
+        lpips=lpips,
+        ema=EMAModel(bare.vae.parameters(), decay=0.9),
+        optimizers=optimizers,
+        adaptive_weight=torch.tensor(0.7),
+        bare=bare,
+    )
+
+
+def micro_batches(images: torch.Tensor, count: int) -> Iterator[Batch]:
+    for images_part, positions in zip(images.chunk(count), torch.arange(len(images)).chunk(count), strict=True):
+        yield Batch(images=images_part, positions=positions.tolist(), bad_images={})
+
+
+def gradient_size(module: torch.nn.Module) -> float:
+    return sum(p.grad.abs().sum().item() for p in module.parameters() if p.grad is not None)
+
+
+def test_lpips_alone_gives_the_decoder_a_gradient() -> None:
+    objective = Objective(perceptual="random", kl_weight=0.0)
+    state = make_state(objective)
+    done = generator_step(IMAGES, NOISE, state, objective, adversarial=False, accelerator=Accelerator())
+    done.terms["lpips"].backward()
+    assert gradient_size(state.bare.vae.decoder) > 0
+    assert gradient_size(state.bare.vae.encoder) > 0
+
+
+def test_each_network_has_no_gradient_from_the_others_step() -> None:
+    objective = Objective(perceptual="random")
+    state = make_state(objective)
+    assert state.discriminator is not None
+    done = generator_step(IMAGES, NOISE, state, objective, adversarial=True, accelerator=Accelerator())
+    sum(done.terms.values()).backward()
+    assert gradient_size(state.discriminator) == 0
+    assert gradient_size(state.bare.vae) > 0
+    state.bare.zero_grad()
+    loss, _ = discriminator_step(IMAGES, done.reconstruction, state.discriminator, objective, first=True)
+    loss.backward()
+    assert gradient_size(state.discriminator) > 0
+    assert gradient_size(state.bare) == 0
+    assert all(p.requires_grad for p in state.discriminator.parameters())
+
+
+def test_before_disc_start_the_discriminator_is_never_called_and_nothing_is_paid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objective = Objective(perceptual="none", disc_start=3)
+    state = make_state(objective)
+    before = copy.deepcopy(state.discriminator.state_dict())
+    calls = []
+    state.discriminator.register_forward_pre_hook(lambda *_: calls.append("forward"))
+    real_grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append("grad") or real_grad(*a, **k))
+    accelerator = Accelerator()
+    for step in range(3):
+        result = train_step(
+            micro_batches(IMAGES, 1), state, objective, step=step, learning_rates=RATES, accelerator=accelerator
+        )
+        assert "adversarial" not in result.terms
+    assert calls == []
+    assert all(torch.equal(before[k], v) for k, v in state.discriminator.state_dict().items())
+    train_step(micro_batches(IMAGES, 1), state, objective, step=3, learning_rates=RATES, accelerator=accelerator)
+    assert calls == ["forward", "grad", "forward"]
+    assert not all(torch.equal(before[k], v) for k, v in state.discriminator.state_dict().items())
+
+
+def test_the_adaptive_weight_is_that_of_separate_gradients_over_the_whole_batch() -> None:
+    objective = Objective(perceptual="random", disc_start=0, gradient_accumulation_steps=2, max_grad_norm=1e9)
+    state = make_state(objective)
+    other = make_state(objective)
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    noise = torch.from_numpy(noise_at(0, [0, 1, 2, 3], (4, 4, 4), Stream.POSTERIOR))
+    done = generator_step(IMAGES, noise, other, objective, adversarial=True, accelerator=accelerator)
+    last = last_layer(other.bare.vae)
+    plain = sum(v for k, v in done.terms.items() if k != "adversarial")
+    expected = losses.adaptive_weight(
+        torch.autograd.grad(plain, last, retain_graph=True)[0],
+        torch.autograd.grad(done.terms["adversarial"] / (0.5 * 0.7), last)[0],
+    )
+    train_step(micro_batches(IMAGES, 2), state, objective, step=0, learning_rates=RATES, accelerator=accelerator)
+    assert state.adaptive_weight.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_micro_batches_give_the_update_of_the_whole_batch(spectral_norm: bool) -> None:
+    states = []
+    for count in (1, 2, 4):
+        objective = Objective(
+            perceptual="random", disc_start=1, gradient_accumulation_steps=count, learned_logvar=True, kl_weight=0.01
+        )
+        state = make_state(objective, spectral_norm)
+        GradientState._reset_state()
+        accelerator = Accelerator(gradient_accumulation_steps=count)
+        for step in range(5):
+            images = IMAGES.roll(step, dims=2)
+            train_step(
+                micro_batches(images, count), state, objective, step=step, learning_rates=RATES, accelerator=accelerator
+            )
+        states.append(state)
+    for state in states[1:]:
+        for network, reference in ((state.bare, states[0].bare), (state.discriminator, states[0].discriminator)):
+            for a, b in zip(network.state_dict().values(), reference.state_dict().values(), strict=True):
+                assert (a - b).abs().max() < 1e-5
+    assert states[0].bare.logvar.item() != 0
+
+
+def test_ema_equals_its_formula_in_double_precision() -> None:
+    objective = Objective(perceptual="none", adversarial="none")
+    state = make_state(objective)
+    accelerator = Accelerator()
+    shadow = [p.detach().double().clone() for p in state.bare.vae.parameters()]
+    for step in range(20):
+        train_step(
+            micro_batches(IMAGES, 1), state, objective, step=step, learning_rates=RATES, accelerator=accelerator
+        )
+        decay = min(0.9, (1 + step) / (10 + step)) if step else 0.0
+        for s, p in zip(shadow, state.bare.vae.parameters(), strict=True):
+            s.mul_(decay).add_(p.detach().double(), alpha=1 - decay)
+    for s, p in zip(shadow, state.ema.shadow_params, strict=True):
+        assert p.dtype == torch.float32
+        assert (s - p.double()).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(poison: float) -> None:
+    objective = Objective(perceptual="none", disc_start=0)
+    state = make_state(objective)
+    accelerator = Accelerator()
+    networks = {"vae": state.bare, "discriminator": state.discriminator}
+    before = {k: copy.deepcopy(v.state_dict()) for k, v in networks.items()}
+    images = IMAGES.clone()
+    images[2, 1, 3, 3] = poison
+    result = train_step(
+        micro_batches(images, 1), state, objective, step=0, learning_rates=RATES, accelerator=accelerator
+    )
+    assert not result.healthy
+    for name, network in networks.items():
+        assert all(torch.equal(before[name][k], v) for k, v in network.state_dict().items())
+        assert gradient_size(network) == 0
+    assert state.adaptive_weight.item() == pytest.approx(0.7)
+    assert train_step(
+        micro_batches(IMAGES, 1), state, objective, step=1, learning_rates=RATES, accelerator=accelerator
+    ).healthy

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlparse
+
+import lpips
+import pytest
+import torch
+import torchvision
+
+from ldm_vae.errors import ConfigError, ModelError
+from ldm_vae.objectives.perceptual import WEIGHTS, PerceptualLoss
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty TORCH_HOME, and a download that fails at once."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def refuse(*_args: object, **_keywords: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.mark.parametrize("backbone", ["vgg", "alex", "squeeze"])
+def test_missing_weights_are_one_error_that_names_file_place_and_way_out(backbone: str, no_weights: Path) -> None:
+    file = Path(urlparse(WEIGHTS[backbone].url).path).name
+    with pytest.raises(ModelError) as error:
+        PerceptualLoss(backbone)
+    for part in (file, str(no_weights), "--perceptual random", "no network"):
+        assert part in str(error.value)
+
+
+def test_pretrained_weights_at_their_place_are_used(no_weights: Path) -> None:
+    """The file's format is torchvision's; its numbers are ours, since the real ones cannot be had here."""
+    torch.manual_seed(3)
+    network = torchvision.models.squeezenet1_1()
+    no_weights.mkdir(parents=True)
+    torch.save(network.state_dict(), no_weights / Path(urlparse(WEIGHTS["squeeze"].url).path).name)
+    loss = PerceptualLoss("squeeze")
+    assert torch.equal(loss.lpips.net.slice1[0].weight, network.features[0].weight)
+    reference = lpips.LPIPS(net="squeeze", verbose=False)
+    x, y = torch.rand(2, 3, 40, 40) * 2 - 1, torch.rand(2, 3, 40, 40) * 2 - 1
+    assert torch.allclose(loss(x, y), reference(x, y).mean())
+    assert torch.allclose(loss.distances(x, y), reference(x, y).flatten())
+
+
+def test_a_random_backbone_is_always_the_same_and_leaves_the_random_state_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = PerceptualLoss("squeeze", pretrained=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    second = PerceptualLoss("squeeze", pretrained=False)
+    x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    assert torch.equal(first(x, y), second(x, y))
+
+
+def test_the_reconstruction_gets_a_gradient_and_the_backbone_none() -> None:
+    loss = PerceptualLoss("squeeze", pretrained=False)
+    reconstruction = torch.rand(2, 3, 32, 32, requires_grad=True)
+    loss.train()
+    loss(reconstruction, torch.rand(2, 3, 32, 32)).backward()
+    assert reconstruction.grad is not None
+    assert reconstruction.grad.abs().sum() > 0
+    assert not any(p.requires_grad or p.grad is not None for p in loss.parameters())
+    assert not any(m.training for m in loss.modules())
+
+
+def test_images_that_are_not_colour_need_and_get_a_policy() -> None:
+    grey = PerceptualLoss("squeeze", pretrained=False, image_channels=1)
+    colour = PerceptualLoss("squeeze", pretrained=False)
+    x, y = torch.rand(1, 1, 32, 32), torch.rand(1, 1, 32, 32)
+    assert torch.equal(grey(x, y), colour(x.repeat(1, 3, 1, 1), y.repeat(1, 3, 1, 1)))
+    with pytest.raises(ConfigError, match="13: name three of them"):
+        PerceptualLoss("squeeze", pretrained=False, image_channels=13)
+    with pytest.raises(ConfigError, match="not all among"):
+        PerceptualLoss("squeeze", pretrained=False, image_channels=5, channels=(0, 1, 5))
+    bands = PerceptualLoss("squeeze", pretrained=False, image_channels=13, channels=(3, 2, 1))
+    x, y = torch.rand(1, 13, 32, 32), torch.rand(1, 13, 32, 32)
+    assert torch.equal(bands(x, y), colour(x[:, [3, 2, 1]], y[:, [3, 2, 1]]))

@@ -1,0 +1,54 @@
+"""Imports run one way, and no module is a drawer for junk."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = (
+    ("ldm_vae.errors",),
+    ("ldm_vae.data", "ldm_vae.models", "ldm_vae.codec.rans", "ldm_vae.codec.bitstream"),
+    ("ldm_vae.objectives", "ldm_vae.latents", "ldm_vae.codec"),
+    ("ldm_vae.config", "ldm_vae.runs", "ldm_vae.state", "ldm_vae.metrics", "ldm_vae.pictures", "ldm_vae.timing")
+    + ("ldm_vae.pipeline",),
+    ("ldm_vae.cli",),
+    ("training", "pipelines", "benchmarks"),
+)
+BANNED = {"utils", "util", "common", "helpers", "helper", "misc"}
+
+
+def layer(module: str) -> int:
+    found = [(len(p), i) for i, names in enumerate(LAYERS) for p in names if (module + ".").startswith(p + ".")]
+    return max(found)[1] if found else -1
+
+
+def modules() -> list[Path]:
+    return [p for top in ("ldm_vae", "training", "pipelines", "benchmarks") for p in sorted((ROOT / top).rglob("*.py"))]
+
+
+def imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_module_imports_only_from_its_own_layer_and_those_below(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    assert path.stem not in BANNED
+    if module == "ldm_vae":
+        return  # the public face imports on demand, from anywhere
+    assert layer(module) >= 0, f"{module} has no place in LAYERS"
+    for name in imports(path):
+        below = layer(name)
+        assert below <= layer(module), f"{module} imports {name}, which is above it"
+        is_script = below == len(LAYERS) - 1
+        assert not is_script, f"{module} imports the script {name}"

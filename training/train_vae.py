@@ -1,0 +1,388 @@
+"""Train a KL-VAE on images.
+
+accelerate launch training/train_vae.py PRESET --data PATH --output RUN
+
+The same command resumes a run, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm_vae.config import parse_config
+from ldm_vae.data.images import to_pixels
+from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, load_batches
+from ldm_vae.data.sources import Source, open_source
+from ldm_vae.errors import ConfigError, RunError, one_line_errors
+from ldm_vae.metrics import psnr
+from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
+from ldm_vae.models.discriminator import PatchDiscriminator
+from ldm_vae.models.pretrained import channels_of, load_autoencoder, reconstruct, stride_of
+from ldm_vae.objectives import perceptual
+from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
+from ldm_vae.pictures import reconstruction_grid, validation_images
+from ldm_vae.runs import Checkpoint, Run, StopSignal, staged_directory
+from ldm_vae.state import load_state, state_tensors
+
+# Config ---------------------------------------------------------------------------------------------------------------
+
+FREE_ON_RESUME = (
+    *("gradient_accumulation_steps", "num_workers", "cache_gib", "gradient_checkpointing", "compile"),
+    *("log_every", "sample_every", "checkpoint_every", "tracker", "output"),
+)
+"""Fields that a resumed run may change: no result depends on them beyond rounding."""
+
+FIRST_GRIDS = (10, 100)
+UNHEALTHY_LIMIT = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Objective):
+    """Flags of the VAE's trainer."""
+
+    data: str = tyro.MISSING
+    """Image folder, .zip, Hugging Face dataset, or procedural:NAME."""
+    output: Path = tyro.MISSING
+    """Run directory; the same command again resumes it."""
+    val_data: str | None = None
+    """Images for the sample grid and the validation PSNR; the first of --data unless given."""
+    steps: int = 100_000
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Images a step, over all processes and micro-batches."""
+    resolution: int = 256
+    """Side of the training crops, in pixels."""
+    shorter_side: int | None = None
+    """Resize images to this shorter side before the crop; keep their size unless given."""
+    channels: int = 3
+    """Channels of the images."""
+    architecture: tyro.conf.Suppress[str] = "f8c4"
+    init: str | None = None
+    """Start from this autoencoder (run, diffusers folder or hub id) instead of the preset's network."""
+    train: Literal["all", "decoder"] = "all"
+    """decoder leaves the encoder, and so the latents, as they are."""
+    spectral_norm: bool = False
+    """Spectral norm instead of group norm in the discriminator."""
+    learning_rate: float = 2e-4
+    """Of the VAE; absolute: not scaled with the batch or the processes."""
+    disc_learning_rate: float = 2e-4
+    warmup_steps: int = 100
+    """Steps of linear warm-up; a cosine to zero follows."""
+    ema_decay: float = 0.999
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile the network's stages."""
+    num_workers: int = 1
+    """Processes that decode images, for each training process."""
+    cache_gib: float = 1.0
+    """Decoded images that each training process may keep in memory."""
+    log_every: int = 20
+    sample_every: int = 500
+    checkpoint_every: int = 500
+    tracker: str = "tensorboard"
+    """Any that Accelerate knows by name (tensorboard, wandb, ...), or none; metrics.jsonl is always written."""
+
+
+def preset(architecture: str, **changes: Any) -> Config:
+    return Config(architecture=architecture, **changes)
+
+
+PRESETS = {
+    "demo": (
+        "minutes on two CPU cores, every loss on",
+        preset(
+            "demo",
+            steps=1200,
+            batch_size=16,
+            resolution=64,
+            perceptual="random",
+            lpips_backbone="squeeze",
+            lpips_weight=0.1,
+            adversarial_weight=0.1,
+            disc_start=600,
+            learning_rate=1e-3,
+            disc_learning_rate=4e-4,
+            sample_every=300,
+            checkpoint_every=300,
+            ema_decay=0.99,
+        ),
+    ),
+    "f8c4": ("stride 8, 4 channels: Stable Diffusion's shape of latents", preset("f8c4")),
+    "f8c8": ("stride 8, 8 channels", preset("f8c8")),
+    "f16c16": ("stride 16, 16 channels", preset("f16c16")),
+    "f4c3": ("stride 4, 3 channels: near-lossless latents", preset("f4c3")),
+    "f8c4-large": (
+        "stride 8, 4 channels, about the parameters of Stable Diffusion's VAE, for GPUs",
+        preset("f8c4-large", learning_rate=1e-4, disc_learning_rate=1e-4, num_workers=8),
+    ),
+}
+
+
+def validate(config: Config, num_processes: int) -> None:
+    """Raises ConfigError for flags that cannot work."""
+    for name in ("steps", "batch_size", "gradient_accumulation_steps", "resolution", "channels", "log_every"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be at least 1")
+    for name in ("learning_rate", "disc_learning_rate", "max_grad_norm"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be more than 0")
+    parts = num_processes * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch size {config.batch_size} is not a multiple of {num_processes} processes x "
+            f"{config.gradient_accumulation_steps} micro-batches: try {-(-config.batch_size // parts) * parts}"
+        )
+    if config.perceptual != "none" and config.resolution < perceptual.SMALLEST_IMAGE[config.lpips_backbone]:
+        least = perceptual.SMALLEST_IMAGE[config.lpips_backbone]
+        raise ConfigError(
+            f"LPIPS with {config.lpips_backbone} needs crops of {least} pixels, --resolution is {config.resolution}: "
+            "enlarge it, or choose --perceptual none"
+        )
+    smallest = PatchDiscriminator.smallest_image(num_layers=3)
+    if config.adversarial != "none" and config.resolution < smallest:
+        raise ConfigError(
+            f"the discriminator needs crops of {smallest} pixels, --resolution is {config.resolution}: "
+            "enlarge it, or choose --adversarial none"
+        )
+
+
+def learning_rate_at(step: int, peak: float, config: Config) -> float:
+    """Linear warm-up, then a cosine to zero at the last step."""
+    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    return peak * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+# Main -----------------------------------------------------------------------------------------------------------------
+
+
+def build(config: Config, accelerator: Accelerator) -> State:
+    """The networks and their optimizers, the same in every process."""
+    set_seed(config.seed)
+    if config.init:
+        vae = load_autoencoder(config.init)
+        if channels_of(vae) != config.channels:
+            raise ConfigError(f"{config.init} takes images of {channels_of(vae)} channels: add --channels to say so")
+    else:
+        vae = PatchAutoencoderKL(in_channels=config.channels, **ARCHITECTURES[config.architecture])
+    if config.resolution % stride_of(vae):
+        nearest = max(config.resolution // stride_of(vae), 1) * stride_of(vae)
+        raise ConfigError(f"--resolution {config.resolution} is not a multiple of {stride_of(vae)}: try {nearest}")
+    if config.train == "decoder":
+        for name, parameter in vae.named_parameters():
+            parameter.requires_grad_(not name.startswith(("encoder.", "quant_conv.")))
+    if config.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    bare = TrainableVAE(vae, config.learned_logvar).to(accelerator.device, memory_format=torch.channels_last).train()
+    if config.compile:
+        vae.compile_repeated_blocks()
+    discriminator = lpips = None
+    if config.adversarial != "none":
+        discriminator = PatchDiscriminator(in_channels=config.channels, spectral_norm=config.spectral_norm)
+        discriminator = discriminator.to(accelerator.device, memory_format=torch.channels_last)
+    if config.perceptual != "none":
+        with accelerator.local_main_process_first():  # one download a machine
+            lpips = perceptual.PerceptualLoss(
+                config.lpips_backbone,
+                pretrained=config.perceptual == "pretrained",
+                image_channels=config.channels,
+                channels=config.lpips_channels,
+            ).to(accelerator.device, memory_format=torch.channels_last)
+    optimizers = {}
+    for name, network, rate in (
+        ("vae", bare, config.learning_rate),
+        ("discriminator", discriminator, config.disc_learning_rate),
+    ):
+        if network is not None:
+            trained = [p for p in network.parameters() if p.requires_grad]
+            betas = (0.9, 0.99) if name == "vae" else (0.5, 0.9)
+            optimizers[name] = torch.optim.AdamW(trained, rate, betas=betas, weight_decay=0.0, fused=True)
+    return State(
+        vae=accelerator.prepare(bare),
+        discriminator=None if discriminator is None else accelerator.prepare(discriminator),
+        lpips=lpips,
+        ema=EMAModel(vae.parameters(), decay=config.ema_decay, foreach=True),
+        optimizers=optimizers,
+        adaptive_weight=torch.zeros((), device=accelerator.device),
+        bare=bare,
+    )
+
+
+@contextmanager
+def averaged(state: State) -> Iterator[Any]:
+    """The VAE with its averaged weights in place."""
+    state.ema.store(state.bare.vae.parameters())
+    state.ema.copy_to(state.bare.vae.parameters())
+    state.bare.vae.eval()
+    try:
+        yield state.bare.vae
+    finally:
+        state.ema.restore(state.bare.vae.parameters())
+        state.bare.vae.train()
+
+
+def save(run: Run, state: State, *, step: int, facts: dict[str, Any]) -> None:
+    """A checkpoint, and the averaged VAE in diffusers' layout."""
+    if run.main:
+        run.save(Checkpoint(step=step, tensors=state_tensors(state.parts()), facts=facts))
+        with averaged(state) as vae, staged_directory(run.directory / "vae") as staging:
+            vae.save_pretrained(staging)
+
+
+def draw(run: Run, state: State, images: Tensor, *, step: int, accelerator: Accelerator) -> dict[str, float]:
+    """The sample grid of the averaged VAE, and its PSNR on the validation images."""
+    with averaged(state) as vae, torch.inference_mode(), accelerator.autocast():
+        reconstructions = torch.cat([reconstruct(vae, i[None].to(accelerator.device)).float().cpu() for i in images])
+    reconstruction_grid(images[:8], reconstructions[:8]).save(run.directory / "samples" / f"step-{step}.png")
+    return {"val_psnr": float(psnr(to_pixels(images), to_pixels(reconstructions)).mean())}
+
+
+def resume(run: Run, state: State) -> tuple[int, dict[str, Any]] | None:
+    """Puts the newest whole checkpoint into `state`: the step to go on from and the facts so far."""
+    checkpoint = run.load_newest()
+    if checkpoint is None:
+        return None
+    load_state(state.parts(), checkpoint.tensors)
+    run.forget_after(checkpoint.step)
+    return checkpoint.step, checkpoint.facts
+
+
+def batches_from(step: int, source: Source, config: Config, accelerator: Accelerator) -> Iterator[Batch]:
+    """This process's micro-batches from `step` on."""
+    crops = CropDataset(
+        source,
+        seed=config.seed,
+        resolution=config.resolution,
+        shorter_side=config.shorter_side,
+        cache_bytes=int(config.cache_gib * 2**30) // max(config.num_workers, 1),
+    )
+    order = MicroBatches(
+        first_step=step,
+        last_step=config.steps,
+        batch_size=config.batch_size,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        accumulation=config.gradient_accumulation_steps,
+    )
+    on_gpu = accelerator.device.type == "cuda"
+    return load_batches(crops, order, num_workers=config.num_workers, pin_memory=on_gpu)
+
+
+def describe(config: Config, state: State, source: Source, accelerator: Accelerator) -> str:
+    parameters = sum(p.numel() for p in state.bare.vae.parameters()) / 1e6
+    processes, micro = accelerator.num_processes, config.gradient_accumulation_steps
+    text = (
+        f"{parameters:.2f} M parameters, {len(source)} images; effective batch {config.batch_size} = {processes} "
+        f"processes x {config.batch_size // processes // micro} images x {micro} micro-batches, "
+        f"learning rate {config.learning_rate:g} as given"
+    )
+    if config.perceptual == "random":
+        text += "; LPIPS has a random backbone: its values compare with nothing else"
+    return text
+
+
+def main(config: Config) -> None:
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.output,
+    )
+    validate(config, accelerator.num_processes)
+    side = config.shorter_side or config.resolution
+    source = open_source(config.data, channels=config.channels, resolution=side)
+    val_source = open_source(config.val_data, channels=config.channels, resolution=side) if config.val_data else source
+    state = build(config, accelerator)
+    run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
+    step, facts = resume(run, state) or (0, {"seconds": 0.0, "skipped_steps": 0})
+    if run.main:
+        val_images, bad_images = validation_images(val_source, side=side - side % stride_of(state.bare.vae))
+        run.add_bad_images(bad_images)
+    if config.tracker != "none":
+        accelerator.init_trackers("logs", {k: str(v) for k, v in dataclasses.asdict(config).items()})
+    accelerator.print(describe(config, state, source, accelerator))
+    batches: Iterator[Batch] | None = None
+    bad_images, waited, unhealthy_in_a_row, gone_back = {}, 0.0, 0, False
+    logged_at = (step, facts["seconds"])
+    images = config.steps * config.batch_size
+    bar = tqdm(total=images, initial=step * config.batch_size, unit="image", mininterval=1.0, disable=not run.main)
+    with StopSignal() as stop, bar:
+        while step < config.steps:
+            began = time.perf_counter()
+            batches = batches or batches_from(step, source, config, accelerator)
+            rates = {
+                "vae": learning_rate_at(step, config.learning_rate, config),
+                "discriminator": learning_rate_at(step, config.disc_learning_rate, config),
+            }
+            result = train_step(batches, state, config, step=step, learning_rates=rates, accelerator=accelerator)
+            stopping = any_process(stop.received is not None, accelerator)
+            facts["seconds"] += time.perf_counter() - began
+            facts["skipped_steps"] += not result.healthy
+            step += 1
+            waited += result.waited
+            bad_images |= result.bad_images
+            bar.update(config.batch_size)
+            unhealthy_in_a_row = 0 if result.healthy else unhealthy_in_a_row + 1
+            if unhealthy_in_a_row == UNHEALTHY_LIMIT:
+                why = f"a loss or gradient was not finite in {UNHEALTHY_LIMIT} steps in a row, up to step {step}"
+                resumed = None if gone_back else resume(run, state)
+                if resumed is None:
+                    when = "once more" if gone_back else "before the first checkpoint"
+                    raise RunError(f"{why}, {when}: lower --learning-rate, or look at the data")
+                step, facts = resumed
+                accelerator.print(f"{why}: back to the checkpoint of step {step}")
+                batches, unhealthy_in_a_row, gone_back, logged_at = None, 0, True, (step, facts["seconds"])
+                bar.update(step * config.batch_size - bar.n)
+                continue
+            last = stopping or step == config.steps
+            if last or step % config.log_every == 0:
+                for met in gather_object([bad_images]):
+                    run.add_bad_images(met)
+                steps, seconds = step - logged_at[0], facts["seconds"] - logged_at[1]
+                metrics = result.metrics(accelerator) | {
+                    "adaptive_weight": float(state.adaptive_weight),
+                    "learning_rate": rates["vae"],
+                    "images_per_second": steps * config.batch_size / seconds,
+                    "waiting_for_data": waited / seconds,
+                    **facts,
+                }
+                run.log(step, metrics)
+                accelerator.log(metrics, step=step)
+                bad_images, waited, logged_at = {}, 0.0, (step, facts["seconds"])
+            if run.main and (last or step in FIRST_GRIDS or step % config.sample_every == 0):
+                metrics = draw(run, state, val_images, step=step, accelerator=accelerator)
+                run.log(step, metrics | {"seconds": facts["seconds"]})
+                accelerator.log(metrics, step=step)
+            if last or step % config.checkpoint_every == 0:
+                save(run, state, step=step, facts=facts)
+            if stopping:
+                accelerator.print(f"stopped by {stop.received or 'a signal'} after step {step}: run it again to go on")
+                break
+    accelerator.end_training()
+
+
+def any_process(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether `flag` is set in any process, known to all."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_config(PRESETS, description="Train a KL-VAE on images."))
