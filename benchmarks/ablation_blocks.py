@@ -115,6 +115,8 @@ SECOND_ROUND = {
     "plain enc (1,1) dec (1,1)": (PLAIN, LIGHT | {"decoder_layers_per_block": (1, 1)}, 2e-3),
     "plain enc (1,1) dec (1,3)": (PLAIN, LIGHT | {"decoder_layers_per_block": (1, 3)}, 2e-3),
     "plain enc (1,1) dec (1,2) (64,160)": (PLAIN, LIGHT | {"block_out_channels": (64, 160)}, 2e-3),
+    "plain enc (0,1) dec (1,2)": (PLAIN, LIGHT | {"encoder_layers_per_block": (0, 1)}, 2e-3),
+    "plain enc (0,2) dec (1,2)": (PLAIN, LIGHT | {"encoder_layers_per_block": (0, 2)}, 2e-3),
     "plain patch 2 (32,64,128)": (PLAIN, VARIANTS["patch 2 (32,64,128)"][1], 2e-3),
 }
 VARIANTS |= SECOND_ROUND

@@ -3,7 +3,8 @@
 python benchmarks/reconstruction.py --vae RUN_OR_MODEL [--vae ...] --data PATH --output DIR
 
 The protocol: the centred square of an image, resampled to R x R by PIL's bicubic (or --full: the whole image at its
-own size), uint8; through the posterior's mean and back; clamped, rounded to uint8; then every metric, image by image.
+own size), uint8; through the posterior's mean and back; clamped, rounded to uint8; then every metric. One image at a
+time, always: in a batch, sums come out in another order, and a pixel between two values can fall on the other side.
 """
 
 from __future__ import annotations
@@ -46,8 +47,6 @@ class Config:
     """Whole images at their own size instead."""
     num_images: int | None = None
     """Only the first so many."""
-    batch_size: int = 8
-    """Images that go through a model at once; no figure depends on it."""
     perceptual: Literal["pretrained", "random", "none"] = "pretrained"
     """LPIPS with pretrained features, with random ones (labelled so), or no LPIPS."""
     lpips_backbone: Backbone = "alex"
@@ -68,9 +67,8 @@ def prepare(source: Source, index: int, config: Config) -> Pixels:
 
 
 @torch.inference_mode()
-def reconstruct_pixels(vae: Any, batch: list[Pixels], device: torch.device) -> list[Pixels]:
-    images = torch.stack([to_images(p) for p in batch]).to(device)
-    return list(to_pixels(reconstruct(vae, images)))
+def reconstruct_pixels(vae: Any, pixels: Pixels, device: torch.device) -> Pixels:
+    return to_pixels(reconstruct(vae, to_images(pixels)[None].to(device)))[0]
 
 
 def measure(pixels: Pixels, other: Pixels, lpips: PerceptualLoss | None, lpips_name: str, least: int) -> Row:
@@ -97,28 +95,14 @@ def evaluate(vae: Any, source: Source, lpips: PerceptualLoss | None, config: Con
     least = SMALLEST_IMAGE[config.lpips_backbone]
     rows: list[Row] = []
     bad: dict[str, str] = {}
-    pending: list[tuple[int, Pixels]] = []
-
-    def flush() -> None:
-        outputs = reconstruct_pixels(vae, [p for _, p in pending], accelerator.device)
-        for (index, pixels), output in zip(pending, outputs, strict=True):
-            figures = measure(pixels, output, lpips, lpips_name, least)
-            rows.append({"index": index, "image": source.name(index), **figures})
-        pending.clear()
-
     for index in range(accelerator.process_index, count, accelerator.num_processes):
         try:
             pixels = prepare(source, index, config)
         except BadImageError as error:
             bad[source.name(index)] = str(error)
             continue
-        if pending and pending[0][1].shape != pixels.shape:
-            flush()
-        pending.append((index, pixels))
-        if len(pending) == config.batch_size:
-            flush()
-    if pending:
-        flush()
+        output = reconstruct_pixels(vae, pixels, accelerator.device)
+        rows.append({"index": index, "image": source.name(index), **measure(pixels, output, lpips, lpips_name, least)})
     return rows, bad
 
 
@@ -176,7 +160,7 @@ def draw_gallery(vaes: dict[str, Any], source: Source, rows: list[Row], config: 
     worst = sorted(rows, key=lambda r: r["psnr"])[: config.gallery]
     originals = [prepare(source, r["index"], config) for r in worst]
     lines = [("originals, the worst ones", originals)]
-    lines += [(name, [reconstruct_pixels(v, [p], device)[0] for p in originals]) for name, v in vaes.items()]
+    lines += [(name, [reconstruct_pixels(v, p, device) for p in originals]) for name, v in vaes.items()]
     return labelled_rows([(name, np.stack([gallery_tile(p) for p in pixels])) for name, pixels in lines])
 
 
@@ -188,8 +172,8 @@ def gallery_tile(pixels: Pixels) -> Pixels:
 def main(config: Config) -> None:
     if not config.vae:
         raise ConfigError("no --vae given: name at least one run directory, diffusers folder or hub id")
-    if min(config.resolution, config.batch_size, config.num_images or 1) < 1:
-        raise ConfigError("--resolution, --batch-size and --num-images must be at least 1")
+    if min(config.resolution, config.num_images or 1) < 1:
+        raise ConfigError("--resolution and --num-images must be at least 1")
     accelerator = Accelerator()
     vaes = {path: load_autoencoder(path).to(accelerator.device) for path in dict.fromkeys(config.vae)}
     channels = {channels_of(v) for v in vaes.values()}

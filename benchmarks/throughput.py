@@ -111,7 +111,7 @@ def main(config: Config) -> None:
     large = (torch.rand(1, 3, *[config.reconstruction_resolution] * 2) * 2 - 1).to(device)
     large = large.to(memory_format=torch.channels_last)
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    peak = peak_flops(device, dtype, size=8192 if device.type == "cuda" else 2048)
+    peak = peak_flops(device, dtype)
     states = {}
     for name in config.models:
         vae = build(name)

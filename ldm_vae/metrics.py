@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytorch_msssim
 import torch
 from PIL import Image
 from torch import Tensor
@@ -37,26 +38,16 @@ def ssim(pixels: Pixels, reconstruction: Pixels) -> float:
 
     The mean over channels and over the places where the window fits; NaN for images smaller than the window.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     if min(pixels.shape[:2]) < SMALLEST_FOR_SSIM:
         return float("nan")
-    return float(
-        structural_similarity_index_measure(as_float_batch(reconstruction), as_float_batch(pixels), data_range=255.0)
-    )
+    return float(pytorch_msssim.ssim(as_float_batch(reconstruction), as_float_batch(pixels), data_range=255))
 
 
 def ms_ssim(pixels: Pixels, reconstruction: Pixels) -> float:
     """Multi-scale SSIM of two uint8 (H, W, C) (Wang et al. 2003), five scales; NaN below 161 pixels."""
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
-
     if min(pixels.shape[:2]) < SMALLEST_FOR_MS_SSIM:
         return float("nan")
-    return float(
-        multiscale_structural_similarity_index_measure(
-            as_float_batch(reconstruction), as_float_batch(pixels), data_range=255.0, normalize="relu"
-        )
-    )
+    return float(pytorch_msssim.ms_ssim(as_float_batch(reconstruction), as_float_batch(pixels), data_range=255))
 
 
 def ssimulacra2(pixels: Pixels, reconstruction: Pixels) -> float:

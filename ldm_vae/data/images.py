@@ -60,6 +60,8 @@ def read_pixels(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS)
             return convert_channels(read_pil(data, max_pixels), channels)
     except BadImageError:
         raise
+    except Image.DecompressionBombError:
+        raise BadImageError(f"more than the limit of {max_pixels} pixels") from None
     except MemoryError:
         raise BadImageError("not enough memory to decode it") from None
     except Exception as error:  # decoders raise nearly anything on damaged files

@@ -142,7 +142,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         latent_channels: int = 4,
         patch_size: int = 4,
         block_out_channels: tuple[int, ...] = (64, 128),
-        encoder_layers_per_block: tuple[int, ...] = (1, 1),
+        encoder_layers_per_block: tuple[int, ...] = (0, 1),
         decoder_layers_per_block: tuple[int, ...] = (1, 2),
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
@@ -239,7 +239,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "f16c16": {
         "latent_channels": 16,
         "block_out_channels": (64, 128, 256),
-        "encoder_layers_per_block": (1, 1, 1),
+        "encoder_layers_per_block": (0, 1, 1),
         "decoder_layers_per_block": (1, 1, 2),
     },
     "f4c3": {"latent_channels": 3, "patch_size": 2},

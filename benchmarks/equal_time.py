@@ -1,0 +1,117 @@
+"""Train f8c4 and diffusers' autoencoders for the same time on the same photos, and compare their reconstructions.
+
+python benchmarks/equal_time.py --data TRAIN_FOLDER --val-data VAL_FOLDER --output DIR
+
+Each model is trained by training/train_vae.py with L1 and KL on 64x64 crops, 16 a step, in the precision that it is
+faster in. Its learning rate is the best of RATES after --sweep-seconds, judged on held-out *training* photos; the
+validation photos are only measured on. Evaluations and checkpoints are not counted as training time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import matplotlib.pyplot as plt
+import torch
+
+from ldm_vae.config import parse_flags
+from ldm_vae.errors import one_line_errors
+from ldm_vae.runs import write_json
+from ldm_vae.timing import describe_machine
+
+ROOT = Path(__file__).parent.parent
+RATES = (5e-4, 1e-3, 2e-3)
+BATCH_SIZE = 16
+PRECISION = {"f8c4": "bf16", "AutoencoderKL": "no", "AutoencoderTiny": "bf16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of the comparison at equal training time."""
+
+    data: str
+    val_data: str
+    output: Path
+    seconds: float = 600
+    """Training time of each model."""
+    sweep_seconds: float = 60
+    """Training time for each learning rate that is tried."""
+
+
+def make_baselines(folder: Path) -> None:
+    """Untrained diffusers autoencoders with the latents of f8c4."""
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        block_out_channels=(32, 64, 128, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+    ).save_pretrained(folder / "AutoencoderKL")
+    diffusers.AutoencoderTiny().save_pretrained(folder / "AutoencoderTiny")
+
+
+def train(name: str, config: Config, output: Path, *, data: str, val_data: str, steps: int, rate: float) -> list[dict]:
+    """One run of the trainer: its metrics."""
+    command = [sys.executable, str(ROOT / "training" / "train_vae.py"), "f8c4", "--data", data, "--val-data", val_data]
+    command += ["--output", str(output), "--steps", str(steps), "--batch-size", str(BATCH_SIZE), "--resolution", "64"]
+    command += ["--shorter-side", "256", "--perceptual", "none", "--adversarial", "none", "--tracker", "none"]
+    command += ["--learning-rate", str(rate), "--mixed-precision", PRECISION[name], "--log-every", "10"]
+    command += ["--sample-every", str(max(steps // 16, 1)), "--checkpoint-every", str(max(steps // 4, 1))]
+    if name != "f8c4":
+        command += ["--init", str(config.output / "init" / name)]
+    if name == "AutoencoderTiny":
+        command += ["--kl-weight", "0"]  # it has no posterior
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def main(config: Config) -> None:
+    make_baselines(config.output / "init")
+    curves, facts = {}, {}
+    for name in PRECISION:
+        split = {"data": f"{config.data}#train", "val_data": f"{config.data}#held-out"}
+        trial = train(name, config, config.output / "speed" / name, steps=60, rate=1e-3, **split)
+        per_second = max(m["images_per_second"] for m in trial if "images_per_second" in m) / BATCH_SIZE
+        scores = {}
+        for rate in RATES:
+            folder = config.output / "sweep" / f"{name}-{rate:g}"
+            lines = train(name, config, folder, steps=int(config.sweep_seconds * per_second), rate=rate, **split)
+            scores[rate] = [m["val_psnr"] for m in lines if "val_psnr" in m][-1]
+            print(name, rate, scores[rate], flush=True)
+        best = max(scores, key=scores.__getitem__)
+        steps = int(config.seconds * per_second)
+        lines = train(
+            name, config, config.output / name, data=config.data, val_data=config.val_data, steps=steps, rate=best
+        )
+        curves[name] = [(m["seconds"], m["val_psnr"]) for m in lines if "val_psnr" in m]
+        facts[name] = {
+            "steps": steps,
+            "learning_rate": best,
+            "held_out_psnr_of_the_sweep": {f"{rate:g}": score for rate, score in scores.items()},
+            "precision": PRECISION[name],
+            "training_seconds": curves[name][-1][0],
+            "curve_seconds_and_psnr_of_32_validation_photos": curves[name],
+        }
+        print(name, facts[name], flush=True)
+    write_json(config.output / "equal_time.json", {"machine": describe_machine(torch.device("cpu")), "models": facts})
+    plot(curves, config.output / "psnr_against_time.png")
+
+
+def plot(curves: dict[str, list[tuple[float, float]]], file: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, curve in curves.items():
+        axes.plot([t for t, _ in curve], [p for _, p in curve], marker="o", markersize=3, label=name)
+    axes.set(xlabel="training time (s)", ylabel="PSNR (dB), 32 validation photos at 256", xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_flags(Config, description="Compare autoencoders after equal training time."))

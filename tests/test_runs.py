@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm_vae.errors import RunError
+from ldm_vae.runs import Checkpoint, Run, staged_directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    rate: float = 0.1
+    sizes: tuple[int, ...] = (1, 2)
+    workers: int = 0
+
+
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(step=step, tensors={"a": torch.full((3, 4), float(step))}, facts={"seconds": 1.5 * step})
+
+
+def test_a_checkpoint_comes_back_as_it_was_and_only_the_newest_are_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", Config())
+    assert run.load_newest() is None
+    for step in (2, 4, 10):
+        run.save(checkpoint(step))
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-10", "step-4"]
+    newest = Run(tmp_path / "run", Config()).load_newest()
+    assert newest is not None
+    assert (newest.step, newest.facts) == (10, {"seconds": 15.0})
+    assert torch.equal(newest.tensors["a"], torch.full((3, 4), 10.0))
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "empty"])
+def test_whatever_is_damaged_in_the_newest_checkpoint_the_one_before_is_used(
+    file: str, damage: str, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, Config())
+    run.save(checkpoint(1))
+    run.save(checkpoint(2))
+    path = tmp_path / "checkpoints" / "step-2" / file
+    data = path.read_bytes()
+    at = data.index(b'"sha256": "') + 15 if file == "state.json" else len(data) - 3
+    changed = {
+        "truncated": data[: len(data) // 2],
+        "flipped": data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :],
+        "empty": b"",
+    }
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(changed[damage])
+    with pytest.warns(UserWarning, match="step-2 is damaged"):
+        loaded = run.load_newest()
+    assert loaded is not None
+    assert loaded.step == 1
+    (tmp_path / "checkpoints" / "step-1" / "state.json").unlink()
+    with pytest.warns(UserWarning), pytest.raises(RunError, match="none of the checkpoints"):
+        run.load_newest()
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with staged_directory(target) as staging:
+        (staging / "weights").write_text("old")
+
+    def fail() -> None:
+        with staged_directory(target) as staging:
+            (staging / "weights").write_text("new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (target / "weights").read_text() == "old"
+    with staged_directory(target) as staging:
+        (staging / "weights").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (target / "weights").read_text() == "new"
+
+
+def test_resuming_with_other_settings_lists_what_differs(tmp_path: Path) -> None:
+    Run(tmp_path, Config(), free=("workers",))
+    Run(tmp_path, Config(workers=5), free=("workers",))
+    with pytest.raises(RunError, match=r"\(rate: 0.1 -> 0.2; sizes: \[1, 2\] -> \[1\]\)"):
+        Run(tmp_path, Config(rate=0.2, sizes=(1,), workers=5), free=("workers",))
+    (tmp_path / "config.json").write_text("something else")
+    with pytest.raises(RunError, match="not a run's configuration"):
+        Run(tmp_path, Config())
+
+
+def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
+    run = Run(tmp_path, Config())
+    for step in range(1, 6):
+        run.log(step, {"loss": step / 2})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # cut short by a crash
+    run.forget_after(3)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": s, "loss": s / 2} for s in (1, 2, 3)]
+
+
+def test_a_bad_image_is_named_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        run = Run(tmp_path, Config())
+        run.add_bad_images({'b, "x".png': "cut\nshort", "a\udcff.png": "empty file"})
+    text = (tmp_path / "bad_images.csv").read_bytes().decode("utf-8", "surrogateescape")
+    assert text.count("empty file") == 1
+    assert run.read_bad_images() == {'b, "x".png': "cut\nshort", "a\udcff.png": "empty file"}
+
+
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
+    run = Run(tmp_path, Config(), main=False)
+    run.log(1, {"a": 1.0})
+    run.save(checkpoint(1))
+    run.add_bad_images({"a": "b"})
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []

@@ -1,0 +1,487 @@
+"""The trainer as people run it: launched, killed, resumed, stopped, poisoned and misused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+
+from ldm_vae.errors import LdmVaeError, RunError, one_line_errors
+from ldm_vae.models.pretrained import load_autoencoder
+from ldm_vae.state import state_tensors
+from training import train_vae
+from training.train_vae import PRESETS, Config, build, main
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = str(ROOT / "training" / "train_vae.py")
+DEMO = PRESETS["demo"][1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """As in the processes that are launched, so that sums are taken in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config_for(photos: Path, output: Path, **changes: Any) -> Config:
+    """Every loss on, both networks, small and exact: 6 steps of 8 crops of 32x32, a checkpoint each second step."""
+    base = replace(
+        DEMO,
+        data=str(photos),
+        output=output,
+        steps=6,
+        batch_size=8,
+        resolution=32,
+        disc_start=2,
+        learning_rate=1e-4,
+        disc_learning_rate=1e-4,
+        warmup_steps=2,
+        mixed_precision="no",
+        num_workers=0,
+        log_every=1,
+        sample_every=100,
+        checkpoint_every=2,
+        tracker="none",
+    )
+    return replace(base, **changes)
+
+
+def flags(config: Config) -> list[str]:
+    """The command line that gives this configuration."""
+    words = ["demo"]
+    for name, value in vars(config).items():
+        if value != getattr(DEMO, name):
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
+def launch(config: Config, processes: int) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` of the real script on so many processes, over gloo where there is no GPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["--num_cpu_threads_per_process", "1", SCRIPT, *flags(config)]
+    environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def state(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step}" / "state.safetensors")
+
+
+def largest_difference(a: Path, b: Path, parts: tuple[str, ...]) -> float:
+    x, y = state(a), state(b)
+    assert x.keys() == y.keys()
+    return max((x[k] - y[k]).abs().max().item() for k in x if k.split("/")[0] in parts)
+
+
+def assert_identical(a: Path, b: Path) -> None:
+    """Both networks, the averaged weights, both optimizers and the exported model, bit by bit."""
+    x, y = state(a), state(b)
+    assert x.keys() == y.keys()
+    assert {k.split("/")[0] for k in x} == {
+        *("vae", "ema", "discriminator", "adaptive_weight", "vae_optimizer", "discriminator_optimizer")
+    }
+    for key in x:
+        assert torch.equal(x[key], y[key]), key
+    assert (a / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == (
+        b / "vae" / "diffusion_pytorch_model.safetensors"
+    ).read_bytes()
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def reference(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run in one process."""
+    output = tmp_path_factory.mktemp("reference") / "run"
+    torch.set_num_threads(1)
+    main(config_for(photos, output))
+    return output
+
+
+def test_two_processes_and_micro_batches_and_one_process_give_the_same_networks(
+    reference: Path, photos: Path, tmp_path: Path
+) -> None:
+    two = launch(config_for(photos, tmp_path / "two"), processes=2)
+    assert two.returncode == 0, two.stderr
+    assert "effective batch 8 = 2 processes x 4 images x 1 micro-batches" in two.stdout
+    main(config_for(photos, tmp_path / "micro", gradient_accumulation_steps=2))
+    for other in ("two", "micro"):
+        assert largest_difference(reference, tmp_path / other, ("vae", "ema", "discriminator")) < 1e-5
+    start, end = state_tensors(build(config_for(photos, tmp_path), Accelerator()).parts()), state(reference)
+    for part in ("vae/", "discriminator/"):  # they train: agreement is not idleness
+        assert max((start[k] - end[k]).abs().max().item() for k in end if k.startswith(part)) > 1e-4
+
+
+KILLER = """
+import os, signal, sys
+from ldm_vae.objectives import autoencoding
+from ldm_vae.config import parse_config
+from training import train_vae
+calls, real = 0, autoencoding.noise_at
+def noise_at(*args):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+autoencoding.noise_at = noise_at
+train_vae.main(parse_config(train_vae.PRESETS, description="", args=sys.argv[2:]))
+"""
+
+
+def killed(config: Config, micro_batch: int) -> None:
+    """The run, killed with signal 9 as it begins its so-many-th micro-batch."""
+    command = [sys.executable, "-c", KILLER, str(micro_batch), *flags(config)]
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_a_run_killed_in_a_later_epoch_and_again_within_a_step_ends_bit_identical(photos: Path, tmp_path: Path) -> None:
+    """12 images, 8 a step: step 3 begins in the third epoch. Two micro-batches a step."""
+    whole = config_for(photos, tmp_path / "whole", gradient_accumulation_steps=2)
+    main(whole)
+    config = replace(whole, output=tmp_path / "killed", num_workers=1)
+    killed(config, micro_batch=7)  # as step 3 begins: the checkpoint of step 2 is the newest
+    killed(config, micro_batch=6)  # resumed at step 2: in step 4, between its two micro-batches
+    assert (tmp_path / "killed" / "checkpoints" / "step-4").exists()
+    main(config)
+    assert_identical(tmp_path / "whole", tmp_path / "killed")
+    steps = [m["step"] for m in metrics(tmp_path / "killed") if "learning_rate" in m]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_processes_go_on_with_what_one_began(reference: Path, photos: Path, tmp_path: Path) -> None:
+    config = config_for(photos, tmp_path / "run")
+    killed(config, micro_batch=6)
+    done = launch(config, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert largest_difference(reference, tmp_path / "run", ("vae", "ema", "discriminator")) < 1e-5
+
+
+def test_a_stop_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on(
+    photos: Path, tmp_path: Path
+) -> None:
+    whole = config_for(photos, tmp_path / "whole", steps=40, checkpoint_every=1000)
+    config = replace(whole, output=tmp_path / "stopped")
+    command = [sys.executable, SCRIPT, *flags(config)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    log = config.output / "metrics.jsonl"
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "stopped by SIGTERM after step" in output
+    (checkpoint,) = (config.output / "checkpoints").iterdir()
+    assert 3 <= int(checkpoint.name.removeprefix("step-")) < 40
+    main(config)
+    main(whole)
+    x, y = state(config.output, 40), state(whole.output, 40)
+    assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_finished_run_is_left_as_it_is(reference: Path, photos: Path) -> None:
+    before = {p: p.read_bytes() for p in reference.rglob("*") if p.is_file()}
+    main(config_for(photos, reference))
+    assert {p: p.read_bytes() for p in reference.rglob("*") if p.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(reference: Path, photos: Path, tmp_path: Path) -> None:
+    config = config_for(photos, tmp_path / "run")
+    main(config)
+    newest = config.output / "checkpoints" / "step-6" / "state.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"step-6 is damaged .*digest.*passed over"):
+        main(config)
+    assert_identical(reference, config.output)
+
+
+def test_other_settings_are_refused_with_the_fields_that_differ(reference: Path, photos: Path) -> None:
+    with pytest.raises(RunError, match=r"other settings \(kl_weight: 0.0001 -> 0.5; seed: 0 -> 1\)"):
+        main(config_for(photos, reference, kl_weight=0.5, seed=1))
+    main(config_for(photos, reference, num_workers=1, log_every=7))  # these change no result
+
+
+def test_bf16_at_a_small_learning_rate_changes_full_precision_weights(photos: Path, tmp_path: Path) -> None:
+    config = config_for(
+        photos, tmp_path / "run", mixed_precision="bf16", learning_rate=4.5e-6, warmup_steps=0, adversarial="none"
+    )
+    main(config)
+    first, last = state(config.output, 4), state(config.output, 6)
+    weight = "vae/vae.decoder.conv_out.weight"
+    assert last[weight].dtype == torch.float32
+    moved = (first[weight] != last[weight]).float().mean().item()
+    assert moved > 0.9
+    assert (first[weight] - last[weight]).abs().max() < 1e-4
+    assert not torch.equal(last[weight].bfloat16().float(), last[weight])
+    assert all(t.dtype == torch.float32 for k, t in last.items() if k.startswith(("ema/shadow", "vae_optimizer")))
+
+
+def test_every_term_is_logged_by_its_name(reference: Path) -> None:
+    lines = metrics(reference)
+    assert [m["step"] for m in lines if "learning_rate" in m] == [1, 2, 3, 4, 5, 6]
+    early, late = lines[0], next(m for m in lines if m["step"] == 6)
+    always = {"l1", "lpips", "kl", "vae_grad_norm", "images_per_second", "waiting_for_data", "seconds", "skipped_steps"}
+    channels = {f"{name}/{c}" for name in ("kl_bits", "latents_mean", "latents_std") for c in range(4)}
+    adversarial = {"adversarial", "discriminator", "discriminator_accuracy", "discriminator_grad_norm"}
+    assert always | channels <= early.keys()
+    assert not adversarial & early.keys()
+    assert always | channels | adversarial | {"adaptive_weight"} <= late.keys()
+    assert any("val_psnr" in m for m in lines)
+    assert (reference / "samples" / "step-6.png").exists()
+    record = json.loads((reference / "config.json").read_text())
+    assert record["config"]["kl_weight"] == 1e-4
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or "torch" in record["versions"]
+
+
+def test_the_mean_and_deviation_that_are_logged_are_those_of_the_latents(photos: Path, tmp_path: Path) -> None:
+    config = config_for(photos, tmp_path / "run", steps=1, adversarial="none", perceptual="none")
+    main(config)
+    line = metrics(config.output)[0]
+    assert line["l1"] + line["kl"] > 0
+    for c in range(4):
+        second_moment = line[f"latents_mean/{c}"] ** 2 + line[f"latents_std/{c}"] ** 2
+        assert line[f"kl_bits/{c}"] >= 0.5 * second_moment / np.log(2) - 2
+
+
+def test_nan_steps_are_skipped_counted_and_then_lead_back_to_the_checkpoint(
+    reference: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = train_vae.train_step
+    poisoned = {"left": 3}
+
+    def poison(batches: Any, state: Any, config: Config, **keywords: Any) -> Any:
+        if keywords["step"] >= 3 and poisoned["left"] > 0:
+            poisoned["left"] -= 1
+            with torch.no_grad():
+                batch = next(batches)
+                batch.images.fill_(float("nan"))
+                batches = iter([batch])
+        return real(batches, state, config, **keywords)
+
+    monkeypatch.setattr(train_vae, "train_step", poison)
+    config = config_for(photos, tmp_path / "run", checkpoint_every=3)
+    main(config)
+    assert "not finite in 3 steps in a row, up to step 6: back to the checkpoint of step 3" in capsys.readouterr().out
+    assert_identical(reference, config.output)
+
+    poisoned["left"] = 2  # too few to go back
+    config = config_for(photos, tmp_path / "skipped")
+    main(config)
+    assert metrics(config.output)[-1]["step"] == 6
+    assert [m["skipped_steps"] for m in metrics(config.output) if m["step"] == 6 and "kl" in m] == [2]
+
+    poisoned["left"] = 10**9
+    with pytest.raises(RunError, match="once more"):
+        main(config_for(photos, tmp_path / "hopeless", checkpoint_every=3))
+    with pytest.raises(RunError, match="before the first checkpoint"):
+        main(config_for(photos, tmp_path / "early", checkpoint_every=100))
+
+
+def test_a_folder_with_every_kind_of_damage_trains_and_names_each_bad_file(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data set with spaces, ünïcödé and 写真"
+    folder.mkdir()
+    image = Image.open(next(photos.rglob("*.png")))
+    for mode, kind in (("1", "png"), ("L", "tiff"), ("LA", "png"), ("P", "gif"), ("RGBA", "webp"), ("CMYK", "jpg")):
+        image.convert(mode).save(folder / f"mode {mode}.{kind}")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(folder / "16 bit.png")
+    image.save(folder / "photo.avif")
+    image.save(folder / "photo.bmp")
+    Image.new("RGB", (1, 1), "red").save(folder / "one pixel.png")
+    Image.new("RGB", (1, 5000), "red").save(folder / "thin.png")
+    np.save(folder / "array.npy", np.asarray(image))
+    good = len(list(folder.iterdir()))
+    (folder / "loop").symlink_to(folder)
+    data = (folder / "photo.bmp").read_bytes()
+    bad = {
+        "empty.png": (b"", "empty file"),
+        "truncated 写真.bmp": (data[: len(data) // 2], "truncated"),
+        "text.jpg": (b"this is no image", "cannot identify"),
+        "bomb.png": (bomb(), "more than the limit"),
+        "bands.npy": (npy(np.zeros((40, 40, 7), np.uint8)), "7 channels, the model has 3"),
+    }
+    for name, (content, _) in bad.items():
+        (folder / name).write_bytes(content)
+    (folder / "gone.png").symlink_to(folder / "nowhere")
+    config = config_for(folder, tmp_path / "run", steps=12, adversarial="none", num_workers=1)
+    main(config)
+    with open(config.output / "bad_images.csv", newline="", encoding="utf-8") as file:
+        rows = {row["name"]: row["reason"] for row in csv.DictReader(file)}
+    assert rows.keys() == bad.keys() | {"gone.png"}
+    for name, (_, reason) in bad.items():
+        assert reason in rows[name]
+    assert "cannot be read: No such file" in rows["gone.png"]
+    assert good == 12
+    assert metrics(config.output)[-1]["step"] == 12
+
+    only_bad = tmp_path / "only bad"
+    only_bad.mkdir()
+    (only_bad / "text.jpg").write_bytes(b"this is no image")
+    with pytest.raises(LdmVaeError, match=r"no usable image: all 1 that were tried are bad, such as text.jpg"):
+        main(config_for(only_bad, tmp_path / "nothing"))
+
+
+def bomb() -> bytes:
+    """A PNG of 60,000 x 60,000 pixels in a few bytes: a header, and nothing behind it."""
+    import struct
+    import zlib
+
+    body = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + body
+    data = zlib.compress(bytes(1000))
+    idat = b"IDAT" + data
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", len(body)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        + struct.pack(">I", len(data)) + idat + struct.pack(">I", zlib.crc32(idat))
+    )  # fmt: skip
+
+
+def npy(array: np.ndarray) -> bytes:
+    import io
+
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--no-such-flag"], "no-such-flag"),
+        (["--steps", "many"], "steps"),
+        (["--steps", "0"], "--steps is 0: it must be at least 1"),
+        (["--data", "{tmp}/missing"], "no such folder or file"),
+        (["--data", "{tmp}/empty"], "no images in"),
+        (["--resolution", "34"], "34 is not a multiple of 4: try 32"),
+        (["--resolution", "16"], "needs crops of 32 pixels"),
+        (["--resolution", "20", "--perceptual", "none"], "the discriminator needs crops of 24 pixels"),
+        (["--gradient-accumulation-steps", "3"], "batch size 8 is not a multiple of 1 processes x 3 micro-batches: try 9"),
+        (["--output", "{tmp}/file"], "cannot write the run directory"),
+        (["--output", "/proc/nothing"], "cannot write the run directory"),
+        (["--channels", "13"], "the images have 13"),
+        (["--init", "{tmp}/missing"], "no such model"),
+        (["--learning-rate", "-1"], "must be more than 0"),
+        (["--tracker", "nonsense"], "nonsense"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_code_2(
+    words: list[str], message: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("a file")
+    given = flags(config_for(photos, tmp_path / "run"))
+    given += [w.format(tmp=tmp_path) for w in words]
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        main(train_vae.parse_config(PRESETS, description="", args=given))
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert not (tmp_path / "run" / "checkpoints").exists() or not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_the_script_itself_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "demo", "--data", str(tmp_path / "no"), "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line] == [f"error: no such folder or file: {tmp_path}/no"]
+
+
+def test_the_decoder_of_a_diffusers_autoencoder_is_trained_and_its_encoder_left(photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(tmp_path / "vae")
+    config = config_for(photos, tmp_path / "run", init=str(tmp_path / "vae"), train="decoder", ema_decay=0.0)
+    main(config)
+    before = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").eval()
+    after = diffusers.AutoencoderKL.from_pretrained(config.output / "vae").eval()
+    for (name, x), (_, y) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        frozen = name.startswith(("encoder.", "quant_conv."))
+        assert torch.equal(x, y) == frozen or (not frozen and x.abs().sum() == 0), name
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    loaded = load_autoencoder(str(config.output))
+    assert isinstance(loaded, diffusers.AutoencoderKL)
+    assert torch.equal(loaded(images).sample, after(images).sample)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": 1, "reconstruction": "charbonnier", "learned_logvar": True},
+        {"adversarial": "non-saturating", "spectral_norm": True, "reconstruction": "l2"},
+        {"gradient_checkpointing": True, "shorter_side": 40, "tracker": "tensorboard"},
+        {"compile": True, "mixed_precision": "bf16"},
+    ],
+    ids=lambda c: " ".join(c),
+)
+def test_every_option_trains(changes: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    config = config_for(photos, tmp_path / "run", steps=3, **changes)
+    main(config)
+    lines = metrics(config.output)
+    assert lines[-1]["step"] == 3
+    assert all(np.isfinite(v) for m in lines for v in m.values())
+    if config.tracker == "tensorboard":
+        assert list(config.output.rglob("events.out.tfevents*"))
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    """A few seconds of training reconstructs dead leaves it has not seen far better than their mean colour would."""
+    config = replace(
+        DEMO,
+        data="procedural:dead-leaves#train",
+        val_data="procedural:dead-leaves#held-out",
+        output=tmp_path / "run",
+        steps=150,
+        resolution=32,
+        perceptual="none",
+        adversarial="none",
+        learning_rate=2e-3,
+        num_workers=0,
+        tracker="none",
+    )
+    main(config)
+    psnr = [m["val_psnr"] for m in metrics(config.output) if "val_psnr" in m]
+    assert psnr[-1] > psnr[0] + 5
+    assert psnr[-1] > 18
