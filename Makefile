@@ -15,8 +15,10 @@ setup: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[datasets,dev]"
 	touch $@
 
+# Another DATA than last time's starts anew; the same one goes on.
 demo: setup
-	$(BIN)/accelerate launch --num_processes 1 training/train_vae.py demo --data "$(DATA)#train" --val-data "$(DATA)#held-out" --output runs/demo
+	@grep -qsF '"data": "$(DATA)#train"' runs/demo/config.json || rm -rf runs/demo
+	$(BIN)/python training/train_vae.py demo --data "$(DATA)#train" --val-data "$(DATA)#held-out" --output runs/demo
 	$(BIN)/python benchmarks/reconstruction.py --vae runs/demo --data "$(DATA)#held-out" --num-images 100 --resolution 64 \
 		--perceptual random --output runs/demo/reconstruction
 	@echo "Look at runs/demo/samples/ and runs/demo/reconstruction/; the model is runs/demo/vae/."

@@ -24,12 +24,12 @@ from accelerate.utils import gather_object
 from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.images import Pixels, centre_square, to_images, to_pixels
 from ldm_vae.data.sources import Source, open_source
-from ldm_vae.errors import BadImageError, ConfigError, DataError, RunError, one_line_errors
+from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.metrics import bootstrap_interval, ms_ssim, psnr, ssim, ssimulacra2
 from ldm_vae.models.pretrained import channels_of, encode_moments, load_autoencoder, reconstruct, stride_of
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
 from ldm_vae.pictures import labelled_rows, visible
-from ldm_vae.runs import atomic, versions, write_json
+from ldm_vae.runs import atomic, check_writable, versions, write_json
 from ldm_vae.timing import describe_machine, peak_memory_of, seconds_of
 
 
@@ -150,7 +150,11 @@ def table(results: dict[str, Row]) -> str:
             cells.append("-" if figure is None else "{mean:.4g} [{low:.4g}, {high:.4g}]".format(**figure))
         memory = result["peak_memory_mib"]
         cells += [f"{result['parameters'] / 1e6:.2f} M", "x".join(map(str, result["latent_shape"]))]
-        cells += [f"{result['encode_ms']:.1f}", f"{result['decode_ms']:.1f}", "-" if memory is None else f"{memory:.0f}"]
+        cells += [
+            f"{result['encode_ms']:.1f}",
+            f"{result['decode_ms']:.1f}",
+            "-" if memory is None else f"{memory:.0f}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -193,10 +197,7 @@ def main(config: Config) -> None:
                 image_channels=channels_of(next(iter(vaes.values()))),
                 channels=config.lpips_channels,
             ).to(accelerator.device)
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot write {config.output}: {error.strerror}") from None
+    check_writable(config.output)
     results: dict[str, Row] = {}
     all_rows: list[Row] = []
     all_bad: dict[str, str] = {}
@@ -206,14 +207,13 @@ def main(config: Config) -> None:
         for part in gather_object([bad]):
             all_bad |= part
         if not rows:
-            image, reason = next(iter(all_bad.items()))
-            raise DataError(f"no usable image in {config.data}: all {len(all_bad)} are bad, such as {image}: {reason}")
+            raise nothing_usable(all_bad)
         if accelerator.is_main_process:
             results[name] = {"metrics": summarise(rows), **cost(vae, config, accelerator.device)}
             all_rows += [{"model": name, **r} for r in rows]
+        accelerator.wait_for_everyone()  # the times of one model are not taken beside the next one's work
     if accelerator.is_main_process:
         first = [r for r in all_rows if r["model"] == config.vae[0]]
-        draw_gallery(vaes, source, first, config, accelerator.device).save(config.output / "gallery.png")
         write_csv(config.output / "per_image.csv", all_rows)
         write_csv(config.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(all_bad.items())])
         record = {
@@ -226,8 +226,10 @@ def main(config: Config) -> None:
         write_json(config.output / "results.json", record)
         with atomic(config.output / "table.md") as out:
             out.write(table(results).encode())
+        if config.gallery > 0:
+            draw_gallery(vaes, source, first, config, accelerator.device).save(config.output / "gallery.png")
         print(table(results))
-        print(f"{len(first)} images, {len(all_bad)} bad; {config.output}/: table.md results.json per_image.csv gallery.png")
+        print(f"{len(first)} images, {len(all_bad)} bad; figures and pictures are in {config.output}")
 
 
 def write_csv(file: Path, rows: list[Row]) -> None:

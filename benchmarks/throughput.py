@@ -30,7 +30,7 @@ from ldm_vae.models.discriminator import PatchDiscriminator
 from ldm_vae.models.pretrained import reconstruct
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
 from ldm_vae.objectives.perceptual import PerceptualLoss
-from ldm_vae.runs import versions, write_json
+from ldm_vae.runs import check_writable, versions, write_json
 from ldm_vae.timing import describe_machine, peak_flops, peak_memory_of, seconds_of
 
 
@@ -73,7 +73,9 @@ def build(name: str) -> Any:
             layers_per_block=2,
         )
     if name not in ARCHITECTURES:
-        raise ConfigError(f"no model {name}: try {', '.join([*ARCHITECTURES, 'AutoencoderKL-small', 'AutoencoderTiny'])}")
+        raise ConfigError(
+            f"no model {name}: try {', '.join([*ARCHITECTURES, 'AutoencoderKL-small', 'AutoencoderTiny'])}"
+        )
     return PatchAutoencoderKL(**ARCHITECTURES[name])
 
 
@@ -100,6 +102,7 @@ def training_state(vae: Any, objective: Objective, accelerator: Accelerator) -> 
 
 
 def main(config: Config) -> None:
+    check_writable(config.output)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     device = accelerator.device
     everything = config.losses == "all"
@@ -118,6 +121,9 @@ def main(config: Config) -> None:
         states[name] = training_state(vae, objective, accelerator)
         if config.compile and isinstance(vae, PatchAutoencoderKL):
             vae.compile_repeated_blocks()
+        elif config.compile:
+            vae.encoder.compile()
+            vae.decoder.compile()
     rates = {"vae": 1e-4, "discriminator": 1e-4}
     steps: dict[str, list[float]] = {name: [] for name in states}
     forwards: dict[str, list[float]] = {name: [] for name in states}
@@ -155,8 +161,8 @@ def main(config: Config) -> None:
         result["reconstruction_spread"] = spread(forwards[name])
         result["share_of_peak"] = result["step_gflop"] * 1e9 / seconds / peak
         result[f"{first}_trains_times_as_fast"] = seconds / statistics.median(steps[first])
-        result[f"{first}_reconstructs_times_as_fast"] = (
-            statistics.median(forwards[name]) / statistics.median(forwards[first])
+        result[f"{first}_reconstructs_times_as_fast"] = statistics.median(forwards[name]) / statistics.median(
+            forwards[first]
         )
     record = {
         "config": as_json(config),
@@ -165,8 +171,9 @@ def main(config: Config) -> None:
         "peak_gflops": peak / 1e9,
         "results": results,
     }
-    config.output.mkdir(parents=True, exist_ok=True)
-    name = f"throughput-{device.type}-{config.mixed_precision}-{config.losses}{'-compile' if config.compile else ''}.json"
+    name = (
+        f"throughput-{device.type}-{config.mixed_precision}-{config.losses}{'-compile' if config.compile else ''}.json"
+    )
     write_json(config.output / name, record)
     print(json.dumps(record["results"], indent=1))
     print(f"{record['machine']}; {peak / 1e9:.0f} GFLOP/s at best; written to {config.output / name}")

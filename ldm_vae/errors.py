@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -16,7 +16,19 @@ class ConfigError(LdmVaeError):
 
 
 class DataError(LdmVaeError):
-    """A data set that cannot be opened, or holds nothing usable."""
+    """A data set that cannot be opened, or holds nothing usable; `bad_images` says why: name -> reason."""
+
+    def __init__(self, message: str, bad_images: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.bad_images = dict(bad_images or {})
+
+
+def nothing_usable(bad_images: Mapping[str, str]) -> DataError:
+    """The error for images of which none can be used."""
+    name, reason = next(iter(bad_images.items()))
+    return DataError(
+        f"no usable image: all {len(bad_images)} that were tried are bad, such as {name}: {reason}", bad_images
+    )
 
 
 class BadImageError(DataError):
@@ -36,6 +48,6 @@ def one_line_errors() -> Iterator[None]:
     """Ends a script with one line on standard error and exit code 2 when the user can put the error right."""
     try:
         yield
-    except (LdmVaeError, ValueError) as error:
+    except (LdmVaeError, ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         raise SystemExit(2) from None

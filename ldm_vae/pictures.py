@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm_vae.data.images import centre_square, to_images, to_pixels
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import Source
-from ldm_vae.errors import BadImageError, DataError
+from ldm_vae.errors import BadImageError, nothing_usable
 
 MAX_TRIES = 1000
 ERROR_GAIN = 4
@@ -35,8 +35,7 @@ def validation_images(source: Source, *, side: int, count: int = 32, seed: int =
         if len(images) == count:
             break
     if not images:
-        name, reason = next(iter(bad.items()))
-        raise DataError(f"no usable image: all {len(bad)} that were tried are bad, such as {name}: {reason}")
+        raise nothing_usable(bad)
     return torch.stack(images), bad
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import signal
@@ -29,6 +31,7 @@ from ldm_vae.errors import RunError
 
 PACKAGES = ("ldm-vae", "torch", "torchvision", "diffusers", "accelerate", "lpips", "numpy", "pillow", "safetensors")
 KEPT_CHECKPOINTS = 2
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +53,13 @@ class Run:
         main: whether this process writes.
 
     Raises:
-        RunError: the directory cannot be written, holds something else, or a run with other settings.
+        RunError: the directory cannot be written, or holds a run with other settings.
     """
 
     def __init__(self, directory: Path, config: Any, *, free: Sequence[str] = (), main: bool = True) -> None:
         self.directory, self.main = directory, main
+        if main:
+            check_writable(directory)
         try:
             for folder in ("checkpoints", "samples"):
                 (directory / folder).mkdir(parents=True, exist_ok=True)
@@ -63,9 +68,6 @@ class Run:
                 self.compare(config_file, config, free)
             elif main:
                 write_json(config_file, {"config": as_json(config), "versions": versions(), "git": git_revision()})
-            if main:
-                with tempfile.TemporaryFile(dir=directory):
-                    pass  # it can be written
         except OSError as error:
             raise RunError(f"cannot write the run directory {directory}: {error.strerror or error}") from None
         self.seen_bad_images = self.read_bad_images()
@@ -84,10 +86,11 @@ class Run:
             )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of `metrics.jsonl`."""
+        """One line of `metrics.jsonl`; what is not finite is null."""
         if self.main:
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             with open(self.directory / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+                file.write(json.dumps({"step": step, **finite}) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drops the metrics of steps that are about to be done again."""
@@ -185,6 +188,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def check_writable(directory: Path) -> None:
+    """Makes the directory and writes to it, so that a long job does not find out at its end. Raises RunError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise RunError(f"cannot write to {directory}: {error.strerror or error}") from None
+
+
 def git_revision() -> str | None:
     """The commit of the code, "-dirty" behind it when files differ; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -264,6 +277,7 @@ class StopSignal:
         self.received = signal.Signals(number).name
 
     def __enter__(self) -> StopSignal:
+        follow_launcher()
         for number in (signal.SIGTERM, signal.SIGINT):
             self.previous[number] = signal.signal(number, self.handle)
         return self
@@ -271,3 +285,10 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+
+def follow_launcher() -> None:
+    """Asks the kernel (Linux's) for a SIGTERM when `accelerate launch` dies: for one process it passes none on."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -59,7 +59,7 @@ def test_whatever_is_damaged_in_the_newest_checkpoint_the_one_before_is_used(
     assert loaded is not None
     assert loaded.step == 1
     (tmp_path / "checkpoints" / "step-1" / "state.json").unlink()
-    with pytest.warns(UserWarning), pytest.raises(RunError, match="none of the checkpoints"):
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(RunError, match="none of the checkpoints"):
         run.load_newest()
 
 

@@ -10,7 +10,9 @@ from ldm_vae.state import load_state, state_tensors
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_training_goes_on_bit_identically_from_a_flat_dictionary(fused: bool, memory_format: torch.memory_format) -> None:
+def test_training_goes_on_bit_identically_from_a_flat_dictionary(
+    fused: bool, memory_format: torch.memory_format
+) -> None:
     def make() -> dict[str, object]:
         torch.manual_seed(0)
         network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 1, 3))

@@ -28,11 +28,11 @@ from ldm_vae.config import parse_config
 from ldm_vae.data.images import to_pixels
 from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, load_batches
 from ldm_vae.data.sources import Source, open_source
-from ldm_vae.errors import ConfigError, RunError, one_line_errors
+from ldm_vae.errors import ConfigError, DataError, RunError, one_line_errors
 from ldm_vae.metrics import psnr
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.discriminator import PatchDiscriminator
-from ldm_vae.models.pretrained import channels_of, load_autoencoder, reconstruct, stride_of
+from ldm_vae.models.pretrained import channels_of, is_variational, load_autoencoder, reconstruct, stride_of
 from ldm_vae.objectives import perceptual
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
 from ldm_vae.pictures import reconstruction_grid, validation_images
@@ -136,9 +136,25 @@ PRESETS = {
 
 def validate(config: Config, num_processes: int) -> None:
     """Raises ConfigError for flags that cannot work."""
-    for name in ("steps", "batch_size", "gradient_accumulation_steps", "resolution", "channels", "log_every"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be at least 1")
+    every = ("log_every", "sample_every", "checkpoint_every")
+    for name in (
+        "steps",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "resolution",
+        "shorter_side",
+        "channels",
+        *every,
+    ):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    weights = ("kl_weight", "lpips_weight", "adversarial_weight")
+    for name in ("num_workers", "cache_gib", "warmup_steps", "disc_start", *weights):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must not be negative")
+    if not 0 <= config.ema_decay < 1:
+        raise ConfigError(f"--ema-decay is {config.ema_decay}: it must be at least 0 and less than 1")
     for name in ("learning_rate", "disc_learning_rate", "max_grad_norm"):
         if not 0 < getattr(config, name) < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be more than 0")
@@ -180,6 +196,10 @@ def build(config: Config, accelerator: Accelerator) -> State:
             raise ConfigError(f"{config.init} takes images of {channels_of(vae)} channels: add --channels to say so")
     else:
         vae = PatchAutoencoderKL(in_channels=config.channels, **ARCHITECTURES[config.architecture])
+    if config.kl_weight > 0 and not is_variational(vae):
+        raise ConfigError(f"{type(vae).__name__} has no posterior, and so no KL: add --kl-weight 0")
+    if (config.shorter_side or config.resolution) < stride_of(vae):
+        raise ConfigError(f"--shorter-side {config.shorter_side} is less than the model's stride of {stride_of(vae)}")
     if config.resolution % stride_of(vae):
         nearest = max(config.resolution // stride_of(vae), 1) * stride_of(vae)
         raise ConfigError(f"--resolution {config.resolution} is not a multiple of {stride_of(vae)}: try {nearest}")
@@ -223,30 +243,17 @@ def build(config: Config, accelerator: Accelerator) -> State:
     )
 
 
-@contextmanager
-def averaged(state: State) -> Iterator[Any]:
-    """The VAE with its averaged weights in place."""
-    state.ema.store(state.bare.vae.parameters())
-    state.ema.copy_to(state.bare.vae.parameters())
-    state.bare.vae.eval()
-    try:
-        yield state.bare.vae
-    finally:
-        state.ema.restore(state.bare.vae.parameters())
-        state.bare.vae.train()
-
-
 def save(run: Run, state: State, *, step: int, facts: dict[str, Any]) -> None:
-    """A checkpoint, and the averaged VAE in diffusers' layout."""
+    """The averaged VAE in diffusers' layout, and then the checkpoint: where it is, the model of its step is, too."""
     if run.main:
-        run.save(Checkpoint(step=step, tensors=state_tensors(state.parts()), facts=facts))
-        with averaged(state) as vae, staged_directory(run.directory / "vae") as staging:
+        with state.averaged() as vae, staged_directory(run.directory / "vae") as staging:
             vae.save_pretrained(staging)
+        run.save(Checkpoint(step=step, tensors=state_tensors(state.parts()), facts=facts))
 
 
 def draw(run: Run, state: State, images: Tensor, *, step: int, accelerator: Accelerator) -> dict[str, float]:
     """The sample grid of the averaged VAE, and its PSNR on the validation images."""
-    with averaged(state) as vae, torch.inference_mode(), accelerator.autocast():
+    with state.averaged() as vae, torch.inference_mode(), accelerator.autocast():
         reconstructions = torch.cat([reconstruct(vae, i[None].to(accelerator.device)).float().cpu() for i in images])
     reconstruction_grid(images[:8], reconstructions[:8]).save(run.directory / "samples" / f"step-{step}.png")
     return {"val_psnr": float(psnr(to_pixels(images), to_pixels(reconstructions)).mean())}
@@ -256,6 +263,7 @@ def resume(run: Run, state: State) -> tuple[int, dict[str, Any]] | None:
     """Puts the newest whole checkpoint into `state`: the step to go on from and the facts so far."""
     checkpoint = run.load_newest()
     if checkpoint is None:
+        run.forget_after(0)
         return None
     load_state(state.parts(), checkpoint.tensors)
     run.forget_after(checkpoint.step)
@@ -311,8 +319,9 @@ def main(config: Config) -> None:
     run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
     step, facts = resume(run, state) or (0, {"seconds": 0.0, "skipped_steps": 0})
     if run.main:
-        val_images, bad_images = validation_images(val_source, side=side - side % stride_of(state.bare.vae))
-        run.add_bad_images(bad_images)
+        with bad_images_into(run):
+            val_images, met = validation_images(val_source, side=side - side % stride_of(state.bare.vae))
+            run.add_bad_images(met)
     if config.tracker != "none":
         accelerator.init_trackers("logs", {k: str(v) for k, v in dataclasses.asdict(config).items()})
     accelerator.print(describe(config, state, source, accelerator))
@@ -321,7 +330,7 @@ def main(config: Config) -> None:
     logged_at = (step, facts["seconds"])
     images = config.steps * config.batch_size
     bar = tqdm(total=images, initial=step * config.batch_size, unit="image", mininterval=1.0, disable=not run.main)
-    with StopSignal() as stop, bar:
+    with StopSignal() as stop, bar, bad_images_into(run):
         while step < config.steps:
             began = time.perf_counter()
             batches = batches or batches_from(step, source, config, accelerator)
@@ -344,36 +353,53 @@ def main(config: Config) -> None:
                 if resumed is None:
                     when = "once more" if gone_back else "before the first checkpoint"
                     raise RunError(f"{why}, {when}: lower --learning-rate, or look at the data")
-                step, facts = resumed
+                step, facts = resumed[0], resumed[1] | {"skipped_steps": facts["skipped_steps"]}
                 accelerator.print(f"{why}: back to the checkpoint of step {step}")
                 batches, unhealthy_in_a_row, gone_back, logged_at = None, 0, True, (step, facts["seconds"])
                 bar.update(step * config.batch_size - bar.n)
                 continue
             last = stopping or step == config.steps
-            if last or step % config.log_every == 0:
+            saving = last or step % config.checkpoint_every == 0
+            logging = last or step % config.log_every == 0
+            if saving or logging:
                 for met in gather_object([bad_images]):
                     run.add_bad_images(met)
+                bad_images = {}
+            if saving:
+                save(run, state, step=step, facts=facts)
+            if logging:
                 steps, seconds = step - logged_at[0], facts["seconds"] - logged_at[1]
                 metrics = result.metrics(accelerator) | {
                     "adaptive_weight": float(state.adaptive_weight),
                     "learning_rate": rates["vae"],
                     "images_per_second": steps * config.batch_size / seconds,
                     "waiting_for_data": waited / seconds,
+                    "bad_images": len(run.seen_bad_images),
                     **facts,
                 }
                 run.log(step, metrics)
                 accelerator.log(metrics, step=step)
-                bad_images, waited, logged_at = {}, 0.0, (step, facts["seconds"])
-            if run.main and (last or step in FIRST_GRIDS or step % config.sample_every == 0):
+                waited, logged_at = 0.0, (step, facts["seconds"])
+            if run.main and not stopping and (last or step in FIRST_GRIDS or step % config.sample_every == 0):
                 metrics = draw(run, state, val_images, step=step, accelerator=accelerator)
                 run.log(step, metrics | {"seconds": facts["seconds"]})
                 accelerator.log(metrics, step=step)
-            if last or step % config.checkpoint_every == 0:
-                save(run, state, step=step, facts=facts)
             if stopping:
                 accelerator.print(f"stopped by {stop.received or 'a signal'} after step {step}: run it again to go on")
                 break
+    if run.seen_bad_images:
+        accelerator.print(f"{len(run.seen_bad_images)} bad images: see {run.directory / 'bad_images.csv'}")
     accelerator.end_training()
+
+
+@contextmanager
+def bad_images_into(run: Run) -> Iterator[None]:
+    """Lists the bad images of a data set that has no others before the run ends for that."""
+    try:
+        yield
+    except DataError as error:
+        run.add_bad_images(error.bad_images)
+        raise
 
 
 def any_process(flag: bool, accelerator: Accelerator) -> bool:

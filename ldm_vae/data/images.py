@@ -12,9 +12,17 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from ldm_vae.errors import BadImageError
+
+try:
+    from torchvision.io import ImageReadMode, decode_image
+except RuntimeError as error:
+    if "torchvision::nms" not in str(error):
+        raise
+    raise ImportError(
+        "torch and torchvision do not match: install a pair that does, such as the one in constraints.txt"
+    ) from error
 
 MAX_PIXELS = 100_000_000
 BACKGROUND = 255
@@ -33,7 +41,7 @@ class Sample:
     name: str
 
 
-LUMA = np.array([0.299, 0.587, 0.114])
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """ITU-R BT.601, what PIL's convert("L") uses."""
 
 
@@ -54,9 +62,9 @@ def read_pixels(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS)
             if data[:6] == b"\x93NUMPY":
                 return exact_channels(read_npy(data, max_pixels), channels)
             if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-                pages = read_scientific_tiff(data, max_pixels)
-                if pages is not None:
-                    return pages if pages.shape[2] == channels else convert_channels(pages, channels)
+                pixels = read_scientific_tiff(data, channels, max_pixels)
+                if pixels is not None:
+                    return convert_channels(pixels, channels)
             return convert_channels(read_pil(data, max_pixels), channels)
     except BadImageError:
         raise
@@ -112,29 +120,54 @@ def read_npy(data: bytes, max_pixels: int) -> Pixels:
     return array if array.dtype in (np.uint8, np.uint16) else check_float(array)
 
 
-def read_scientific_tiff(data: bytes, max_pixels: int) -> Pixels | None:
-    """TIFF that PIL would cut short: several pages, more than four channels, or 16 bits; None for any other."""
+def read_scientific_tiff(data: bytes, channels: int, max_pixels: int) -> Pixels | None:
+    """TIFF that PIL would cut short: pages as channels, more than four channels, over 8 bits; None for any other.
+
+    Several pages, or more than four samples, must be exactly the `channels` asked for. Of two or four samples the last
+    is transparency when the file says so, and otherwise a band: kept if four are asked for, dropped if not.
+    """
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page = tiff.pages[0]
-        plain = len(tiff.pages) == 1 and page.samplesperpixel <= 4 and page.dtype != np.uint16
-        if plain or page.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.SEPARATED):
+        alike = len(tiff.pages) > 1 and len({p.shape + (p.dtype,) for p in tiff.pages}) == 1
+        num_pages = len(tiff.pages) if alike else 1  # of unlike pages, previews for instance, the first is the image
+        samples = page.samplesperpixel
+        simple = num_pages == 1 and samples <= 4 and page.dtype is not None and page.dtype.itemsize == 1
+        if simple or page.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.SEPARATED):
             return None
         check_size(page.imagewidth, page.imagelength, max_pixels)
-        if len(tiff.pages) > 64 or page.samplesperpixel > 64:
-            raise BadImageError(f"{len(tiff.pages)} pages of {page.samplesperpixel} channels: at most 64 are read")
-        shapes = {p.shape for p in tiff.pages}
-        if len(shapes) > 1:  # a stack of unlike pages, thumbnails for instance: the first one is the image
-            array = page.asarray()
-        else:
-            array = np.concatenate([channels_last(p) for p in tiff.pages], axis=2)
-    array = np.atleast_3d(array)
-    return array if array.dtype in (np.uint8, np.uint16) else check_float(array)
+        if (num_pages > 1 or samples > 4) and num_pages * samples != channels:
+            raise BadImageError(f"{num_pages} pages of {samples} channels, the model has {channels}")
+        array = np.concatenate([channels_last(p) for p in tiff.pages[:num_pages]], axis=2)
+        array = array if array.dtype in (np.uint8, np.uint16) else check_float(array)
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            array = (1.0 if array.dtype == np.float32 else np.iinfo(array.dtype).max) - array
+        if num_pages == 1 and samples in (2, 4) and 1 in page.extrasamples:  # colours multiplied with transparency
+            colour, alpha = array[:, :, :-1].astype(np.float32), array[:, :, -1:]
+            top = 1.0 if array.dtype == np.float32 else np.iinfo(array.dtype).max
+            plain = store(np.clip(colour * top / np.maximum(alpha, top / 65535), 0, top), array.dtype)
+            array = np.concatenate([plain, alpha], axis=2)
+        elif num_pages == 1 and samples in (2, 4) and samples != channels and 2 not in page.extrasamples:
+            array = array[:, :, :-1]  # a band that is not asked for
+        return orient(array, page)
 
 
 def channels_last(page: tifffile.TiffPage) -> Pixels:
     array = page.asarray()
     planar = array.ndim == 3 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
     return np.moveaxis(array, 0, 2) if planar else np.atleast_3d(array)
+
+
+def orient(array: Pixels, page: tifffile.TiffPage) -> Pixels:
+    """Turned and mirrored as the Orientation tag says (TIFF 6.0, tag 274)."""
+    tag = page.tags.get(274)
+    value = int(tag.value) if tag else 1
+    if value in (5, 6, 7, 8):
+        array = array.transpose(1, 0, 2)
+    if value in (3, 4, 7, 8):
+        array = array[::-1]
+    if value in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return np.ascontiguousarray(array)
 
 
 def check_float(array: Pixels) -> Pixels:
@@ -162,7 +195,7 @@ def convert_channels(pixels: Pixels, channels: int) -> Pixels:
     colour = pixels[:, :, :1] if have < 3 else pixels[:, :, :3]
     alpha = pixels[:, :, -1:] if have in (2, 4) else None
     if alpha is not None and channels != 4:
-        share = alpha / top
+        share = (alpha / top).astype(np.float32)
         colour = store(colour * share + BACKGROUND / 255 * top * (1 - share), pixels.dtype)
     if channels == 1:
         return colour if colour.shape[2] == 1 else store((colour @ LUMA)[:, :, None], pixels.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ldm_vae.data.images import Pixels, resize, to_images
 from ldm_vae.data.order import Stream, generator_at, index_at, positions_of
 from ldm_vae.data.sources import Source
-from ldm_vae.errors import BadImageError, DataError
+from ldm_vae.errors import BadImageError, nothing_usable
 
-MAX_TRIES = 10_000
+MAX_TRIES = 1_000_000
 BadImages = dict[str, str]
 """Name -> reason."""
 
@@ -32,7 +33,11 @@ class Batch:
         return Batch(images=self.images.pin_memory(), positions=self.positions, bad_images=self.bad_images)
 
 
-class CropDataset(Dataset[tuple[Tensor, int, BadImages]]):
+Row = tuple[Tensor | None, int, BadImages]
+"""A crop, its position, and the bad images met in finding it; no crop when nothing is usable."""
+
+
+class CropDataset(Dataset[Row]):
     """`crops[position]` is a random crop, perhaps mirrored: a pure function of (source, seed, position).
 
     A bad image's place is taken by the next one of the source that can be used.
@@ -55,15 +60,14 @@ class CropDataset(Dataset[tuple[Tensor, int, BadImages]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int, BadImages]:
+    def __getitem__(self, position: int) -> Row:
         index = index_at(position, size=len(self.source), seed=self.seed)
         met: BadImages = {}
         pixels = self.load(index, met)
         tries = 1
         while pixels is None:
             if tries >= min(len(self.source), MAX_TRIES):
-                name, reason = next(iter(met.items()))
-                raise DataError(f"no usable image: all {tries} that were tried are bad, such as {name}: {reason}")
+                return None, position, met
             index, tries = (index + 1) % len(self.source), tries + 1
             pixels = self.load(index, met)
         return to_images(self.crop(pixels, generator_at(self.seed, position, Stream.CROP))), position, met
@@ -121,27 +125,31 @@ class MicroBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step, self.last_step):
-            positions = positions_of(
-                step, batch_size=self.batch_size, rank=self.rank, num_processes=self.num_processes
-            )
+            positions = positions_of(step, batch_size=self.batch_size, rank=self.rank, num_processes=self.num_processes)
             share = len(positions) // self.accumulation
             for i in range(self.accumulation):
                 yield list(positions[i * share : (i + 1) * share])
 
 
-def collate(rows: list[tuple[Tensor, int, BadImages]]) -> Batch:
+def collate(rows: list[Row]) -> Batch:
+    """A batch without images when there are none that can be used."""
     bad_images: BadImages = {}
     for _, _, met in rows:
         bad_images |= met
+    images = [image for image, _, _ in rows if image is not None]
     return Batch(
-        images=torch.stack([image for image, _, _ in rows]),
+        images=torch.stack(images) if images else torch.empty(0),
         positions=[position for _, position, _ in rows],
         bad_images=bad_images,
     )
 
 
 def load_batches(crops: CropDataset, order: MicroBatches, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """The micro-batches of `order`, decoded by `num_workers` processes, or by this one when that is 0."""
+    """The micro-batches of `order`, decoded by `num_workers` processes, or by this one when that is 0.
+
+    Raises:
+        DataError: nothing in the source can be used.
+    """
     loader = DataLoader(
         crops,
         batch_sampler=order,
@@ -149,14 +157,20 @@ def load_batches(crops: CropDataset, order: MicroBatches, *, num_workers: int, p
         collate_fn=collate,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=one_thread if num_workers else None,
+        worker_init_fn=leave_signals_to_the_trainer if num_workers else None,
     )
+    iterator = iter(loader)
     try:
-        yield from loader
-    except DataError as error:  # a worker's comes wrapped in its traceback
-        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+        for batch in iterator:
+            if not len(batch.images):
+                raise nothing_usable(batch.bad_images)
+            yield batch
+    finally:
+        if num_workers:  # now, not when Python exits: there it waits for them with a signal that they ignore
+            iterator._shutdown_workers()  # type: ignore[union-attr]
 
 
-def one_thread(worker: int) -> None:
-    """Workers share the machine with the training step; torch's threads in each would only get in its way."""
-    torch.set_num_threads(1)
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """A stop signal often goes to a whole group of processes: the workers are needed until the step is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -45,8 +45,9 @@ PROCEDURAL = ("dead-leaves", "shapes")
 
 def natural_colours(rng: np.random.Generator, count: int) -> np.ndarray:
     """(count, 3) of [0, 1]: a few muted hues an image, a wide spread of brightness."""
-    hues = rng.normal(rng.choice(rng.random(3), count), 0.04)
-    saturation, value = rng.beta(2, 4, count), rng.beta(1.3, 1.5, count)
+    palette = rng.normal(rng.choice([0.08, 0.28, 0.58], 4, p=[0.5, 0.2, 0.3]), 0.05)  # earth, leaves, sky
+    hues = rng.normal(rng.choice(palette, count), 0.03)
+    saturation, value = rng.beta(1.5, 3.5, count), rng.beta(1.5, 1.5, count)
     waves = np.cos(2 * np.pi * (hues[:, None] + np.array([0, -1 / 3, 1 / 3])))
     return value[:, None] * (1 - saturation[:, None] * (0.5 - 0.5 * waves))
 
@@ -67,10 +68,11 @@ def dead_leaves(rng: np.random.Generator, size: int) -> Pixels:
     Natural Images"), each with its own colour, shading, stripes and share of a 1/f texture.
     """
     side = size * SUPERSAMPLING
-    smallest, largest = 1.5 * SUPERSAMPLING, side * 0.6
+    smallest, largest = 2.5 * SUPERSAMPLING, side * 0.6
     mean_area = math.pi * 2 * math.log(largest / smallest) / (smallest**-2 - largest**-2)
-    count = 2 + int(3.0 * side**2 / mean_area)  # three times the area: few pixels stay uncovered
+    count = 2 + int(8.0 * side**2 / mean_area)  # eight times the area: hardly a pixel stays uncovered
     radius = (smallest**-2 - rng.random(count) * (smallest**-2 - largest**-2)) ** -0.5
+    radius[0] = side  # what lies behind all leaves
     centre = rng.uniform(-0.1 * side, 1.1 * side, (count, 2))
     corners = rng.integers(3, 8, count) * (rng.random(count) < 0.5)  # 0: a disc
     squash = rng.uniform(0.5, 1, count)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,6 +21,8 @@ EXTENSIONS = frozenset(
     + ".jp2 .ppm .pgm .pbm .pnm .tga .ico".split()
 )
 MAX_FILE_BYTES = 2**30
+UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, NotImplementedError, EOFError)
+"""What reading a file or a member of a zip raises; RuntimeError is for one that is encrypted."""
 HELD_OUT_EVERY = 10
 SPLITS = {"#train": False, "#held-out": True}
 
@@ -41,8 +45,8 @@ class FileSource:
         self.read = read
         self.channels = channels
         self.max_pixels = max_pixels
-        folders = {PurePosixPath(n).parts[0] for n in self.names if "/" in n}
-        self.classes: tuple[str, ...] = tuple(sorted(folders))
+        folders = {class_of(n) for n in self.names} - {None}
+        self.classes: tuple[str, ...] = tuple(sorted(f for f in folders if f))
         self.label_of = {folder: label for label, folder in enumerate(self.classes)}
 
     def __len__(self) -> int:
@@ -55,12 +59,18 @@ class FileSource:
         name = self.names[index]
         try:
             data = self.read(name)
-        except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+        except UNREADABLE as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise BadImageError(f"cannot be read: {reason}") from None
         pixels = read_pixels(data, channels=self.channels, max_pixels=self.max_pixels)
-        folder = name.partition("/")[0] if "/" in name else None
+        folder = class_of(name)
         return Sample(pixels=pixels, label=self.label_of[folder] if folder else None, name=name)
+
+
+def class_of(name: str) -> str | None:
+    """The first folder of a name; None for a file at the top."""
+    parts = PurePosixPath(name).parts
+    return parts[0] if len(parts) > 1 else None
 
 
 def is_image(name: str) -> bool:
@@ -84,7 +94,11 @@ def folder_source(root: Path, *, channels: int, max_pixels: int) -> FileSource:
             continue
         for entry in entries:
             name = prefix + entry.name
-            if entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link to itself, for instance
+                is_folder = False
+            if is_folder:
                 real = os.path.realpath(entry.path)
                 if real not in above and not entry.name.startswith("."):
                     pending.append((name + "/", (*above, real)))
@@ -171,14 +185,16 @@ class HuggingFaceSource:
 
 
 def hugging_face_source(path: str, *, channels: int, max_pixels: int) -> HuggingFaceSource:
-    """A hub id, a parquet file, a folder of parquet files or one that `Dataset.save_to_disk` wrote."""
+    """A hub id, a parquet file, a folder of parquet files, what `save_to_disk` wrote, or imagefolder:FOLDER."""
     try:
         import datasets
     except ImportError:
         raise DataError(f"{path} is a Hugging Face dataset: pip install 'ldm-vae[datasets]' to read it") from None
     local = Path(path)
     try:
-        if local.is_file():
+        if path.startswith("imagefolder:"):
+            dataset = datasets.load_dataset("imagefolder", data_dir=path.removeprefix("imagefolder:"), split="train")
+        elif local.is_file():
             dataset = datasets.load_dataset("parquet", data_files=str(local), split="train")
         elif (local / "state.json").is_file():
             dataset = datasets.load_from_disk(str(local))
@@ -247,7 +263,11 @@ def open_source(path: str, *, channels: int = 3, resolution: int = 256, max_pixe
         return ProceduralSource(match[1], seed=int(match[2] or 0), size=resolution, channels=channels)
     local = Path(path)
     source: Source
-    if local.is_dir():
+    if path.startswith("imagefolder:"):
+        if not Path(path.removeprefix("imagefolder:")).is_dir():
+            raise DataError(f"no such folder: {path.removeprefix('imagefolder:')}")
+        source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
+    elif local.is_dir():
         if is_hugging_face_folder(local):
             source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class Encoder(nn.Module):
         self.patch = patch
         self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
         self.stages = nn.ModuleList(Stage(block, w, n) for w, n in zip(widths, layers, strict=True))
-        self.downs = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.downs = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in pairwise(widths))
         self.conv_out = nn.Conv2d(widths[-1], moments, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,9 +95,7 @@ class Decoder(nn.Module):
         coarse_to_fine = widths[::-1]
         self.conv_in = nn.Conv2d(latent_channels, coarse_to_fine[0], 3, padding=1)
         self.stages = nn.ModuleList(Stage(block, w, n) for w, n in zip(coarse_to_fine, layers[::-1], strict=True))
-        self.ups = nn.ModuleList(
-            nn.Conv2d(a, 4 * b, 1) for a, b in zip(coarse_to_fine, coarse_to_fine[1:], strict=False)
-        )
+        self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in pairwise(coarse_to_fine))
         self.conv_out = nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -30,13 +30,15 @@ def load_autoencoder(path: str) -> Any:
     if name == "PatchAutoencoderKL":
         model_class: Any = PatchAutoencoderKL
     else:
-        model_class = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
+        model_class = getattr(diffusers, name, None) if "Autoencoder" in name else None
     if model_class is None:
         raise ModelError(f"{path} holds a {name}, which is not an autoencoder")
     try:
         vae = model_class.from_pretrained(path, subfolder=subfolder, use_safetensors=True)
     except Exception as error:  # damaged files raise many kinds
         raise ModelError(f"cannot load {name} from {path}: {type(error).__name__}: {error}") from None
+    if not {"in_channels", "latent_channels"} <= set(vae.config):
+        raise ModelError(f"{path} holds a {name}, which is not an autoencoder of single images")
     return vae.eval()
 
 
@@ -84,11 +86,17 @@ def reconstruct(vae: Any, images: Tensor) -> Tensor:
     return sample[..., :height, :width]
 
 
+def is_variational(vae: Any) -> bool:
+    """Whether it has a posterior: AutoencoderTiny and AutoencoderDC have none."""
+    return "KL" in type(vae).__name__
+
+
 def stride_of(vae: Any) -> int:
     """Pixels a latent, each way: f."""
     ratio = getattr(vae, "spatial_compression_ratio", None)
-    if ratio is None and "block_out_channels" in vae.config:
-        ratio = 2 ** (len(vae.config.block_out_channels) - 1)
+    for key in ("block_out_channels", "down_block_out_channels"):
+        if ratio is None and key in vae.config:
+            ratio = 2 ** (len(vae.config[key]) - 1)
     if ratio is None:
         raise ModelError(f"{type(vae).__name__} does not say its stride")
     return int(ratio)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -80,6 +82,19 @@ class State:
             networks["discriminator"] = getattr(self.discriminator, "module", self.discriminator)
         return networks | {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
 
+    @contextmanager
+    def averaged(self) -> Iterator[Any]:
+        """The VAE with its averaged weights in place, for measuring and saving."""
+        parameters = list(self.bare.vae.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        self.bare.vae.eval()
+        try:
+            yield self.bare.vae
+        finally:
+            self.ema.restore(parameters)
+            self.bare.vae.train()
+
 
 @dataclass(kw_only=True)
 class GeneratorStep:
@@ -93,9 +108,20 @@ class GeneratorStep:
 
 
 def generator_step(
-    images: Tensor, noise: Tensor, state: State, config: Objective, *, adversarial: bool, accelerator: Accelerator
+    images: Tensor,
+    noise: Tensor,
+    state: State,
+    config: Objective,
+    *,
+    adversarial: bool,
+    first: bool,
+    accelerator: Accelerator,
 ) -> GeneratorStep:
-    """One forward of the wrapped VAE and its named loss terms. images: (B, C, H, W) in [-1, 1]."""
+    """One forward of the wrapped VAE and its named loss terms. images: (B, C, H, W) in [-1, 1].
+
+    `first`: whether this is the step's first micro-batch. Only then is the discriminator in training mode, in which
+    spectral norm's power iteration advances: once a step, before anything is judged, however the batch is split.
+    """
     reconstruction, moments, logvar = state.vae(images, noise)
     scale = torch.exp(-logvar)
     terms = {config.reconstruction: scale * losses.reconstruction_loss(reconstruction, images, config.reconstruction)}
@@ -111,7 +137,7 @@ def generator_step(
     if adversarial:
         assert state.discriminator is not None
         judge = accelerator.unwrap_model(state.discriminator)
-        judge.eval().requires_grad_(False)  # no gradient for the discriminator in this step
+        judge.train(first).requires_grad_(False)  # no gradient for the discriminator in this step
         loss = losses.GENERATOR_LOSSES[config.adversarial](judge(reconstruction))
         judge.requires_grad_(True)
         gradient = torch.autograd.grad(loss, last_layer(state.bare.vae), retain_graph=True)[0]
@@ -120,14 +146,10 @@ def generator_step(
 
 
 def discriminator_step(
-    images: Tensor, reconstruction: Tensor, discriminator: nn.Module, config: Objective, *, first: bool
+    images: Tensor, reconstruction: Tensor, discriminator: nn.Module, config: Objective
 ) -> tuple[Tensor, Tensor]:
-    """Its loss and its accuracy on one micro-batch; `first`: whether this is the step's first one.
-
-    Real and fake go through in one forward. Spectral norm's power iteration advances in training mode only: once a
-    step, however many micro-batches it has.
-    """
-    discriminator.train(first)
+    """Its loss and its accuracy on one micro-batch, real and fake in one forward."""
+    discriminator.eval()
     real, fake = discriminator(torch.cat([images, reconstruction.detach()])).chunk(2)
     return losses.DISCRIMINATOR_LOSSES[config.adversarial](real, fake), losses.discriminator_accuracy(real, fake)
 
@@ -151,13 +173,12 @@ class StepResult:
 
     def metrics(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over all processes; per-channel figures come from this step's last micro-batch."""
+        assert self.moments is not None
         posterior = posterior_of(self.moments)
         latents = posterior.mean.transpose(0, 1).flatten(1)  # (c, B * h * w)
-        vectors = {
-            "kl_bits": losses.kl_bits_per_channel(posterior),
-            "latents_mean": latents.mean(dim=1),
-            "latents_square": latents.square().mean(dim=1),
-        }
+        vectors = {"latents_mean": latents.mean(dim=1), "latents_square": latents.square().mean(dim=1)}
+        if "kl" in self.terms:
+            vectors["kl_bits"] = losses.kl_bits_per_channel(posterior)
         names = list(self.terms)
         values = torch.cat([torch.stack([self.terms[n].float() for n in names]), *vectors.values()])
         means = accelerator.reduce(values, "mean").tolist()
@@ -201,15 +222,15 @@ def train_step(
         shape = (latent_channels_of(vae), images.shape[-2] // stride_of(vae), images.shape[-1] // stride_of(vae))
         noise = torch.from_numpy(noise_at(config.seed, batch.positions, shape, Stream.POSTERIOR)).to(images.device)
         with accelerator.accumulate(*networks):
-            done = generator_step(images, noise, state, config, adversarial=adversarial, accelerator=accelerator)
+            done = generator_step(
+                images, noise, state, config, adversarial=adversarial, first=micro == 0, accelerator=accelerator
+            )
             accelerator.backward(sum(done.terms.values()))
             result.add(done.terms)
             result.moments = done.moments.detach()
             if adversarial:
                 adversarial_gradient += done.adversarial_gradient
-                loss, accuracy = discriminator_step(
-                    images, done.reconstruction, state.discriminator, config, first=micro == 0
-                )
+                loss, accuracy = discriminator_step(images, done.reconstruction, state.discriminator, config)
                 accelerator.backward(loss)
                 result.add({"discriminator": loss, "discriminator_accuracy": accuracy})
     result.average(config.gradient_accumulation_steps)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 ReconstructionLoss = Literal["l1", "l2", "charbonnier"]
@@ -41,21 +40,6 @@ def kl_bits_per_channel(posterior: DiagonalGaussianDistribution) -> Tensor:
     """KL in bits per latent value, for each latent channel: (c,)."""
     nats = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)  # (B, c, h, w)
     return nats.mean(dim=(0, 2, 3)) / math.log(2)
-
-
-class LearnedScale(nn.Module):
-    """error -> error / exp(logvar) + logvar: the Gaussian's scale as one parameter (Dai & Wipf 2019).
-
-    For one error a pixel this is the likelihood that Stable Diffusion's trainer calls nll. Fixed at `logvar` unless
-    `learned`.
-    """
-
-    def __init__(self, logvar: float = 0.0, learned: bool = False) -> None:
-        super().__init__()
-        self.logvar = nn.Parameter(torch.tensor(float(logvar)), requires_grad=learned)
-
-    def forward(self, error: Tensor) -> Tensor:
-        return error / self.logvar.exp() + self.logvar
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""LPIPS (Zhang et al. 2018) through the `lpips` package, and what to do when its weights or its channels are missing."""
+"""LPIPS (Zhang et al. 2018) through the `lpips` package, and what to do when weights or channels are missing."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -85,7 +86,7 @@ def load_backbone(backbone: Backbone, pretrained: bool) -> lpips.LPIPS:
         torch.manual_seed(RANDOM_SEED)
         try:
             return lpips.LPIPS(net=backbone, pnet_rand=not pretrained, verbose=False)
-        except (OSError, RuntimeError, EOFError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             file = Path(urlparse(WEIGHTS[backbone].url).path).name
             place = Path(torch.hub.get_dir()) / "checkpoints"
             raise ModelError(

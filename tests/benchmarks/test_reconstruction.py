@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageOps
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-
 from benchmarks.reconstruction import Config, main
 from ldm_vae.config import parse_flags
 from ldm_vae.errors import one_line_errors
@@ -56,7 +55,6 @@ def test_figures_depend_on_neither_company_nor_processes_and_are_scikit_images(
     command += ["--num_cpu_threads_per_process", "1", str(ROOT / "benchmarks" / "reconstruction.py")]
     command += ["--vae", str(vae), "--data", str(photos), "--output", str(tmp_path / "two"), "--resolution", "48"]
     command += ["--perceptual", "random", "--lpips-backbone", "squeeze"]
-
 
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -127,7 +125,7 @@ def test_whole_images_of_any_size_side_by_side_and_bad_ones_named(
         (["--vae", "{vae}", "--data", "procedural:dead-leaves"], "has no end"),
         (["--vae", "{vae}", "--resolution", "0"], "must be at least 1"),
         (["--vae", "{vae}", "--resolution", "2"], "less than a model's stride"),
-        (["--vae", "{vae}", "--output", "{tmp}/bad/x.png/out", "--perceptual", "none"], "cannot write"),
+        (["--vae", "{vae}", "--output", "{tmp}/bad/x.png/out", "--perceptual", "none"], "cannot write to"),
         (["--vae", "{vae}", "--nonsense"], "nonsense"),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 
 import numpy as np
@@ -148,7 +149,10 @@ def test_arrays_and_tiffs_of_many_channels_are_read_exactly(channels: int, dtype
         (npy(np.zeros((2, 2), np.int32)), "int32"),
         (encoded(Image.new("L", (1100, 1000)), "PNG"), "more than the limit of 1000000"),
         (png16(np.zeros((1100, 1000, 3), np.uint16)), "more than the limit of 1000000"),
-        (tiff(np.zeros((5, 1100, 1000), np.uint8), compression="zlib", photometric="minisblack"), "more than the limit"),
+        (
+            tiff(np.zeros((5, 1100, 1000), np.uint8), compression="zlib", photometric="minisblack"),
+            "more than the limit",
+        ),
     ],
 )
 def test_a_bad_file_is_named_with_its_reason(data: bytes, reason: str) -> None:
@@ -156,14 +160,46 @@ def test_a_bad_file_is_named_with_its_reason(data: bytes, reason: str) -> None:
         read_pixels(data, max_pixels=1_000_000)
 
 
+def test_the_fourth_sample_of_a_tiff_is_transparency_only_where_the_file_says_so() -> None:
+    bands = np.full((4, 5, 4), 30000, np.uint16)
+    bands[:, :, 3] = 10000
+    for kind, expected in (("unspecified", 30000), ("unassalpha", 53824)):
+        data = tiff(bands, photometric="rgb", extrasamples=[kind])
+        assert np.array_equal(read_pixels(data, channels=4), bands)
+        assert np.unique(read_pixels(data, channels=3)).tolist() == pytest.approx([expected], abs=300)
+    with pytest.raises(BadImageError, match="2 pages of 1 channels, the model has 3"):
+        read_pixels(tiff(bands[:2, :, :], photometric="minisblack"), channels=3)
+
+
+def test_tiffs_of_every_compression_orientation_and_with_previews_are_read() -> None:
+    sixteen = (np.arange(40 * 48 * 3, dtype=np.uint16) * 11).reshape(40, 48, 3)
+    for compression in ("lzw", "zlib", "packbits", "lzma", "zstd", None):
+        data = tiff(sixteen, photometric="rgb", compression=compression)
+        assert np.array_equal(read_pixels(data), sixteen), compression
+    for orientation in range(1, 9):
+        data = tiff(sixteen, photometric="rgb", extratags=[(274, 3, 1, orientation, True)])
+        eight = (sixteen >> 8).astype(np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        reference = read_pixels(encoded(Image.fromarray(eight), "TIFF", exif=exif))
+        assert np.array_equal(read_pixels(data) >> 8, reference), orientation
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        writer.write((sixteen >> 8).astype(np.uint8), photometric="rgb")
+        writer.write((sixteen[::4, ::4] >> 8).astype(np.uint8), photometric="rgb")
+    assert np.array_equal(read_pixels(file.getvalue()), sixteen >> 8)
+    floats = (sixteen / 65535).astype(np.float32)
+    assert np.array_equal(read_pixels(tiff(floats, photometric="rgb")), floats)
+    inverted = read_pixels(tiff(sixteen[:, :, 0], photometric="miniswhite"), channels=1)
+    assert np.array_equal(inverted[:, :, 0], 65535 - sixteen[:, :, 0])
+
+
 def test_every_truncation_of_a_file_is_read_or_refused() -> None:
     colour = (np.arange(5 * 8 * 3, dtype=np.uint16) * 500).reshape(5, 8, 3)
     for data in (encoded(Image.fromarray(RAMP), "PNG"), tiff(colour, photometric="rgb"), npy(colour), png16(colour)):
         for length in range(0, len(data), 3):
-            try:
+            with contextlib.suppress(BadImageError):
                 assert read_pixels(data[:length]).shape[2] == 3
-            except BadImageError:
-                pass
 
 
 def test_grey_is_the_luma_of_colour() -> None:

@@ -33,9 +33,7 @@ def test_a_crop_is_a_part_of_its_image_perhaps_mirrored(photos: Path) -> None:
 def test_crops_do_not_depend_on_workers_cache_or_where_one_starts(photos: Path) -> None:
     def images(first_step: int, num_workers: int, cache_bytes: int) -> torch.Tensor:
         crops = CropDataset(open_source(str(photos)), seed=1, resolution=16, shorter_side=30, cache_bytes=cache_bytes)
-        order = MicroBatches(
-            first_step=first_step, last_step=8, batch_size=4, rank=0, num_processes=1, accumulation=1
-        )
+        order = MicroBatches(first_step=first_step, last_step=8, batch_size=4, rank=0, num_processes=1, accumulation=1)
         return torch.cat([b.images for b in load_batches(crops, order, num_workers=num_workers, pin_memory=False)])
 
     reference = images(0, 0, 0)
@@ -46,7 +44,9 @@ def test_crops_do_not_depend_on_workers_cache_or_where_one_starts(photos: Path) 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (7, 3), (16, 16), (200, 17)])
 @pytest.mark.parametrize("shorter_side", [None, 16, 40])
-def test_images_of_any_size_give_crops_of_one_size(size: tuple[int, int], shorter_side: int | None, tmp_path: Path) -> None:
+def test_images_of_any_size_give_crops_of_one_size(
+    size: tuple[int, int], shorter_side: int | None, tmp_path: Path
+) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     crops = CropDataset(open_source(str(tmp_path)), seed=0, resolution=16, shorter_side=shorter_side)
@@ -85,5 +85,7 @@ def test_bad_images_are_named_and_their_place_is_taken_by_a_good_one(tmp_path: P
     (tmp_path / "good.png").unlink()
     crops = CropDataset(open_source(str(tmp_path)), seed=0, resolution=16)
     for workers in (0, 1):
-        with pytest.raises(DataError, match=r"^no usable image: all 5 that were tried are bad, such as bad \d.png: cannot"):
+        with pytest.raises(
+            DataError, match=r"^no usable image: all 5 that were tried are bad, such as bad \d.png: cannot"
+        ):
             list(load_batches(crops, order, num_workers=workers, pin_memory=False))

@@ -65,7 +65,7 @@ def gradient_size(module: torch.nn.Module) -> float:
 def test_lpips_alone_gives_the_decoder_a_gradient() -> None:
     objective = Objective(perceptual="random", kl_weight=0.0)
     state = make_state(objective)
-    done = generator_step(IMAGES, NOISE, state, objective, adversarial=False, accelerator=Accelerator())
+    done = generator_step(IMAGES, NOISE, state, objective, adversarial=False, first=True, accelerator=Accelerator())
     done.terms["lpips"].backward()
     assert gradient_size(state.bare.vae.decoder) > 0
     assert gradient_size(state.bare.vae.encoder) > 0
@@ -75,12 +75,12 @@ def test_each_network_has_no_gradient_from_the_others_step() -> None:
     objective = Objective(perceptual="random")
     state = make_state(objective)
     assert state.discriminator is not None
-    done = generator_step(IMAGES, NOISE, state, objective, adversarial=True, accelerator=Accelerator())
+    done = generator_step(IMAGES, NOISE, state, objective, adversarial=True, first=True, accelerator=Accelerator())
     sum(done.terms.values()).backward()
     assert gradient_size(state.discriminator) == 0
     assert gradient_size(state.bare.vae) > 0
     state.bare.zero_grad()
-    loss, _ = discriminator_step(IMAGES, done.reconstruction, state.discriminator, objective, first=True)
+    loss, _ = discriminator_step(IMAGES, done.reconstruction, state.discriminator, objective)
     loss.backward()
     assert gradient_size(state.discriminator) > 0
     assert gradient_size(state.bare) == 0
@@ -116,7 +116,7 @@ def test_the_adaptive_weight_is_that_of_separate_gradients_over_the_whole_batch(
     other = make_state(objective)
     accelerator = Accelerator(gradient_accumulation_steps=2)
     noise = torch.from_numpy(noise_at(0, [0, 1, 2, 3], (4, 4, 4), Stream.POSTERIOR))
-    done = generator_step(IMAGES, noise, other, objective, adversarial=True, accelerator=accelerator)
+    done = generator_step(IMAGES, noise, other, objective, adversarial=True, first=True, accelerator=accelerator)
     last = last_layer(other.bare.vae)
     plain = sum(v for k, v in done.terms.items() if k != "adversarial")
     expected = losses.adaptive_weight(
@@ -129,7 +129,7 @@ def test_the_adaptive_weight_is_that_of_separate_gradients_over_the_whole_batch(
 
 @pytest.mark.parametrize("spectral_norm", [False, True])
 def test_micro_batches_give_the_update_of_the_whole_batch(spectral_norm: bool) -> None:
-    states = []
+    states, judged = [], []
     for count in (1, 2, 4):
         objective = Objective(
             perceptual="random", disc_start=1, gradient_accumulation_steps=count, learned_logvar=True, kl_weight=0.01
@@ -139,10 +139,14 @@ def test_micro_batches_give_the_update_of_the_whole_batch(spectral_norm: bool) -
         accelerator = Accelerator(gradient_accumulation_steps=count)
         for step in range(5):
             images = IMAGES.roll(step, dims=2)
-            train_step(
+            result = train_step(
                 micro_batches(images, count), state, objective, step=step, learning_rates=RATES, accelerator=accelerator
             )
         states.append(state)
+        judged.append(result.terms)
+    for terms in judged[1:]:
+        for name, value in judged[0].items():
+            assert terms[name].item() == pytest.approx(value.item(), rel=2e-4, abs=1e-6), name
     for state in states[1:]:
         for network, reference in ((state.bare, states[0].bare), (state.discriminator, states[0].discriminator)):
             for a, b in zip(network.state_dict().values(), reference.state_dict().values(), strict=True):
@@ -156,9 +160,7 @@ def test_ema_equals_its_formula_in_double_precision() -> None:
     accelerator = Accelerator()
     shadow = [p.detach().double().clone() for p in state.bare.vae.parameters()]
     for step in range(20):
-        train_step(
-            micro_batches(IMAGES, 1), state, objective, step=step, learning_rates=RATES, accelerator=accelerator
-        )
+        train_step(micro_batches(IMAGES, 1), state, objective, step=step, learning_rates=RATES, accelerator=accelerator)
         decay = min(0.9, (1 + step) / (10 + step)) if step else 0.0
         for s, p in zip(shadow, state.bare.vae.parameters(), strict=True):
             s.mul_(decay).add_(p.detach().double(), alpha=1 - decay)
