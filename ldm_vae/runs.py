@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_vae.config import as_json, differences
-from ldm_vae.errors import RunError
+from ldm_vae.errors import DataError, RunError
 
 PACKAGES = ("ldm-vae", "torch", "torchvision", "diffusers", "accelerate", "lpips", "numpy", "pillow", "safetensors")
 KEPT_CHECKPOINTS = 2
@@ -119,6 +119,15 @@ class Run:
                 if is_new:
                     writer.writerow(["name", "reason"])
                 writer.writerows(sorted(new.items()))
+
+    @contextmanager
+    def listing_bad_images(self) -> Iterator[None]:
+        """Lists the bad images of a data set that has no others, before the run ends for that."""
+        try:
+            yield
+        except DataError as error:
+            self.add_bad_images(error.bad_images)
+            raise
 
     def save(self, checkpoint: Checkpoint) -> None:
         """`checkpoints/step-N/`, complete or not there; all but the newest few are removed."""

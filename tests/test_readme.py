@@ -29,6 +29,8 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
     ran = 0
     for line in blocks("bash").splitlines():
         words = shlex.split(line)
+        if not words:
+            continue
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
             continue  # `make demo` is what it runs, and this is `make test`

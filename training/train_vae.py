@@ -11,7 +11,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +27,14 @@ from ldm_vae.config import parse_config
 from ldm_vae.data.images import to_pixels
 from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, load_batches
 from ldm_vae.data.sources import Source, open_source
-from ldm_vae.errors import ConfigError, DataError, RunError, one_line_errors
+from ldm_vae.errors import ConfigError, RunError, one_line_errors
 from ldm_vae.metrics import psnr
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.discriminator import PatchDiscriminator
 from ldm_vae.models.pretrained import channels_of, is_variational, load_autoencoder, reconstruct, stride_of
 from ldm_vae.objectives import perceptual
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
+from ldm_vae.objectives.schedule import learning_rate_at
 from ldm_vae.pictures import reconstruction_grid, validation_images
 from ldm_vae.runs import Checkpoint, Run, StopSignal, staged_directory
 from ldm_vae.state import load_state, state_tensors
@@ -178,12 +178,6 @@ def validate(config: Config, num_processes: int) -> None:
         )
 
 
-def learning_rate_at(step: int, peak: float, config: Config) -> float:
-    """Linear warm-up, then a cosine to zero at the last step."""
-    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    return peak * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-
-
 # Main -----------------------------------------------------------------------------------------------------------------
 
 
@@ -319,7 +313,7 @@ def main(config: Config) -> None:
     run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
     step, facts = resume(run, state) or (0, {"seconds": 0.0, "skipped_steps": 0})
     if run.main:
-        with bad_images_into(run):
+        with run.listing_bad_images():
             val_images, met = validation_images(val_source, side=side - side % stride_of(state.bare.vae))
             run.add_bad_images(met)
     if config.tracker != "none":
@@ -330,14 +324,13 @@ def main(config: Config) -> None:
     logged_at = (step, facts["seconds"])
     images = config.steps * config.batch_size
     bar = tqdm(total=images, initial=step * config.batch_size, unit="image", mininterval=1.0, disable=not run.main)
-    with StopSignal() as stop, bar, bad_images_into(run):
+    with StopSignal() as stop, bar, run.listing_bad_images():
         while step < config.steps:
             began = time.perf_counter()
             batches = batches or batches_from(step, source, config, accelerator)
-            rates = {
-                "vae": learning_rate_at(step, config.learning_rate, config),
-                "discriminator": learning_rate_at(step, config.disc_learning_rate, config),
-            }
+            peaks = {"vae": config.learning_rate, "discriminator": config.disc_learning_rate}
+            schedule = {"steps": config.steps, "warmup_steps": config.warmup_steps}
+            rates = {name: learning_rate_at(step, peak, **schedule) for name, peak in peaks.items()}
             result = train_step(batches, state, config, step=step, learning_rates=rates, accelerator=accelerator)
             stopping = any_process(stop.received is not None, accelerator)
             facts["seconds"] += time.perf_counter() - began
@@ -365,8 +358,6 @@ def main(config: Config) -> None:
                 for met in gather_object([bad_images]):
                     run.add_bad_images(met)
                 bad_images = {}
-            if saving:
-                save(run, state, step=step, facts=facts)
             if logging:
                 steps, seconds = step - logged_at[0], facts["seconds"] - logged_at[1]
                 metrics = result.metrics(accelerator) | {
@@ -384,22 +375,14 @@ def main(config: Config) -> None:
                 metrics = draw(run, state, val_images, step=step, accelerator=accelerator)
                 run.log(step, metrics | {"seconds": facts["seconds"]})
                 accelerator.log(metrics, step=step)
+            if saving:
+                save(run, state, step=step, facts=facts)
             if stopping:
                 accelerator.print(f"stopped by {stop.received or 'a signal'} after step {step}: run it again to go on")
                 break
     if run.seen_bad_images:
         accelerator.print(f"{len(run.seen_bad_images)} bad images: see {run.directory / 'bad_images.csv'}")
     accelerator.end_training()
-
-
-@contextmanager
-def bad_images_into(run: Run) -> Iterator[None]:
-    """Lists the bad images of a data set that has no others before the run ends for that."""
-    try:
-        yield
-    except DataError as error:
-        run.add_bad_images(error.bad_images)
-        raise
 
 
 def any_process(flag: bool, accelerator: Accelerator) -> bool:

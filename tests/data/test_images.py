@@ -163,10 +163,10 @@ def test_a_bad_file_is_named_with_its_reason(data: bytes, reason: str) -> None:
 def test_the_fourth_sample_of_a_tiff_is_transparency_only_where_the_file_says_so() -> None:
     bands = np.full((4, 5, 4), 30000, np.uint16)
     bands[:, :, 3] = 10000
-    for kind, expected in (("unspecified", 30000), ("unassalpha", 53824)):
+    for kind, expected in (("unspecified", 30000), ("unassalpha", 60113)):
         data = tiff(bands, photometric="rgb", extrasamples=[kind])
         assert np.array_equal(read_pixels(data, channels=4), bands)
-        assert np.unique(read_pixels(data, channels=3)).tolist() == pytest.approx([expected], abs=300)
+        assert np.unique(read_pixels(data, channels=3)).tolist() == [expected]
     with pytest.raises(BadImageError, match="2 pages of 1 channels, the model has 3"):
         read_pixels(tiff(bands[:2, :, :], photometric="minisblack"), channels=3)
 
