@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,9 @@ class ChannelRMSNorm(nn.Module):
         return x * scale.to(x.dtype) * self.weight[:, None, None].to(x.dtype)
 
 
-def block_with(norm=ChannelRMSNorm, activation=functional.silu) -> type[nn.Module]:
+def block_with(
+    norm: Callable[[int], nn.Module] = ChannelRMSNorm, activation: Callable[[Tensor], Tensor] = functional.silu
+) -> type[nn.Module]:
     """The library's residual block with a norm or another activation."""
 
     class Variant(ResidualBlock):

@@ -12,6 +12,7 @@ import itertools
 import json
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -80,16 +81,16 @@ def build(name: str) -> Any:
 
 
 def training_state(vae: Any, objective: Objective, accelerator: Accelerator) -> State:
-    bare = TrainableVAE(vae, learned_logvar=False).to(accelerator.device, memory_format=torch.channels_last)
+    bare = TrainableVAE(vae, learned_logvar=False).to(accelerator.device).to(memory_format=torch.channels_last)
     trained = [p for p in bare.parameters() if p.requires_grad]
-    optimizers = {"vae": torch.optim.AdamW(trained, 1e-4, fused=True)}
+    optimizers: dict[str, torch.optim.Optimizer] = {"vae": torch.optim.AdamW(trained, 1e-4, fused=True)}
     discriminator = lpips = None
     if objective.adversarial != "none":
         discriminator = PatchDiscriminator().to(accelerator.device, memory_format=torch.channels_last)
         optimizers["discriminator"] = torch.optim.AdamW(discriminator.parameters(), 1e-4, fused=True)
         discriminator = accelerator.prepare(discriminator)
     if objective.perceptual != "none":
-        lpips = PerceptualLoss("vgg", pretrained=False).to(accelerator.device, memory_format=torch.channels_last)
+        lpips = PerceptualLoss("vgg", pretrained=False).to(accelerator.device).to(memory_format=torch.channels_last)
     return State(
         vae=accelerator.prepare(bare),
         discriminator=discriminator,
@@ -143,15 +144,15 @@ def main(config: Config) -> None:
         results[name] = {
             "parameters": sum(p.numel() for p in state.bare.vae.parameters()),
             "step_gflop": counter.get_total_flops() / 1e9,
-            "step_peak_memory_mib": mebibytes(peak_memory_of(lambda s=state: step(s), device=device)),
-            "reconstruction_peak_memory_mib": mebibytes(peak_memory_of(lambda s=state: forward(s), device=device)),
+            "step_peak_memory_mib": mebibytes(peak_memory_of(partial(step, state), device=device)),
+            "reconstruction_peak_memory_mib": mebibytes(peak_memory_of(partial(forward, state), device=device)),
         }
     for _ in range(config.rounds):
         for name, state in states.items():
             state.bare.train()
-            steps[name] += seconds_of(lambda s=state: step(s), device=device, seconds=config.seconds)
+            steps[name] += seconds_of(partial(step, state), device=device, seconds=config.seconds)
             state.bare.eval()
-            forwards[name] += seconds_of(lambda s=state: forward(s), device=device, seconds=config.seconds / 2)
+            forwards[name] += seconds_of(partial(forward, state), device=device, seconds=config.seconds / 2)
     first = config.models[0]
     for name, result in results.items():
         seconds = statistics.median(steps[name])

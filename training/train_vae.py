@@ -108,16 +108,17 @@ PRESETS = {
         "minutes on two CPU cores, every loss on",
         preset(
             "demo",
-            steps=1200,
+            steps=1500,
             batch_size=16,
             resolution=64,
             perceptual="random",
             lpips_backbone="squeeze",
             lpips_weight=0.1,
-            adversarial_weight=0.1,
-            disc_start=600,
-            learning_rate=1e-3,
-            disc_learning_rate=4e-4,
+            adversarial_weight=0.2,
+            spectral_norm=True,
+            disc_start=900,
+            learning_rate=2e-3,
+            disc_learning_rate=2e-4,
             sample_every=300,
             checkpoint_every=300,
             ema_decay=0.99,
@@ -202,7 +203,7 @@ def build(config: Config, accelerator: Accelerator) -> State:
             parameter.requires_grad_(not name.startswith(("encoder.", "quant_conv.")))
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    bare = TrainableVAE(vae, config.learned_logvar).to(accelerator.device, memory_format=torch.channels_last).train()
+    bare = TrainableVAE(vae, config.learned_logvar).to(accelerator.device).to(memory_format=torch.channels_last).train()
     if config.compile:
         vae.compile_repeated_blocks()
     discriminator = lpips = None
@@ -216,8 +217,9 @@ def build(config: Config, accelerator: Accelerator) -> State:
                 pretrained=config.perceptual == "pretrained",
                 image_channels=config.channels,
                 channels=config.lpips_channels,
-            ).to(accelerator.device, memory_format=torch.channels_last)
-    optimizers = {}
+            )
+        lpips = lpips.to(accelerator.device).to(memory_format=torch.channels_last)
+    optimizers: dict[str, torch.optim.Optimizer] = {}
     for name, network, rate in (
         ("vae", bare, config.learning_rate),
         ("discriminator", discriminator, config.disc_learning_rate),
@@ -320,7 +322,8 @@ def main(config: Config) -> None:
         accelerator.init_trackers("logs", {k: str(v) for k, v in dataclasses.asdict(config).items()})
     accelerator.print(describe(config, state, source, accelerator))
     batches: Iterator[Batch] | None = None
-    bad_images, waited, unhealthy_in_a_row, gone_back = {}, 0.0, 0, False
+    bad_images: dict[str, str] = {}
+    waited, unhealthy_in_a_row, gone_back = 0.0, 0, False
     logged_at = (step, facts["seconds"])
     images = config.steps * config.batch_size
     bar = tqdm(total=images, initial=step * config.batch_size, unit="image", mininterval=1.0, disable=not run.main)

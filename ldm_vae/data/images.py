@@ -91,18 +91,18 @@ def read_pil(data: bytes, max_pixels: int) -> Pixels:
             raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             decoded = decode_image(raw, ImageReadMode.UNCHANGED, apply_exif_orientation=True)
             return decoded.permute(1, 2, 0).numpy()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16
-            values = np.asarray(image)[:, :, None]
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits, or 32 that hold 16
+            values = np.asarray(upright)[:, :, None]
             if values.min() < 0 or values.max() > 65535:
                 raise BadImageError(f"integers from {values.min()} to {values.max()}: at most 16 bits are read")
             return values.astype(np.uint16)
-        if image.mode == "F":
-            return check_float(np.asarray(image)[:, :, None])
-        transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-        if image.mode in ("1", "L", "LA", "La"):
-            return np.atleast_3d(np.asarray(image.convert("LA" if transparent else "L")))
-        return np.asarray(image.convert("RGBA" if transparent else "RGB"))
+        if upright.mode == "F":
+            return check_float(np.asarray(upright)[:, :, None])
+        transparent = upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info
+        if upright.mode in ("1", "L", "LA", "La"):
+            return np.atleast_3d(np.asarray(upright.convert("LA" if transparent else "L")))
+        return np.asarray(upright.convert("RGBA" if transparent else "RGB"))
 
 
 def read_npy(data: bytes, max_pixels: int) -> Pixels:
@@ -216,9 +216,9 @@ def resize(pixels: Pixels, size: tuple[int, int], box: tuple[float, float, float
         image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
         return np.atleast_3d(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box)))
     planes = [Image.fromarray(np.ascontiguousarray(p, np.float32)) for p in np.moveaxis(pixels, 2, 0)]
-    planes = [np.asarray(p.resize((width, height), Image.Resampling.BICUBIC, box)) for p in planes]
+    resized = [np.asarray(p.resize((width, height), Image.Resampling.BICUBIC, box)) for p in planes]
     top = 1.0 if pixels.dtype == np.float32 else np.iinfo(pixels.dtype).max
-    return store(np.clip(np.stack(planes, axis=2), 0, top), pixels.dtype)
+    return store(np.clip(np.stack(resized, axis=2), 0, top), pixels.dtype)
 
 
 def centre_square(pixels: Pixels, side: int) -> Pixels:

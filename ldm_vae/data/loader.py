@@ -167,7 +167,7 @@ def load_batches(crops: CropDataset, order: MicroBatches, *, num_workers: int, p
             yield batch
     finally:
         if num_workers:  # now, not when Python exits: there it waits for them with a signal that they ignore
-            iterator._shutdown_workers()  # type: ignore[union-attr]
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:

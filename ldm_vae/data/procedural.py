@@ -68,7 +68,7 @@ def dead_leaves(rng: np.random.Generator, size: int) -> Pixels:
     Natural Images"), each with its own colour, shading, stripes and share of a 1/f texture.
     """
     side = size * SUPERSAMPLING
-    smallest, largest = 2.5 * SUPERSAMPLING, side * 0.6
+    smallest, largest = 4 * SUPERSAMPLING, side * 0.6
     mean_area = math.pi * 2 * math.log(largest / smallest) / (smallest**-2 - largest**-2)
     count = 2 + int(8.0 * side**2 / mean_area)  # eight times the area: hardly a pixel stays uncovered
     radius = (smallest**-2 - rng.random(count) * (smallest**-2 - largest**-2)) ** -0.5

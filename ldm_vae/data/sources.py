@@ -83,7 +83,7 @@ def is_image(name: str) -> bool:
 def folder_source(root: Path, *, channels: int, max_pixels: int) -> FileSource:
     """Every image below a folder. Links to folders are followed, each real folder once on a path."""
     names = []
-    pending = [("", (os.path.realpath(root),))]
+    pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while pending:
         prefix, above = pending.pop()
         try:

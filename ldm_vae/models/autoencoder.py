@@ -131,7 +131,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _repeated_blocks = ("Stage",)  # what compile_repeated_blocks() compiles
-    block: type[nn.Module] = ResidualBlock
+    block: type[ResidualBlock] = ResidualBlock
 
     @register_to_config
     def __init__(
@@ -227,7 +227,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "demo": {
-        "latent_channels": 4,
+        "latent_channels": 8,
         "patch_size": 4,
         "block_out_channels": (96,),
         "encoder_layers_per_block": (2,),

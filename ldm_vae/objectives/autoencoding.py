@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -50,9 +49,9 @@ class Objective:
 class TrainableVAE(nn.Module):
     """The one forward pass that DDP wraps: encode, sample, decode, with the scale of the error beside it."""
 
-    def __init__(self, vae: ModelMixin, learned_logvar: bool) -> None:
+    def __init__(self, vae: Any, learned_logvar: bool) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=learned_logvar)
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +123,8 @@ def generator_step(
     """
     reconstruction, moments, logvar = state.vae(images, noise)
     scale = torch.exp(-logvar)
-    terms = {config.reconstruction: scale * losses.reconstruction_loss(reconstruction, images, config.reconstruction)}
+    terms: dict[str, Tensor] = {}
+    terms[config.reconstruction] = scale * losses.reconstruction_loss(reconstruction, images, config.reconstruction)
     if state.lpips is not None:
         with accelerator.autocast():
             terms["lpips"] = scale * config.lpips_weight * state.lpips(reconstruction, images)
@@ -229,22 +229,25 @@ def train_step(
             result.add(done.terms)
             result.moments = done.moments.detach()
             if adversarial:
+                assert done.adversarial_gradient is not None
+                assert state.discriminator is not None
                 adversarial_gradient += done.adversarial_gradient
                 loss, accuracy = discriminator_step(images, done.reconstruction, state.discriminator, config)
                 accelerator.backward(loss)
                 result.add({"discriminator": loss, "discriminator_accuracy": accuracy})
     result.average(config.gradient_accumulation_steps)
-    total = sum(result.terms.values())
+    total = torch.stack([value.float() for value in result.terms.values()]).sum()
     if adversarial:  # last.grad is that of every weighted term: take the adversarial one off
         adversarial_gradient = accelerator.reduce(adversarial_gradient, "mean") / config.gradient_accumulation_steps
         share = config.adversarial_weight * state.adaptive_weight
+        assert last.grad is not None
         adaptive_weight = losses.adaptive_weight(last.grad - share * adversarial_gradient, adversarial_gradient)
     for name, optimizer in state.optimizers.items():
         if name == "vae" or adversarial:
             norm = nn.utils.clip_grad_norm_(parameters_of(optimizer), config.max_grad_norm)
             result.terms[f"{name}_grad_norm"] = norm
             total = total + norm
-    result.healthy = bool(accelerator.reduce(total.detach().float(), "sum").isfinite())
+    result.healthy = bool(accelerator.reduce(total, "sum").isfinite())
     for name, optimizer in state.optimizers.items():
         if result.healthy and (name == "vae" or adversarial):
             for group in optimizer.param_groups:

@@ -266,7 +266,7 @@ def test_every_term_is_logged_by_its_name(reference: Path) -> None:
     assert [m["step"] for m in lines if "learning_rate" in m] == [1, 2, 3, 4, 5, 6]
     early, late = lines[0], next(m for m in lines if m["step"] == 6)
     always = {"l1", "lpips", "kl", "vae_grad_norm", "images_per_second", "waiting_for_data", "seconds", "skipped_steps"}
-    channels = {f"{name}/{c}" for name in ("kl_bits", "latents_mean", "latents_std") for c in range(4)}
+    channels = {f"{name}/{c}" for name in ("kl_bits", "latents_mean", "latents_std") for c in range(8)}
     adversarial = {"adversarial", "discriminator", "discriminator_accuracy", "discriminator_grad_norm"}
     assert always | channels <= early.keys()
     assert not adversarial & early.keys()
@@ -287,11 +287,11 @@ def test_the_mean_and_deviation_that_are_logged_are_those_of_the_latents(photos:
         posterior = vae.encode(images).latent_dist
     main(config)
     line = metrics(config.output)[0]
-    for c in range(4):
+    for c in range(8):
         channel = posterior.mean[:, c]
         assert line[f"latents_mean/{c}"] == pytest.approx(channel.mean().item(), abs=1e-6)
         assert line[f"latents_std/{c}"] == pytest.approx(channel.std(correction=0).item(), abs=1e-5)
-    bits = sum(line[f"kl_bits/{c}"] for c in range(4)) * 8 * 8
+    bits = sum(line[f"kl_bits/{c}"] for c in range(8)) * 8 * 8
     assert bits * np.log(2) == pytest.approx(posterior.kl().mean().item(), rel=1e-4)
     assert line["kl"] == pytest.approx(1e-4 * posterior.kl().mean().item() / 32**2, rel=1e-4)
 
