@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-Part = nn.Module | torch.optim.Optimizer | EMAModel | Tensor
+Part: TypeAlias = nn.Module | torch.optim.Optimizer | EMAModel | Tensor
 
 
 def state_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:

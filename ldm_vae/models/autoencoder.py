@@ -221,7 +221,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """Images in, reconstruction out, through the posterior's mean or, if asked for, a sample of it."""
-        posterior = self.encode(sample).latent_dist
+        posterior = self.encode(sample, return_dict=False)[0]
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
 
 

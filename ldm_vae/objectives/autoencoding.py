@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ldm_vae.data.loader import Batch
 from ldm_vae.data.order import Stream, noise_at
 from ldm_vae.models.pretrained import encode_moments, last_layer, latent_channels_of, posterior_of, stride_of
-from ldm_vae.objectives import losses, perceptual
+from ldm_vae.objectives import losses
+from ldm_vae.objectives.perceptual import Backbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Objective:
     """Times nats per pixel, beside a mean error on [-1, 1]; Stable Diffusion's is 3.3e-7."""
     perceptual: Literal["pretrained", "random", "none"] = "pretrained"
     """LPIPS with pretrained features, with random features (no download), or without LPIPS."""
-    lpips_backbone: perceptual.Backbone = "vgg"
+    lpips_backbone: Backbone = "vgg"
     lpips_weight: float = 1.0
     lpips_channels: tuple[int, int, int] | None = None
     """The three channels that LPIPS sees, when the images have neither one nor three."""
