@@ -160,9 +160,7 @@ def psnr(vae: PatchAutoencoderKL, photos: list[np.ndarray]) -> float:
     return sum(values) / len(values)
 
 
-def train(
-    vae: PatchAutoencoderKL, photos: list[np.ndarray], rate: float, seconds: float, seed: int, kl_weight: float
-) -> int:
+def train(vae: Any, photos: list[np.ndarray], rate: float, seconds: float, seed: int, kl_weight: float) -> int:
     """AdamW with warm-up and cosine decay over the wall time given; the number of steps that it took."""
     rng, noise = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
