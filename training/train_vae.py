@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,8 +89,8 @@ class Config(Objective):
     gradient_checkpointing: bool = False
     compile: bool = False
     """torch.compile the network's stages."""
-    num_workers: int = 1
-    """Processes that decode images, for each training process."""
+    num_workers: int | None = None
+    """Processes that decode images, for each training process; up to 8, as the cores allow, unless given."""
     cache_gib: float = 1.0
     """Decoded images that each training process may keep in memory."""
     log_every: int = 20
@@ -130,7 +131,7 @@ PRESETS = {
     "f4c3": ("stride 4, 3 channels: near-lossless latents", preset("f4c3")),
     "f8c4-large": (
         "stride 8, 4 channels, about the parameters of Stable Diffusion's VAE, for GPUs",
-        preset("f8c4-large", learning_rate=1e-4, disc_learning_rate=1e-4, num_workers=8),
+        preset("f8c4-large", learning_rate=1e-4, disc_learning_rate=1e-4),
     ),
 }
 
@@ -152,8 +153,9 @@ def validate(config: Config, num_processes: int) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
     weights = ("kl_weight", "lpips_weight", "adversarial_weight")
     for name in ("num_workers", "cache_gib", "warmup_steps", "disc_start", *weights):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must not be negative")
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must not be negative")
     if not 0 <= config.ema_decay < 1:
         raise ConfigError(f"--ema-decay is {config.ema_decay}: it must be at least 0 and less than 1")
     for name in ("learning_rate", "disc_learning_rate", "max_grad_norm"):
@@ -268,12 +270,15 @@ def resume(run: Run, state: State) -> tuple[int, dict[str, Any]] | None:
 
 def batches_from(step: int, source: Source, config: Config, accelerator: Accelerator) -> Iterator[Batch]:
     """This process's micro-batches from `step` on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    spare = cores // max(accelerator.num_processes, 1) - 1
+    num_workers = min(max(spare, 1), 8) if config.num_workers is None else config.num_workers
     crops = CropDataset(
         source,
         seed=config.seed,
         resolution=config.resolution,
         shorter_side=config.shorter_side,
-        cache_bytes=int(config.cache_gib * 2**30) // max(config.num_workers, 1),
+        cache_bytes=int(config.cache_gib * 2**30) // max(num_workers, 1),
     )
     order = MicroBatches(
         first_step=step,
@@ -284,7 +289,7 @@ def batches_from(step: int, source: Source, config: Config, accelerator: Acceler
         accumulation=config.gradient_accumulation_steps,
     )
     on_gpu = accelerator.device.type == "cuda"
-    return load_batches(crops, order, num_workers=config.num_workers, pin_memory=on_gpu)
+    return load_batches(crops, order, num_workers=num_workers, pin_memory=on_gpu)
 
 
 def describe(config: Config, state: State, source: Source, accelerator: Accelerator) -> str:

@@ -22,6 +22,13 @@ from ldm_vae.models.autoencoder import PatchAutoencoderKL
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.fixture(autouse=True)
+def threads_as_they_were() -> Any:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network of the demo's size that hands the image through, roughly: trained for a moment."""
@@ -48,6 +55,7 @@ def test_figures_depend_on_neither_company_nor_processes_and_are_scikit_images(
 ) -> None:
     shared: dict[str, Any] = {"vae": (str(vae),), "data": str(photos), "resolution": 48}
     shared |= {"perceptual": "random", "lpips_backbone": "squeeze"}
+    torch.set_num_threads(1)  # as in the launched processes: sums in the same order
     for num_images in (1, 3, 8, 12):
         main(Config(output=tmp_path / f"{num_images}", num_images=num_images, **shared))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -64,10 +72,7 @@ def test_figures_depend_on_neither_company_nor_processes_and_are_scikit_images(
     assert len(reference) == 12
     for other in ("1", "3", "8"):
         assert rows(tmp_path / other) == reference[: int(other)]
-    for a, b in zip(reference, rows(tmp_path / "two"), strict=True):
-        assert a["image"] == b["image"]
-        for metric in ("psnr", "ssim", "ssimulacra2", "lpips_squeeze_random"):
-            assert float(a[metric]) == pytest.approx(float(b[metric]), abs=1e-3), metric
+    assert rows(tmp_path / "two") == reference
 
     model = PatchAutoencoderKL.from_pretrained(vae).eval()
     for row in reference:
