@@ -115,7 +115,7 @@ def main(config: Config) -> None:
     large = (torch.rand(1, 3, *[config.reconstruction_resolution] * 2) * 2 - 1).to(device)
     large = large.to(memory_format=torch.channels_last)
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    peak = peak_flops(device, dtype)
+    peak = peak_flops(device, dtype, seconds=config.seconds / 2)
     states = {}
     for name in config.models:
         vae = build(name)

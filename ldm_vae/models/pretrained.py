@@ -49,14 +49,14 @@ def find_model(path: str) -> tuple[str | None, str]:
     if not folder.is_dir() and not on_the_hub:
         raise ModelError(f"no such model: {path}")
     reasons = []
-    for subfolder in ("vae", None):
+    for subfolder in (None, "vae"):
         try:
             config = PatchAutoencoderKL.load_config(path, subfolder=subfolder)
             return subfolder, str(config["_class_name"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             reasons.append(str(error).split("\n")[0])
     where = "could not be had from the hub" if on_the_hub else "has no readable config.json (has its run saved yet?)"
-    raise ModelError(f"{path} {where}: {reasons[-1]}")
+    raise ModelError(f"{path} {where}: {reasons[0]}")
 
 
 def encode_moments(vae: Any, images: Tensor) -> Tensor:
