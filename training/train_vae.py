@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from ldm_vae.config import parse_config
 from ldm_vae.data.images import to_pixels
-from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, load_batches
+from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, default_workers, load_batches
 from ldm_vae.data.sources import Source, open_source
 from ldm_vae.errors import ConfigError, RunError, one_line_errors
 from ldm_vae.metrics import psnr
@@ -138,16 +137,8 @@ PRESETS = {
 
 def validate(config: Config, num_processes: int) -> None:
     """Raises ConfigError for flags that cannot work."""
-    every = ("log_every", "sample_every", "checkpoint_every")
-    for name in (
-        "steps",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "resolution",
-        "shorter_side",
-        "channels",
-        *every,
-    ):
+    counts = ("steps", "batch_size", "gradient_accumulation_steps", "resolution", "shorter_side", "channels")
+    for name in (*counts, "log_every", "sample_every", "checkpoint_every"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
@@ -270,9 +261,7 @@ def resume(run: Run, state: State) -> tuple[int, dict[str, Any]] | None:
 
 def batches_from(step: int, source: Source, config: Config, accelerator: Accelerator) -> Iterator[Batch]:
     """This process's micro-batches from `step` on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    spare = cores // max(accelerator.num_processes, 1) - 1
-    num_workers = min(max(spare, 1), 8) if config.num_workers is None else config.num_workers
+    num_workers = default_workers() if config.num_workers is None else config.num_workers
     crops = CropDataset(
         source,
         seed=config.seed,

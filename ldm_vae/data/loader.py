@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -168,6 +169,13 @@ def load_batches(crops: CropDataset, order: MicroBatches, *, num_workers: int, p
     finally:
         if num_workers:  # now, not when Python exits: there it waits for them with a signal that they ignore
             iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def default_workers() -> int:
+    """As many as this training process has cores beside its own, between 1 and 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # training processes; torch's launcher says so
+    return min(max(cores // on_this_machine - 1, 1), 8)
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ldm_vae.data.images import to_images
-from ldm_vae.data.loader import CropDataset, MicroBatches, load_batches
+from ldm_vae.data.loader import CropDataset, MicroBatches, default_workers, load_batches
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import DataError
@@ -89,3 +89,12 @@ def test_bad_images_are_named_and_their_place_is_taken_by_a_good_one(tmp_path: P
             DataError, match=r"^no usable image: all 5 that were tried are bad, such as bad \d.png: cannot"
         ):
             list(load_batches(crops, order, num_workers=workers, pin_memory=False))
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(2, "1", 1), (16, "1", 8), (16, "4", 3), (16, "16", 1)])
+def test_workers_share_the_cores_of_their_machine(
+    cores: int, processes: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert default_workers() == workers
