@@ -16,6 +16,11 @@ class Stream(IntEnum):
     CROP = 1
     POSTERIOR = 2
     PROCEDURAL = 3
+    TIME = 4
+    NOISE = 5
+    FLIP = 6
+    LABEL = 7
+    VALIDATION = 8
 
 
 def mix(value: int) -> int:

@@ -1,0 +1,79 @@
+"""The denoiser: diffusers' UNet2DModel in three sizes, for latents of any size and channel count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+DENOISERS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "block_out_channels": (128, 256),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 2,
+        "attention_head_dim": 64,
+    },
+    "small": {
+        "block_out_channels": (128, 256, 384),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 2,
+        "attention_head_dim": 64,
+    },
+    "base": {
+        "block_out_channels": (256, 512, 768),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 2,
+        "attention_head_dim": 64,
+    },
+}
+"""Keywords of UNet2DModel for each preset."""
+
+
+def make_denoiser(preset: str, *, latent_channels: int, sample_size: tuple[int, int], num_classes: int) -> UNet2DModel:
+    """An untrained denoiser of scaled latents.
+
+    Args:
+        sample_size: height and width of the latents that it will be trained on; any other size works, too.
+        num_classes: K; the embedding has K + 1 rows, of which the last one, class K, stands for "no class"
+            (Ho & Salimans 2022). 0: unconditional.
+    """
+    return UNet2DModel(
+        sample_size=sample_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        num_class_embeds=num_classes + 1 if num_classes else None,
+        **DENOISERS[preset],
+    )
+
+
+def num_classes_of(unet: Any) -> int:
+    """K of K classes; 0 for an unconditional denoiser."""
+    rows = unet.config.num_class_embeds
+    return rows - 1 if rows else 0
+
+
+def multiple_of(unet: Any) -> int:
+    """What the height and width of its input must be multiples of: it halves them between resolutions."""
+    return int(2 ** (len(unet.config.block_out_channels) - 1))
+
+
+def predict(denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor | None, *, multiple: int) -> Tensor:
+    """The network's output for noisy scaled latents (B, c, h, w) of any h and w, same shape, in float32.
+
+    What is missing to the next multiple is continued by the last row and column, and cut off again.
+
+    Args:
+        denoiser: a UNet2DModel, or its wrapper under DDP.
+        timesteps: (B,), in [0, 1000].
+        labels: (B,) in 0..K, K for no class; None for an unconditional denoiser.
+    """
+    height, width = noisy.shape[-2:]
+    down, right = -height % multiple, -width % multiple
+    if down or right:
+        noisy = nn.functional.pad(noisy, (0, right, 0, down), mode="replicate")
+    output: Tensor = denoiser(noisy, timesteps, class_labels=labels).sample
+    return output[..., :height, :width].float()

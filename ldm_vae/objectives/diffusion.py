@@ -1,0 +1,151 @@
+"""What a denoiser is asked to predict, as pure functions, and the stock diffusers schedulers that sample with it.
+
+Everything is written for noisy latents `alpha * x + sigma * noise` of scaled latents x. `timesteps` are what the network
+sees: in [0, 1000], 1000 (or 999) the noisiest.
+
+| prediction | alpha, sigma at t = timestep / 1000 | target | source |
+|---|---|---|---|
+| flow | 1 - t, t | noise - x | rectified flow: Liu et al. 2023, equation 1; Esser et al. 2024, equations 2 and 13 |
+| v | sqrt(abar), sqrt(1 - abar), abar rescaled to end at 0 | alpha * noise - sigma * x | Salimans & Ho 2022, \
+appendix D; Lin et al. 2024, algorithm 1 |
+| epsilon | sqrt(abar), sqrt(1 - abar) | noise | Ho et al. 2020, equations 4 and 14 |
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_vae.data.order import Stream, generator_at
+
+Prediction = Literal["flow", "v", "epsilon"]
+NUM_TIMESTEPS = 1000
+BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+"""Ho et al. 2020, section 4."""
+SMALLEST_SNR = 0.05
+"""For min-SNR weights: at the zero terminal SNR of v the weight would be zero, and sampling starts there."""
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def timestep_at(prediction: Prediction, seed: int, position: int) -> float:
+    """The timestep of the image at a position: in (0, 1000).
+
+    flow: t is logit-normal, sigmoid of a standard normal (Esser et al. 2024, equation 19 with m = 0, s = 1).
+    v, epsilon: uniform over 0..999.
+    """
+    rng = generator_at(seed, position, Stream.TIME)
+    if prediction == "flow":
+        return float(NUM_TIMESTEPS / (1 + np.exp(-rng.standard_normal())))
+    return float(rng.integers(NUM_TIMESTEPS))
+
+
+def alpha_and_sigma(prediction: Prediction, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each image: (B, 1, 1, 1) each, for timesteps (B,)."""
+    if prediction == "flow":
+        sigma = timesteps.float() / NUM_TIMESTEPS
+        alpha = 1 - sigma
+    else:
+        abar = cumulative_alphas(prediction).to(timesteps.device)[timesteps.long()]
+        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    return alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+
+
+def cumulative_alphas(prediction: Prediction) -> Tensor:
+    """abar (1000,): the product of 1 - beta; for v rescaled so that the last one is 0 (Lin et al. 2024)."""
+    betas = torch.linspace(BETAS["beta_start"], BETAS["beta_end"], NUM_TIMESTEPS, dtype=torch.float64)  # type: ignore[arg-type]
+    root = (1 - betas).cumprod(0).sqrt()
+    if prediction == "v":
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return root.square().float()
+
+
+def add_noise(
+    prediction: Prediction, scaled_latents: Tensor, noise: Tensor, timesteps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Noisy latents and the target for them, both (B, c, h, w)."""
+    alpha, sigma = alpha_and_sigma(prediction, timesteps)
+    noisy = alpha * scaled_latents + sigma * noise
+    targets = {
+        "flow": lambda: noise - scaled_latents,
+        "v": lambda: alpha * noise - sigma * scaled_latents,
+        "epsilon": lambda: noise,
+    }
+    return noisy, targets[prediction]()
+
+
+def min_snr_weights(prediction: Prediction, timesteps: Tensor, gamma: float) -> Tensor:
+    """Weights (B,) of the squared errors: min(SNR, gamma) in terms of the error in x (Hang et al. 2023, equation 8).
+
+    SNR = alpha^2 / sigma^2. An error of the prediction is one in x times: flow, sigma (x = noisy - sigma * v, with
+    alpha + sigma = 1); v, sigma; epsilon, sigma / alpha. SNR is taken as at least SMALLEST_SNR.
+    """
+    alpha, sigma = (a.flatten() for a in alpha_and_sigma(prediction, timesteps))
+    snr = (alpha / sigma.clamp(min=1e-6)).square().clamp(min=SMALLEST_SNR)
+    in_x = sigma.square() if prediction != "epsilon" else 1 / snr
+    return snr.clamp(max=gamma) * in_x
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+DISCRETE = {"num_train_timesteps": NUM_TIMESTEPS, **BETAS, "timestep_spacing": "trailing"}
+PREDICTION_TYPES = {"flow": "flow_prediction", "v": "v_prediction", "epsilon": "epsilon"}
+FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+V = {**DISCRETE, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+EPSILON = {**DISCRETE, "prediction_type": "epsilon"}
+NO_CLIPPING = {"clip_sample": False}
+SCHEDULERS: dict[Prediction, dict[str, tuple[Any, dict[str, Any]]]] = {
+    "flow": {
+        "euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
+        "heun": (diffusers.FlowMatchHeunDiscreteScheduler, {}),
+        "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, FLOW),
+        "unipc": (diffusers.UniPCMultistepScheduler, FLOW),
+    },
+    "v": {
+        "ddim": (diffusers.DDIMScheduler, V | NO_CLIPPING),
+        "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, V),
+        "unipc": (diffusers.UniPCMultistepScheduler, V),
+    },
+    "epsilon": {
+        "ddim": (diffusers.DDIMScheduler, EPSILON | NO_CLIPPING),
+        "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, EPSILON),
+        "unipc": (diffusers.UniPCMultistepScheduler, EPSILON),
+    },
+}
+"""The diffusers schedulers that fit each prediction, and their settings; the first of each is the default."""
+
+
+def make_scheduler(prediction: Prediction, name: str | None = None) -> Any:
+    """A stock diffusers scheduler for what the denoiser predicts.
+
+    Raises:
+        ValueError: a name that does not fit the prediction.
+    """
+    fitting = SCHEDULERS[prediction]
+    if name is not None and name not in fitting:
+        raise ValueError(f"scheduler {name} does not fit {prediction}: try {', '.join(fitting)}")
+    scheduler_class, settings = fitting[name or next(iter(fitting))]
+    return scheduler_class(**settings)
+
+
+def prediction_of(scheduler: Any) -> Prediction:
+    """What the denoiser that this scheduler samples with predicts."""
+    of_type = {t: p for p, t in PREDICTION_TYPES.items()}
+    return of_type[scheduler.config.get("prediction_type", "flow_prediction")]  # type: ignore[return-value]
+
+
+def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device) -> None:
+    """So many steps, evenly spaced in the time of the prediction, from pure noise to none.
+
+    FlowMatchEulerDiscreteScheduler's own choice ends with a step from 0.001 to 0; even steps are 1/N apart.
+    """
+    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and "Euler" in type(scheduler).__name__:
+        sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
+    else:
+        scheduler.set_timesteps(num_inference_steps, device=device)
