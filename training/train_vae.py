@@ -7,64 +7,45 @@ The same command resumes a run, on any number of processes.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm_vae.config import parse_config
 from ldm_vae.data.images import to_pixels
 from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, default_workers, load_batches
 from ldm_vae.data.sources import Source, open_source
-from ldm_vae.errors import ConfigError, RunError, one_line_errors
+from ldm_vae.errors import ConfigError, one_line_errors
+from ldm_vae.loop import FREE_ON_RESUME, Loop, Training, check
 from ldm_vae.metrics import psnr
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.discriminator import PatchDiscriminator
 from ldm_vae.models.pretrained import channels_of, is_variational, load_autoencoder, reconstruct, stride_of
 from ldm_vae.objectives import perceptual
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
-from ldm_vae.objectives.schedule import learning_rate_at
 from ldm_vae.pictures import reconstruction_grid, validation_images
-from ldm_vae.runs import Checkpoint, Run, StopSignal, staged_directory
-from ldm_vae.state import load_state, state_tensors
+from ldm_vae.runs import Checkpoint, Run, staged_directory
+from ldm_vae.state import state_tensors
 
 # Config ---------------------------------------------------------------------------------------------------------------
 
-FREE_ON_RESUME = (
-    *("gradient_accumulation_steps", "num_workers", "cache_gib", "gradient_checkpointing", "compile"),
-    *("log_every", "sample_every", "checkpoint_every", "tracker", "output"),
-)
-"""Fields that a resumed run may change: no result depends on them beyond rounding."""
-
-FIRST_GRIDS = (10, 100)
-UNHEALTHY_LIMIT = 3
-
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Objective):
+class Config(Training, Objective):
     """Flags of the VAE's trainer."""
 
     data: str = tyro.MISSING
     """Image folder, .zip, Hugging Face dataset, or procedural:NAME."""
-    output: Path = tyro.MISSING
-    """Run directory; the same command again resumes it."""
     val_data: str | None = None
     """Images for the sample grid and the validation PSNR; the first of --data unless given."""
-    steps: int = 100_000
-    """Optimizer steps."""
-    batch_size: int = 32
-    """Images a step, over all processes and micro-batches."""
     resolution: int = 256
     """Side of the training crops, in pixels."""
     shorter_side: int | None = None
@@ -78,25 +59,9 @@ class Config(Objective):
     """decoder leaves the encoder, and so the latents, as they are."""
     spectral_norm: bool = False
     """Spectral norm instead of group norm in the discriminator."""
-    learning_rate: float = 2e-4
-    """Of the VAE; absolute: not scaled with the batch or the processes."""
     disc_learning_rate: float = 2e-4
-    warmup_steps: int = 100
-    """Steps of linear warm-up; a cosine to zero follows."""
-    ema_decay: float = 0.999
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    """torch.compile the network's stages."""
-    num_workers: int | None = None
-    """Processes that decode images, for each training process; up to 8, as the cores allow, unless given."""
     cache_gib: float = 1.0
     """Decoded images that each training process may keep in memory."""
-    log_every: int = 20
-    sample_every: int = 500
-    checkpoint_every: int = 500
-    tracker: str = "tensorboard"
-    """Any that Accelerate knows by name (tensorboard, wandb, ...), or none; metrics.jsonl is always written."""
 
 
 def preset(architecture: str, **changes: Any) -> Config:
@@ -137,27 +102,14 @@ PRESETS = {
 
 def validate(config: Config, num_processes: int) -> None:
     """Raises ConfigError for flags that cannot work."""
-    counts = ("steps", "batch_size", "gradient_accumulation_steps", "resolution", "shorter_side", "channels")
-    for name in (*counts, "log_every", "sample_every", "checkpoint_every"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-    weights = ("kl_weight", "lpips_weight", "adversarial_weight")
-    for name in ("num_workers", "cache_gib", "warmup_steps", "disc_start", *weights):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must not be negative")
-    if not 0 <= config.ema_decay < 1:
-        raise ConfigError(f"--ema-decay is {config.ema_decay}: it must be at least 0 and less than 1")
-    for name in ("learning_rate", "disc_learning_rate", "max_grad_norm"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be more than 0")
-    parts = num_processes * config.gradient_accumulation_steps
-    if config.batch_size % parts:
-        raise ConfigError(
-            f"batch size {config.batch_size} is not a multiple of {num_processes} processes x "
-            f"{config.gradient_accumulation_steps} micro-batches: try {-(-config.batch_size // parts) * parts}"
-        )
+    check(
+        config,
+        num_processes,
+        at_least_1=("resolution", "shorter_side", "channels"),
+        at_least_0=("cache_gib", "disc_start", "kl_weight", "lpips_weight", "adversarial_weight"),
+    )
+    if not 0 < config.disc_learning_rate < math.inf:
+        raise ConfigError(f"--disc-learning-rate is {config.disc_learning_rate}: it must be more than 0")
     if config.perceptual != "none" and config.resolution < perceptual.SMALLEST_IMAGE[config.lpips_backbone]:
         least = perceptual.SMALLEST_IMAGE[config.lpips_backbone]
         raise ConfigError(
@@ -248,17 +200,6 @@ def draw(run: Run, state: State, images: Tensor, *, step: int, accelerator: Acce
     return {"val_psnr": float(psnr(to_pixels(images), to_pixels(reconstructions)).mean())}
 
 
-def resume(run: Run, state: State) -> tuple[int, dict[str, Any]] | None:
-    """Puts the newest whole checkpoint into `state`: the step to go on from and the facts so far."""
-    checkpoint = run.load_newest()
-    if checkpoint is None:
-        run.forget_after(0)
-        return None
-    load_state(state.parts(), checkpoint.tensors)
-    run.forget_after(checkpoint.step)
-    return checkpoint.step, checkpoint.facts
-
-
 def batches_from(step: int, source: Source, config: Config, accelerator: Accelerator) -> Iterator[Batch]:
     """This process's micro-batches from `step` on."""
     num_workers = default_workers() if config.num_workers is None else config.num_workers
@@ -283,110 +224,40 @@ def batches_from(step: int, source: Source, config: Config, accelerator: Acceler
 
 def describe(config: Config, state: State, source: Source, accelerator: Accelerator) -> str:
     parameters = sum(p.numel() for p in state.bare.vae.parameters()) / 1e6
-    processes, micro = accelerator.num_processes, config.gradient_accumulation_steps
-    text = (
-        f"{parameters:.2f} M parameters, {len(source)} images; effective batch {config.batch_size} = {processes} "
-        f"processes x {config.batch_size // processes // micro} images x {micro} micro-batches, "
-        f"learning rate {config.learning_rate:g} as given"
-    )
+    text = f"{parameters:.2f} M parameters, {len(source)} images; {config.effective_batch(accelerator.num_processes)}"
     if config.perceptual == "random":
         text += "; LPIPS has a random backbone: its values compare with nothing else"
     return text
 
 
 def main(config: Config) -> None:
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=config.output,
-    )
+    accelerator = config.accelerator()
     validate(config, accelerator.num_processes)
     side = config.shorter_side or config.resolution
     source = open_source(config.data, channels=config.channels, resolution=side)
     val_source = open_source(config.val_data, channels=config.channels, resolution=side) if config.val_data else source
     state = build(config, accelerator)
     run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
-    step, facts = resume(run, state) or (0, {"seconds": 0.0, "skipped_steps": 0})
+    loop = Loop(run, state.parts(), config, accelerator)
     if run.main:
         with run.listing_bad_images():
             val_images, met = validation_images(val_source, side=side - side % stride_of(state.bare.vae))
             run.add_bad_images(met)
-    if config.tracker != "none":
-        accelerator.init_trackers("logs", {k: str(v) for k, v in dataclasses.asdict(config).items()})
     accelerator.print(describe(config, state, source, accelerator))
-    batches: Iterator[Batch] | None = None
-    bad_images: dict[str, str] = {}
-    waited, unhealthy_in_a_row, gone_back = 0.0, 0, False
-    logged_at = (step, facts["seconds"])
-    images = config.steps * config.batch_size
-    bar = tqdm(total=images, initial=step * config.batch_size, unit="image", mininterval=1.0, disable=not run.main)
-    with StopSignal() as stop, bar, run.listing_bad_images():
-        while step < config.steps:
-            began = time.perf_counter()
-            batches = batches or batches_from(step, source, config, accelerator)
+    with loop:
+        for step, batches in loop.steps(lambda step: batches_from(step, source, config, accelerator)):
             peaks = {"vae": config.learning_rate, "discriminator": config.disc_learning_rate}
-            schedule = {"steps": config.steps, "warmup_steps": config.warmup_steps}
-            rates = {name: learning_rate_at(step, peak, **schedule) for name, peak in peaks.items()}
+            rates = {name: loop.learning_rate(peak) for name, peak in peaks.items()}
             result = train_step(batches, state, config, step=step, learning_rates=rates, accelerator=accelerator)
-            stopping = any_process(stop.received is not None, accelerator)
-            facts["seconds"] += time.perf_counter() - began
-            facts["skipped_steps"] += not result.healthy
-            step += 1
-            waited += result.waited
-            bad_images |= result.bad_images
-            bar.update(config.batch_size)
-            unhealthy_in_a_row = 0 if result.healthy else unhealthy_in_a_row + 1
-            if unhealthy_in_a_row == UNHEALTHY_LIMIT:
-                why = f"a loss or gradient was not finite in {UNHEALTHY_LIMIT} steps in a row, up to step {step}"
-                resumed = None if gone_back else resume(run, state)
-                if resumed is None:
-                    when = "once more" if gone_back else "before the first checkpoint"
-                    raise RunError(f"{why}, {when}: lower --learning-rate, or look at the data")
-                step, facts = resumed[0], resumed[1] | {"skipped_steps": facts["skipped_steps"]}
-                accelerator.print(f"{why}: back to the checkpoint of step {step}")
-                batches, unhealthy_in_a_row, gone_back, logged_at = None, 0, True, (step, facts["seconds"])
-                bar.update(step * config.batch_size - bar.n)
-                continue
-            last = stopping or step == config.steps
-            saving = last or step % config.checkpoint_every == 0
-            logging = last or step % config.log_every == 0
-            if saving or logging:
-                for met in gather_object([bad_images]):
-                    run.add_bad_images(met)
-                bad_images = {}
-            if logging:
-                steps, seconds = step - logged_at[0], facts["seconds"] - logged_at[1]
-                metrics = result.metrics(accelerator) | {
-                    "adaptive_weight": float(state.adaptive_weight),
-                    "learning_rate": rates["vae"],
-                    "images_per_second": steps * config.batch_size / seconds,
-                    "waiting_for_data": waited / seconds,
-                    "bad_images": len(run.seen_bad_images),
-                    **facts,
-                }
-                run.log(step, metrics)
-                accelerator.log(metrics, step=step)
-                waited, logged_at = 0.0, (step, facts["seconds"])
-            if run.main and not stopping and (last or step in FIRST_GRIDS or step % config.sample_every == 0):
-                metrics = draw(run, state, val_images, step=step, accelerator=accelerator)
-                run.log(step, metrics | {"seconds": facts["seconds"]})
-                accelerator.log(metrics, step=step)
-            if saving:
-                save(run, state, step=step, facts=facts)
-            if stopping:
-                accelerator.print(f"stopped by {stop.received or 'a signal'} after step {step}: run it again to go on")
-                break
-    if run.seen_bad_images:
-        accelerator.print(f"{len(run.seen_bad_images)} bad images: see {run.directory / 'bad_images.csv'}")
-    accelerator.end_training()
-
-
-def any_process(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether `flag` is set in any process, known to all."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))
+            loop.finish(healthy=result.healthy, waited=result.waited, bad_images=result.bad_images)
+            if loop.logging:
+                present = {"adaptive_weight": float(state.adaptive_weight), "learning_rate": rates["vae"]}
+                loop.log_step(result.metrics(accelerator) | present)
+            if loop.drawing and run.main:
+                metrics = draw(run, state, val_images, step=loop.step, accelerator=accelerator)
+                loop.log(metrics | {"seconds": loop.facts["seconds"]})
+            if loop.saving:
+                save(run, state, step=loop.step, facts=loop.facts)
 
 
 if __name__ == "__main__":

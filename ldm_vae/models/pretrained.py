@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,20 @@ def find_model(path: str) -> tuple[str | None, str]:
             reasons.append(str(error).split("\n")[0])
     where = "could not be had from the hub" if on_the_hub else "has no readable config.json (has its run saved yet?)"
     raise ModelError(f"{path} {where}: {reasons[0]}")
+
+
+def fingerprint(model: Any) -> str:
+    """sha256 of a model's configuration and tensors: equal for models that compute the same.
+
+    What says how latents are scaled is left out: it is measured after the model was trained, and changes no output.
+    """
+    left_out = {"latents_mean", "latents_std", "scaling_factor", "shift_factor"}
+    config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k not in left_out}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def encode_moments(vae: Any, images: Tensor) -> Tensor:

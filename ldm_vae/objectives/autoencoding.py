@@ -19,15 +19,13 @@ from ldm_vae.data.order import Stream, noise_at
 from ldm_vae.models.pretrained import encode_moments, last_layer, latent_channels_of, posterior_of, stride_of
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.perceptual import Backbone
+from ldm_vae.objectives.step import StepConfig, parameters_of, set_learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(StepConfig):
     """What is minimised, and how: the part of a configuration that a step reads."""
 
-    seed: int = 0
-    gradient_accumulation_steps: int = 1
-    """Micro-batches a step in each process."""
     reconstruction: losses.ReconstructionLoss = "l1"
     kl_weight: float = 1e-4
     """Times nats per pixel, beside a mean error on [-1, 1]; Stable Diffusion's is 3.3e-7."""
@@ -44,7 +42,6 @@ class Objective:
     """The step from which the discriminator trains and counts."""
     learned_logvar: bool = False
     """Learn the scale of the reconstruction error instead of fixing it at 1."""
-    max_grad_norm: float = 1.0
 
 
 class TrainableVAE(nn.Module):
@@ -251,8 +248,7 @@ def train_step(
     result.healthy = bool(accelerator.reduce(total, "sum").isfinite())
     for name, optimizer in state.optimizers.items():
         if result.healthy and (name == "vae" or adversarial):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rates[name]
+            set_learning_rate(optimizer, learning_rates[name])
             optimizer.step()
         optimizer.zero_grad()
     if result.healthy:
@@ -260,7 +256,3 @@ def train_step(
         if adversarial:
             state.adaptive_weight.copy_(adaptive_weight)
     return result
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,7 +1,7 @@
 """What a denoiser is asked to predict, as pure functions, and the stock diffusers schedulers that sample with it.
 
-Everything is written for noisy latents `alpha * x + sigma * noise` of scaled latents x. `timesteps` are what the network
-sees: in [0, 1000], 1000 (or 999) the noisiest.
+Everything is written for noisy latents `alpha * x + sigma * noise` of scaled latents x. `timesteps` are what the
+network sees: in [0, 1000], 1000 (or 999) the noisiest.
 
 | prediction | alpha, sigma at t = timestep / 1000 | target | source |
 |---|---|---|---|

@@ -1,0 +1,27 @@
+"""What every training step reads of a configuration, and how it updates a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """Flags that every training step reads."""
+
+    seed: int = 0
+    gradient_accumulation_steps: int = 1
+    """Micro-batches a step in each process."""
+    max_grad_norm: float = 1.0
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
