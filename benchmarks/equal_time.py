@@ -23,7 +23,7 @@ import torch
 
 from ldm_vae.config import parse_flags
 from ldm_vae.errors import one_line_errors
-from ldm_vae.runs import write_json
+from ldm_vae.files import write_json
 from ldm_vae.timing import describe_machine
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ import torch
 
 from ldm_vae.config import parse_flags
 from ldm_vae.errors import RunError, one_line_errors
-from ldm_vae.runs import write_json
+from ldm_vae.files import write_json
 from ldm_vae.timing import describe_machine
 
 TRAINER = Path(__file__).parent.parent / "training" / "train_vae.py"

@@ -9,7 +9,6 @@ time, always: in a batch, sums come out in another order, and a pixel between tw
 
 from __future__ import annotations
 
-import csv
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,12 @@ from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.images import Pixels, centre_square, to_images, to_pixels
 from ldm_vae.data.sources import Source, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
+from ldm_vae.files import atomic, check_writable, write_csv, write_json
 from ldm_vae.metrics import bootstrap_interval, ms_ssim, psnr, ssim, ssimulacra2
 from ldm_vae.models.pretrained import channels_of, encode_moments, load_autoencoder, reconstruct, stride_of
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
 from ldm_vae.pictures import labelled_rows, visible
-from ldm_vae.runs import atomic, check_writable, versions, write_json
+from ldm_vae.runs import versions
 from ldm_vae.timing import describe_machine, peak_memory_of, seconds_of
 
 
@@ -230,13 +230,6 @@ def main(config: Config) -> None:
             draw_gallery(vaes, source, first, config, accelerator.device).save(config.output / "gallery.png")
         print(table(results))
         print(f"{len(first)} images, {len(all_bad)} bad; figures and pictures are in {config.output}")
-
-
-def write_csv(file: Path, rows: list[Row]) -> None:
-    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as out:
-        writer = csv.DictWriter(out, list(rows[0]) if rows else ["name", "reason"])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.loader import Batch
 from ldm_vae.errors import ConfigError, one_line_errors
+from ldm_vae.files import check_writable, write_json
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.discriminator import PatchDiscriminator
 from ldm_vae.models.pretrained import reconstruct
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
 from ldm_vae.objectives.perceptual import PerceptualLoss
-from ldm_vae.runs import check_writable, versions, write_json
+from ldm_vae.runs import versions
 from ldm_vae.timing import describe_machine, peak_flops, peak_memory_of, seconds_of
 
 

@@ -121,7 +121,8 @@ class Loop:
 
     def __init__(self, run: Run, parts: Mapping[str, Part], config: Training, accelerator: Accelerator) -> None:
         self.run, self.parts, self.config, self.accelerator = run, parts, config, accelerator
-        self.step, self.facts = 0, {"seconds": 0.0, "skipped_steps": 0}
+        self.step = 0
+        self.facts: dict[str, Any] = {"seconds": 0.0, "skipped_steps": 0}
         self.resume()
         self.stopping = self.logging = self.drawing = self.saving = False
         self.waited, self.unhealthy_in_a_row, self.gone_back = 0.0, 0, False
@@ -222,7 +223,7 @@ class Loop:
             "waiting_for_data": self.waited / seconds,
             "bad_images": len(self.run.seen_bad_images),
         }
-        self.log({**metrics, **speed, **self.facts})
+        self.log({**metrics, **speed, **{k: self.facts[k] for k in ("seconds", "skipped_steps")}})
         self.waited, self.logged_at = 0.0, (self.step, self.facts["seconds"])
 
     def log(self, metrics: Mapping[str, float]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import ctypes
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -13,14 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from ldm_vae.config import as_json, differences
 from ldm_vae.errors import DataError, RunError
+from ldm_vae.files import atomic, check_writable, sha256, staged_directory, write_json
 
 PACKAGES = ("ldm-vae", "torch", "torchvision", "diffusers", "accelerate", "lpips", "numpy", "pillow", "safetensors")
 KEPT_CHECKPOINTS = 2
@@ -182,11 +181,6 @@ def line_step(line: str) -> float:
         return float("inf")  # cut short by a crash
 
 
-def sha256(file: Path) -> str:
-    with open(file, "rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
-
-
 def versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
@@ -197,16 +191,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_writable(directory: Path) -> None:
-    """Makes the directory and writes to it, so that a long job does not find out at its end. Raises RunError."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise RunError(f"cannot write to {directory}: {error.strerror or error}") from None
-
-
 def git_revision() -> str | None:
     """The commit of the code, "-dirty" behind it when files differ; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -214,63 +198,6 @@ def git_revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-@contextmanager
-def atomic(file: Path) -> Iterator[IO[bytes]]:
-    """Opens a file beside `file` for bytes, and puts it in its place, flushed, when all went well."""
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            yield out
-            flush(out)
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def staged_directory(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `target`, flushed, when all went well."""
-    for left in target.parent.glob(f".{target.name}.*"):  # by a run that was killed in here
-        shutil.rmtree(left, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield staging
-        os.chmod(staging, 0o755)
-        for file in staging.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as data:
-                    os.fsync(data.fileno())
-        old = target.parent / f".{target.name}.old"
-        if target.exists():
-            os.rename(target, old)
-        os.rename(staging, target)
-        flush_directory(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def flush_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(file: Path, value: Any) -> None:
-    with atomic(file) as out:
-        out.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 class StopSignal:

@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("ldm_vae.errors",),
+    ("ldm_vae.errors", "ldm_vae.files"),
     ("ldm_vae.data", "ldm_vae.models", "ldm_vae.codec.rans", "ldm_vae.codec.bitstream"),
     ("ldm_vae.objectives", "ldm_vae.latents", "ldm_vae.codec"),
     ("ldm_vae.config", "ldm_vae.runs", "ldm_vae.state", "ldm_vae.metrics", "ldm_vae.pictures", "ldm_vae.timing")
-    + ("ldm_vae.pipeline", "ldm_vae.loop"),
+    + ("ldm_vae.pipeline", "ldm_vae.sampling", "ldm_vae.png", "ldm_vae.loop"),
     ("ldm_vae.cli",),
     ("training", "pipelines", "benchmarks"),
 )

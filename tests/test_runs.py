@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ldm_vae.errors import RunError
-from ldm_vae.runs import Checkpoint, Run, staged_directory
+from ldm_vae.files import staged_directory
+from ldm_vae.runs import Checkpoint, Run
 
 
 @dataclass(frozen=True, kw_only=True)

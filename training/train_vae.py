@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ldm_vae.config import parse_config
 from ldm_vae.data.images import to_pixels
-from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, default_workers, load_batches
+from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, collate, default_workers, load_batches
 from ldm_vae.data.sources import Source, open_source
 from ldm_vae.errors import ConfigError, one_line_errors
+from ldm_vae.files import staged_directory
 from ldm_vae.loop import FREE_ON_RESUME, Loop, Training, check
 from ldm_vae.metrics import psnr
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
@@ -32,7 +33,7 @@ from ldm_vae.models.pretrained import channels_of, is_variational, load_autoenco
 from ldm_vae.objectives import perceptual
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
 from ldm_vae.pictures import reconstruction_grid, validation_images
-from ldm_vae.runs import Checkpoint, Run, staged_directory
+from ldm_vae.runs import Checkpoint, Run
 from ldm_vae.state import state_tensors
 
 # Config ---------------------------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def batches_from(step: int, source: Source, config: Config, accelerator: Acceler
         accumulation=config.gradient_accumulation_steps,
     )
     on_gpu = accelerator.device.type == "cuda"
-    return load_batches(crops, order, num_workers=num_workers, pin_memory=on_gpu)
+    return load_batches(crops, order, collate=collate, num_workers=num_workers, pin_memory=on_gpu)
 
 
 def describe(config: Config, state: State, source: Source, accelerator: Accelerator) -> str:

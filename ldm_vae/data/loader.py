@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,12 +31,26 @@ class Batch:
     positions: list[int]
     bad_images: BadImages
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def pin_memory(self) -> Batch:
         return Batch(images=self.images.pin_memory(), positions=self.positions, bad_images=self.bad_images)
 
 
 Row = tuple[Tensor | None, int, BadImages]
 """A crop, its position, and the bad images met in finding it; no crop when nothing is usable."""
+
+
+class LoadableBatch(Protocol):
+    """What `load_batches` asks of a batch: its length, 0 when nothing in the source can be used, and why."""
+
+    @property
+    def bad_images(self) -> BadImages: ...
+    def __len__(self) -> int: ...
+
+
+AnyBatch = TypeVar("AnyBatch", bound=LoadableBatch)
 
 
 class CropDataset(Dataset[Row]):
@@ -145,14 +160,21 @@ def collate(rows: list[Row]) -> Batch:
     )
 
 
-def load_batches(crops: CropDataset, order: MicroBatches, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """The micro-batches of `order`, decoded by `num_workers` processes, or by this one when that is 0.
+def load_batches(
+    rows: Dataset[Any],
+    order: MicroBatches,
+    *,
+    collate: Callable[[list[Any]], AnyBatch],
+    num_workers: int,
+    pin_memory: bool,
+) -> Iterator[AnyBatch]:
+    """The micro-batches of `order`, made by `num_workers` processes, or by this one when that is 0.
 
     Raises:
         DataError: nothing in the source can be used.
     """
     loader = DataLoader(
-        crops,
+        rows,
         batch_sampler=order,
         num_workers=num_workers,
         collate_fn=collate,
@@ -163,7 +185,7 @@ def load_batches(crops: CropDataset, order: MicroBatches, *, num_workers: int, p
     iterator = iter(loader)
     try:
         for batch in iterator:
-            if not len(batch.images):
+            if not len(batch):
                 raise nothing_usable(batch.bad_images)
             yield batch
     finally:

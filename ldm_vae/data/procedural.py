@@ -33,6 +33,9 @@ class ProceduralSource:
     def name(self, index: int) -> str:
         return f"{self.kind}-{self.seed}-{index:012d}"
 
+    def fingerprint(self) -> str:
+        return f"procedural:{self.kind}@{self.seed}, {self.size} pixels, {self.channels} channels"
+
     def __getitem__(self, index: int) -> Sample:
         rng = generator_at(mix(self.seed), index, Stream.PROCEDURAL)
         label = index % len(SHAPES) if self.kind == "shapes" else None

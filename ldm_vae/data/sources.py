@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import lzma
 import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -35,12 +37,27 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Sample: ...
     def name(self, index: int) -> str: ...
+    def fingerprint(self) -> str: ...
+
+
+class Reader(Protocol):
+    """The bytes of a file by its name, and how many they are (-1: not known)."""
+
+    def __call__(self, name: str) -> bytes: ...
+    def size(self, name: str) -> int: ...
+
+
+def digest_of(settings: Iterable[str], lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in chain(settings, [""], lines):
+        digest.update(line.encode(errors="surrogateescape") + b"\n")
+    return digest.hexdigest()
 
 
 class FileSource:
     """Files under one root, each read by `read(name)`; the first folder of a name is its class."""
 
-    def __init__(self, names: list[str], read: Callable[[str], bytes], *, channels: int, max_pixels: int) -> None:
+    def __init__(self, names: list[str], read: Reader, *, channels: int, max_pixels: int) -> None:
         self.names = sorted(names)
         self.read = read
         self.channels = channels
@@ -54,6 +71,11 @@ class FileSource:
 
     def name(self, index: int) -> str:
         return self.names[index]
+
+    def fingerprint(self) -> str:
+        """sha256 of all names and sizes, in their order; what is in the files is not read."""
+        lines = (f"{name} {self.read.size(name)}" for name in self.names)
+        return digest_of([f"{self.channels} channels, at most {self.max_pixels} pixels", *self.classes], lines)
 
     def __getitem__(self, index: int) -> Sample:
         name = self.names[index]
@@ -118,6 +140,12 @@ class FolderReader:
             raise BadImageError(f"file larger than {MAX_FILE_BYTES} bytes")
         return path.read_bytes()
 
+    def size(self, name: str) -> int:
+        try:
+            return (self.root / name).stat().st_size
+        except OSError:
+            return -1
+
 
 class ZipReader:
     """Members of a zip by name; the file is opened anew in each process that reads."""
@@ -137,6 +165,9 @@ class ZipReader:
         if info.file_size > MAX_FILE_BYTES:
             raise BadImageError(f"file larger than {MAX_FILE_BYTES} bytes")
         return self.open().read(info)
+
+    def size(self, name: str) -> int:
+        return self.open().getinfo(name).file_size
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "archive": None, "process": 0}
@@ -172,6 +203,10 @@ class HuggingFaceSource:
 
     def name(self, index: int) -> str:
         return f"{index:08d}"
+
+    def fingerprint(self) -> str:
+        """Of what the `datasets` library says its content is."""
+        return digest_of([f"{self.channels} channels, at most {self.max_pixels} pixels"], [self.dataset._fingerprint])
 
     def __getitem__(self, index: int) -> Sample:
         row = self.dataset[index]
@@ -223,6 +258,9 @@ class SplitSource:
 
     def name(self, index: int) -> str:
         return self.source.name(self.inner(index))
+
+    def fingerprint(self) -> str:
+        return digest_of([f"held out: {self.held_out}"], [self.source.fingerprint()])
 
     def __getitem__(self, index: int) -> Sample:
         return self.source[self.inner(index)]

@@ -25,8 +25,8 @@ from ldm_vae.data.order import Stream, generator_at
 
 Prediction = Literal["flow", "v", "epsilon"]
 NUM_TIMESTEPS = 1000
-BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-"""Ho et al. 2020, section 4."""
+FIRST_BETA, LAST_BETA = 1e-4, 0.02
+"""Linear between them: Ho et al. 2020, section 4."""
 SMALLEST_SNR = 0.05
 """For min-SNR weights: at the zero terminal SNR of v the weight would be zero, and sampling starts there."""
 
@@ -58,7 +58,7 @@ def alpha_and_sigma(prediction: Prediction, timesteps: Tensor) -> tuple[Tensor, 
 
 def cumulative_alphas(prediction: Prediction) -> Tensor:
     """abar (1000,): the product of 1 - beta; for v rescaled so that the last one is 0 (Lin et al. 2024)."""
-    betas = torch.linspace(BETAS["beta_start"], BETAS["beta_end"], NUM_TIMESTEPS, dtype=torch.float64)  # type: ignore[arg-type]
+    betas = torch.linspace(FIRST_BETA, LAST_BETA, NUM_TIMESTEPS, dtype=torch.float64)
     root = (1 - betas).cumprod(0).sqrt()
     if prediction == "v":
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -93,7 +93,13 @@ def min_snr_weights(prediction: Prediction, timesteps: Tensor, gamma: float) -> 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
 
-DISCRETE = {"num_train_timesteps": NUM_TIMESTEPS, **BETAS, "timestep_spacing": "trailing"}
+DISCRETE: dict[str, Any] = {
+    "num_train_timesteps": NUM_TIMESTEPS,
+    "beta_start": FIRST_BETA,
+    "beta_end": LAST_BETA,
+    "beta_schedule": "linear",
+    "timestep_spacing": "trailing",
+}
 PREDICTION_TYPES = {"flow": "flow_prediction", "v": "v_prediction", "epsilon": "epsilon"}
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
 V = {**DISCRETE, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
@@ -142,10 +148,16 @@ def prediction_of(scheduler: Any) -> Prediction:
 def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device) -> None:
     """So many steps, evenly spaced in the time of the prediction, from pure noise to none.
 
-    FlowMatchEulerDiscreteScheduler's own choice ends with a step from 0.001 to 0; even steps are 1/N apart.
+    FlowMatchEulerDiscreteScheduler's own choice ends with a step from 0.001 to 0; even steps are 1/N apart. For some N
+    (61, 103, ...) "trailing" spacing rounds to one timestep more than was asked for, -1: that one is taken away.
     """
     if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and "Euler" in type(scheduler).__name__:
         sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
     else:
         scheduler.set_timesteps(num_inference_steps, device=device)
+    if scheduler.timesteps[-1] < 0:
+        scheduler.timesteps = scheduler.timesteps[:-1]
+        scheduler.num_inference_steps = num_inference_steps
+        if hasattr(scheduler, "sigmas"):
+            scheduler.sigmas = torch.cat([scheduler.sigmas[:-2], scheduler.sigmas[-1:]])

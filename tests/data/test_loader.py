@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ldm_vae.data.images import to_images
-from ldm_vae.data.loader import CropDataset, MicroBatches, default_workers, load_batches
+from ldm_vae.data.loader import CropDataset, MicroBatches, collate, default_workers, load_batches
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import DataError
@@ -34,7 +34,9 @@ def test_crops_do_not_depend_on_workers_cache_or_where_one_starts(photos: Path) 
     def images(first_step: int, num_workers: int, cache_bytes: int) -> torch.Tensor:
         crops = CropDataset(open_source(str(photos)), seed=1, resolution=16, shorter_side=30, cache_bytes=cache_bytes)
         order = MicroBatches(first_step=first_step, last_step=8, batch_size=4, rank=0, num_processes=1, accumulation=1)
-        return torch.cat([b.images for b in load_batches(crops, order, num_workers=num_workers, pin_memory=False)])
+        return torch.cat(
+            [b.images for b in load_batches(crops, order, num_workers=num_workers, pin_memory=False, collate=collate)]
+        )
 
     reference = images(0, 0, 0)
     assert torch.equal(images(0, 0, 10**9), reference)
@@ -77,7 +79,7 @@ def test_bad_images_are_named_and_their_place_is_taken_by_a_good_one(tmp_path: P
     order = MicroBatches(first_step=0, last_step=6, batch_size=2, rank=0, num_processes=1, accumulation=1)
     met: dict[str, str] = {}
     for workers in (0, 1):
-        for batch in load_batches(crops, order, num_workers=workers, pin_memory=False):
+        for batch in load_batches(crops, order, num_workers=workers, pin_memory=False, collate=collate):
             met |= batch.bad_images
             assert (batch.images[:, 0] == 1).all()
     assert set(met) == {f"bad {i}.png" for i in range(5)}
@@ -88,7 +90,7 @@ def test_bad_images_are_named_and_their_place_is_taken_by_a_good_one(tmp_path: P
         with pytest.raises(
             DataError, match=r"^no usable image: all 5 that were tried are bad, such as bad \d.png: cannot"
         ):
-            list(load_batches(crops, order, num_workers=workers, pin_memory=False))
+            list(load_batches(crops, order, num_workers=workers, pin_memory=False, collate=collate))
 
 
 @pytest.mark.parametrize(("cores", "processes", "workers"), [(2, "1", 1), (16, "1", 8), (16, "4", 3), (16, "16", 1)])

@@ -8,18 +8,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
+import processes
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import load_file
+from processes import ENVIRONMENT, ROOT, metrics, run_until_killed, wait_for
 
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.sources import open_source
@@ -29,19 +29,8 @@ from ldm_vae.state import state_tensors
 from training import train_vae
 from training.train_vae import PRESETS, Config, build, main
 
-ROOT = Path(__file__).parent.parent.parent
 SCRIPT = str(ROOT / "training" / "train_vae.py")
 DEMO = PRESETS["demo"][1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """As in the processes that are launched, so that sums are taken in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config_for(photos: Path, output: Path, **changes: Any) -> Config:
@@ -69,34 +58,19 @@ def config_for(photos: Path, output: Path, **changes: Any) -> Config:
 
 def flags(config: Config) -> list[str]:
     """The command line that gives this configuration."""
-    words = ["demo"]
-    for name, value in vars(config).items():
-        if value != getattr(DEMO, name):
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return words
+    return ["demo", *processes.flags(config, DEMO)]
 
 
-def launch(config: Config, processes: int) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` of the real script on so many processes, over gloo where there is no GPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--num_cpu_threads_per_process", "1", SCRIPT, *flags(config)]
-    environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def launch(config: Config, count: int) -> subprocess.CompletedProcess[str]:
+    return processes.launch(SCRIPT, flags(config), count)
 
 
 def state(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step-{step}" / "state.safetensors")
+    return processes.state(run, step)
 
 
 def largest_difference(a: Path, b: Path, parts: tuple[str, ...]) -> float:
-    x, y = state(a), state(b)
-    assert x.keys() == y.keys()
-    return max((x[k] - y[k]).abs().max().item() for k in x if k.split("/")[0] in parts)
+    return processes.largest_difference(state(a), state(b), parts)
 
 
 def assert_identical(a: Path, b: Path) -> None:
@@ -113,10 +87,6 @@ def assert_identical(a: Path, b: Path) -> None:
     ).read_bytes()
 
 
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def reference(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run in one process."""
@@ -129,7 +99,7 @@ def reference(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_and_micro_batches_and_one_process_give_the_same_networks(
     reference: Path, photos: Path, tmp_path: Path
 ) -> None:
-    two = launch(config_for(photos, tmp_path / "two"), processes=2)
+    two = launch(config_for(photos, tmp_path / "two"), count=2)
     assert two.returncode == 0, two.stderr
     assert "effective batch 8 = 2 processes x 4 images x 1 micro-batches" in two.stdout
     main(config_for(photos, tmp_path / "micro", gradient_accumulation_steps=2))
@@ -144,6 +114,8 @@ KILLER = """
 import os, signal, sys
 from ldm_vae.objectives import autoencoding
 from ldm_vae.config import parse_config
+import processes
+from processes import ENVIRONMENT, ROOT, metrics, run_until_killed, wait_for
 from training import train_vae
 calls, real = 0, autoencoding.noise_at
 def noise_at(*args):
@@ -159,9 +131,7 @@ train_vae.main(parse_config(train_vae.PRESETS, description="", args=sys.argv[2:]
 
 def killed(config: Config, micro_batch: int) -> None:
     """The run, killed with signal 9 as it begins its so-many-th micro-batch."""
-    command = [sys.executable, "-c", KILLER, str(micro_batch), *flags(config)]
-    done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_until_killed(KILLER, [str(micro_batch), *flags(config)])
 
 
 def test_a_run_killed_in_a_later_epoch_and_again_within_a_step_ends_bit_identical(photos: Path, tmp_path: Path) -> None:
@@ -181,7 +151,7 @@ def test_a_run_killed_in_a_later_epoch_and_again_within_a_step_ends_bit_identica
 def test_two_processes_go_on_with_what_one_began(reference: Path, photos: Path, tmp_path: Path) -> None:
     config = config_for(photos, tmp_path / "run")
     killed(config, micro_batch=6)
-    done = launch(config, processes=2)
+    done = launch(config, count=2)
     assert done.returncode == 0, done.stderr
     assert largest_difference(reference, tmp_path / "run", ("vae", "ema", "discriminator")) < 1e-5
 
@@ -212,14 +182,6 @@ def test_a_stop_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_go
     main(whole)
     x, y = state(config.output, 40), state(whole.output, 40)
     assert all(torch.equal(x[k], y[k]) for k in x)
-
-
-def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_a_finished_run_is_left_as_it_is(reference: Path, photos: Path) -> None:

@@ -1,0 +1,96 @@
+"""Files and folders that are whole or not there."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from ldm_vae.errors import RunError
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def check_writable(directory: Path) -> None:
+    """Makes the directory and writes to it, so that a long job does not find out at its end. Raises RunError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise RunError(f"cannot write to {directory}: {error.strerror or error}") from None
+
+
+@contextmanager
+def atomic(file: Path) -> Iterator[IO[bytes]]:
+    """Opens a file beside `file` for bytes, and puts it in its place, flushed, when all went well."""
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            yield out
+            flush(out)
+        os.chmod(name, 0o644)
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `target`, flushed, when all went well."""
+    for left in target.parent.glob(f".{target.name}.*"):  # by a run that was killed in here
+        shutil.rmtree(left, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield staging
+        os.chmod(staging, 0o755)
+        for file in staging.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as data:
+                    os.fsync(data.fileno())
+        old = target.parent / f".{target.name}.old"
+        if target.exists():
+            os.rename(target, old)
+        os.rename(staging, target)
+        flush_directory(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def flush(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(file: Path, value: Any) -> None:
+    with atomic(file) as out:
+        out.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows with the same keys; without any, the head of a list of bad images."""
+    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as out:
+        writer = csv.DictWriter(out, list(rows[0]) if rows else ["name", "reason"])
+        writer.writeheader()
+        writer.writerows(rows)

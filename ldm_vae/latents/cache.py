@@ -1,0 +1,247 @@
+"""Latents on disk: the posterior of every image of a data set, in shards that are written once and checked.
+
+```
+CACHE/plan.json             what is cached: fingerprints of the VAE and of the data, resolution, flip, shard size
+CACHE/shard-00000.safetensors, shard-00000.json     one range of the data's indices; the .json means that it is whole
+CACHE/index.json            all shards, their digests, and the statistics; it means that the cache is whole
+CACHE/vae/                  the VAE, with latents_mean and latents_std in its config
+```
+
+A shard holds `moments` (N, E, 2c, h, w) in float16, E = 2 when the mirrored image is there, too; `indices` (N,) in the
+source; `labels` (N,), -1 for none. Bad images have no row. Bytes an image: E * 2c * h * w * 2 + 16.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ldm_vae.errors import DataError, nothing_usable
+from ldm_vae.files import atomic, sha256, write_json
+from ldm_vae.latents.statistics import Statistics
+
+STORED = torch.float16
+OPEN_SHARDS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a cache holds. Two caches with equal plans are equal."""
+
+    vae: str
+    """Fingerprint of the VAE."""
+    data: str
+    """Fingerprint of the data."""
+    num_images: int
+    """Images of the source that were gone through, the bad ones among them."""
+    resolution: int
+    flip: bool
+    latent_shape: tuple[int, int, int]
+    """(c, h, w)."""
+    classes: tuple[str, ...]
+    shard_size: int
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_images // self.shard_size)
+
+    def indices(self, shard: int) -> range:
+        """Of the source, in one shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
+
+
+def as_stored(moments: Tensor) -> Tensor:
+    """Moments as a cache gives them back: rounded to float16, in float32. Its relative error is at most 2^-11."""
+    largest = torch.finfo(STORED).max
+    return moments.float().clamp(-largest, largest).to(STORED).float()
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def begin(folder: Path, plan: Plan) -> Plan:
+    """Writes the plan, or compares it with the one that is there, whose shard size stands.
+
+    Raises:
+        DataError: the folder holds latents of something else, or cannot be read.
+    """
+    file = folder / "plan.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(plan))
+        return plan
+    saved = read_plan(folder)
+    differing = [n for n in asdict(plan) if getattr(saved, n) != getattr(plan, n) and n != "shard_size"]
+    if differing:
+        raise DataError(
+            f"{folder} holds latents of something else ({', '.join(differing)} differ): remove it to make them anew, "
+            "or choose another --output"
+        )
+    return saved
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def unfinished(folder: Path, plan: Plan) -> list[int]:
+    """The shards that are still to be made."""
+    return [s for s in range(plan.num_shards) if not is_finished(folder, s)]
+
+
+def is_finished(folder: Path, shard: int) -> bool:
+    file = shard_file(folder, shard)
+    try:
+        record = json.loads(file.with_suffix(".json").read_text())
+        return record["bytes"] == 0 or file.stat().st_size == record["bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_shard(
+    folder: Path, shard: int, *, moments: Tensor, indices: list[int], labels: list[int], bad_images: Mapping[str, str]
+) -> None:
+    """One shard, complete or not there. moments: (N, E, 2c, h, w); with N = 0 there is only a record."""
+    file = shard_file(folder, shard)
+    record: dict[str, Any] = {"bytes": 0, "sha256": None, "count": len(indices)}
+    if len(indices):
+        tensors = {
+            "moments": as_stored(moments).to(STORED).contiguous(),
+            "indices": torch.tensor(indices),
+            "labels": torch.tensor(labels),
+        }
+        with atomic(file) as out:
+            out.write(save(tensors))
+        statistics = Statistics.of(as_stored(moments).flatten(0, 1))
+        record |= {"bytes": file.stat().st_size, "sha256": sha256(file), "statistics": statistics.as_json()}
+    write_json(file.with_suffix(".json"), {**record, "bad_images": dict(bad_images)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What all shards say together."""
+
+    statistics: Statistics
+    bad_images: dict[str, str]
+    shards: list[dict[str, Any]]
+
+
+def summarise(folder: Path, plan: Plan) -> Summary:
+    """Of a cache whose shards are all there. Raises DataError when none of the images is usable."""
+    records = [json.loads(shard_file(folder, s).with_suffix(".json").read_text()) for s in range(plan.num_shards)]
+    bad_images: dict[str, str] = {}
+    statistics = Statistics()
+    for record in records:
+        bad_images |= record["bad_images"]
+        if record["count"]:
+            statistics += Statistics.from_json(record["statistics"])
+    if not statistics.count:
+        raise nothing_usable(bad_images)
+    shards = [{k: r[k] for k in ("count", "bytes", "sha256")} for r in records]
+    return Summary(statistics=statistics, bad_images=bad_images, shards=shards)
+
+
+def write_index(folder: Path, summary: Summary) -> None:
+    """The last thing to be written: with it, the cache is whole."""
+    write_json(folder / "index.json", {"statistics": summary.statistics.as_json(), "shards": summary.shards})
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_plan(folder: Path) -> Plan:
+    try:
+        record = json.loads((folder / "plan.json").read_text())
+        return replace(Plan(**record), latent_shape=tuple(record["latent_shape"]), classes=tuple(record["classes"]))
+    except FileNotFoundError:
+        raise DataError(f"{folder} is not a cache of latents: make one with training/cache_latents.py") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / 'plan.json'} is damaged ({error}): remove {folder} and make it anew") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One image's moments (2c, h, w), float32, and its label (None without one)."""
+
+    moments: Tensor
+    label: int | None
+
+
+class LatentCache:
+    """The latents of a data set: `len(cache)` images, `cache.row(index, mirrored)`.
+
+    Raises:
+        DataError: it is not there, not finished, or a shard is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, *, shards_to_verify: Callable[[int], bool] = lambda shard: True) -> None:
+        self.folder, self.plan = folder, read_plan(folder)
+        try:
+            index = json.loads((folder / "index.json").read_text())
+            self.shards, self.statistics = index["shards"], Statistics.from_json(index["statistics"])
+        except FileNotFoundError:
+            raise DataError(f"{folder} is not finished: run the command that makes it again, it goes on") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder / 'index.json'} is damaged ({error}): remove it, and run its command") from None
+        verify(folder, {s: r for s, r in enumerate(self.shards) if r["count"] and shards_to_verify(s)})
+        self.open = lru_cache(OPEN_SHARDS)(self.open_shard)
+
+    def __len__(self) -> int:
+        return self.plan.num_images
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "open"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.open = lru_cache(OPEN_SHARDS)(self.open_shard)
+
+    def open_shard(self, shard: int) -> tuple[Any, list[int], list[int]]:
+        """Its moments, to be sliced, its indices and its labels."""
+        handle = safe_open(shard_file(self.folder, shard), "pt")
+        return handle.get_slice("moments"), handle.get_tensor("indices").tolist(), handle.get_tensor("labels").tolist()
+
+    def row(self, index: int, mirrored: bool = False) -> Encoded:
+        """Image `index` of the source or, in the place of a bad one, the next one that can be used."""
+        shard, offset = divmod(index, self.plan.shard_size)
+        if self.shards[shard]["count"] < len(self.plan.indices(shard)):
+            shard, offset = self.next_usable(index)
+        moments, _, labels = self.open(shard)
+        label = labels[offset]
+        entry = int(mirrored and self.plan.flip)
+        return Encoded(moments=moments[offset][entry].float(), label=None if label < 0 else label)
+
+    def next_usable(self, index: int) -> tuple[int, int]:
+        """Shard and row of the first usable image from `index` on, beginning again at the end."""
+        count = self.plan.num_shards
+        for turn in range(count + 1):
+            shard = (index // self.plan.shard_size + turn) % count
+            indices = self.open(shard)[1] if self.shards[shard]["count"] else []
+            for row, here in enumerate(indices):
+                if here >= index or turn > 0:
+                    return shard, row
+        raise AssertionError("a finished cache has an image")
+
+
+def verify(folder: Path, shards: Mapping[int, Mapping[str, Any]]) -> None:
+    """Raises DataError for a shard that is missing or does not have its digest."""
+    for shard, record in shards.items():
+        file = shard_file(folder, shard)
+        try:
+            whole = file.stat().st_size == record["bytes"] and sha256(file) == record["sha256"]
+        except OSError:
+            whole = False
+        if not whole:
+            raise DataError(
+                f"{file} is missing or damaged: remove it, its .json and index.json, and run the command that makes "
+                "the cache again"
+            )

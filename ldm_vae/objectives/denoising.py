@@ -1,0 +1,134 @@
+"""One training step of a denoiser of scaled latents, on any number of processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from ldm_vae.latents.cache import as_stored
+from ldm_vae.latents.rows import DiffusionBatch
+from ldm_vae.latents.statistics import scale_latents
+from ldm_vae.models.pretrained import encode_moments, posterior_of
+from ldm_vae.models.unet import multiple_of, predict
+from ldm_vae.objectives.diffusion import Prediction, add_noise, min_snr_weights
+from ldm_vae.objectives.step import StepConfig, parameters_of, set_learning_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(StepConfig):
+    """What the denoiser learns: the part of a configuration that a step reads."""
+
+    prediction: Prediction = "flow"
+    """Rectified flow, v with zero terminal SNR, or the noise."""
+    min_snr_gamma: float | None = None
+    """Weight errors by min(SNR, gamma) in terms of the clean latents; evenly in the prediction unless given."""
+    label_dropout: float = 0.1
+    """Share of labels that are replaced by "no class", for guidance."""
+
+
+@dataclass(kw_only=True)
+class State:
+    """What training changes, and the VAE that it leaves alone. `unet` may be wrapped by DDP."""
+
+    unet: nn.Module
+    bare: Any
+    vae: Any
+    encoded: bool
+    """Whether batches hold moments from a cache; otherwise images, which the VAE encodes."""
+    ema: EMAModel
+    optimizer: torch.optim.Optimizer
+
+    def parts(self) -> dict[str, Any]:
+        """Everything that a checkpoint holds."""
+        return {"unet": self.bare, "ema": self.ema, "optimizer": self.optimizer}
+
+    @contextmanager
+    def averaged(self) -> Iterator[Any]:
+        """The denoiser with its averaged weights in place, for measuring and saving."""
+        parameters = list(self.bare.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        self.bare.eval()
+        try:
+            yield self.bare
+        finally:
+            self.ema.restore(parameters)
+            self.bare.train()
+
+
+@torch.no_grad()
+def scaled_latents_of(batch: DiffusionBatch, vae: Any, *, encoded: bool) -> Tensor:
+    """A sample of each posterior, scaled: (B, c, h, w), float32, the same from a cache and from the images."""
+    moments = batch.inputs if encoded else as_stored(encode_moments(vae, batch.inputs))
+    posterior = posterior_of(moments)
+    return scale_latents(vae, posterior.mean + posterior.std * batch.posterior_noise)
+
+
+def losses_of(unet: nn.Module, scaled_latents: Tensor, batch: DiffusionBatch, config: Objective, bare: Any) -> Tensor:
+    """The weighted squared error of each image's prediction, (B,), in float32."""
+    noisy, target = add_noise(config.prediction, scaled_latents, batch.noise, batch.timesteps)
+    labels = batch.labels if bare.config.num_class_embeds else None
+    prediction = predict(unet, noisy, batch.timesteps, labels, multiple=multiple_of(bare))
+    errors = (prediction - target).square().mean(dim=(1, 2, 3))
+    if config.min_snr_gamma is not None:
+        errors = errors * min_snr_weights(config.prediction, batch.timesteps, config.min_snr_gamma)
+    return errors
+
+
+@dataclass(kw_only=True)
+class StepResult:
+    """What one step leaves for the log."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    waited: float
+    healthy: bool
+    bad_images: dict[str, str] = field(default_factory=dict)
+
+    def metrics(self, accelerator: Accelerator) -> dict[str, float]:
+        """The mean loss over all processes, and the gradient's norm."""
+        loss = accelerator.reduce(self.loss, "mean")
+        return {"loss": float(loss), "grad_norm": float(self.grad_norm)}
+
+
+def train_step(
+    batches: Iterator[DiffusionBatch],
+    state: State,
+    config: Objective,
+    *,
+    learning_rate: float,
+    accelerator: Accelerator,
+) -> StepResult:
+    """One global batch: forward and backward of each micro-batch, then one update.
+
+    When a loss or a gradient is not finite anywhere, every process skips the update.
+    """
+    losses, waited = torch.zeros((), device=accelerator.device), 0.0
+    bad_images: dict[str, str] = {}
+    for _ in range(config.gradient_accumulation_steps):
+        before = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - before
+        bad_images |= batch.bad_images
+        batch = batch.to(accelerator.device)
+        scaled_latents = scaled_latents_of(batch, state.vae, encoded=state.encoded)
+        with accelerator.accumulate(state.unet):
+            loss = losses_of(state.unet, scaled_latents, batch, config, state.bare).mean()
+            accelerator.backward(loss)
+        losses += loss.detach() / config.gradient_accumulation_steps
+    norm = nn.utils.clip_grad_norm_(parameters_of(state.optimizer), config.max_grad_norm)
+    healthy = bool(accelerator.reduce(losses + norm, "sum").isfinite())
+    if healthy:
+        set_learning_rate(state.optimizer, learning_rate)
+        state.optimizer.step()
+        state.ema.step(state.bare.parameters())
+    state.optimizer.zero_grad()
+    return StepResult(loss=losses, grad_norm=norm, waited=waited, healthy=healthy, bad_images=bad_images)

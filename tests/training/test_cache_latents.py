@@ -1,0 +1,206 @@
+"""Caching as people run it: on several processes, killed, gone on with, and misused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from processes import ROOT, launch, run_until_killed
+from safetensors.torch import load_file
+
+from ldm_vae.config import parse_flags
+from ldm_vae.data.images import centre_square, to_images
+from ldm_vae.data.sources import open_source
+from ldm_vae.errors import DataError, LdmVaeError, one_line_errors
+from ldm_vae.latents.cache import LatentCache, as_stored
+from ldm_vae.latents.statistics import scale_latents
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.models.pretrained import load_autoencoder, posterior_of
+from training.cache_latents import Config, main
+
+SCRIPT = str(ROOT / "training" / "cache_latents.py")
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    PatchAutoencoderKL(block_out_channels=(16, 16)).save_pretrained(folder)
+    return folder
+
+
+def config_for(photos: Path, vae: Path, output: Path) -> Config:
+    return Config(
+        vae=str(vae),
+        data=str(photos),
+        output=output,
+        resolution=32,
+        shard_size=3,
+        batch_size=2,
+        num_workers=0,
+        flip=True,
+    )
+
+
+def words(config: Config) -> list[str]:
+    given = ["--vae", config.vae, "--data", config.data, "--output", str(config.output), "--resolution", "32"]
+    return [*given, "--shard-size", "3", "--batch-size", "2", "--num-workers", "0", "--flip"]
+
+
+@pytest.fixture(scope="module")
+def reference(photos: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("reference") / "cache"
+    torch.set_num_threads(1)
+    main(config_for(photos, vae, output))
+    return output
+
+
+def test_every_image_and_its_mirror_image_is_there_as_the_vae_encodes_it(
+    reference: Path, photos: Path, vae: Path
+) -> None:
+    cache, source, model = LatentCache(reference), open_source(str(photos)), load_autoencoder(str(vae))
+    assert len(cache) == len(source) == 12
+    assert cache.plan.classes == source.classes
+    for index in range(12):
+        image = to_images(centre_square(source[index].pixels, 32))[None]
+        for mirrored in (False, True):
+            with torch.no_grad():
+                expected = model.encode(image.flip(-1) if mirrored else image).latent_dist.parameters[0]
+            assert torch.allclose(cache.row(index, mirrored).moments, as_stored(expected), atol=1e-3, rtol=1e-3)
+        assert cache.row(index).label == source[index].label
+    bytes_an_image = sum(f.stat().st_size for f in reference.glob("*.safetensors")) / 12
+    assert bytes_an_image == pytest.approx(2 * 8 * 4 * 4 * 2 + 16, abs=100)  # and a header a shard
+
+
+def test_scaled_latents_of_the_whole_set_have_mean_0_and_deviation_1(reference: Path) -> None:
+    cache, model = LatentCache(reference), load_autoencoder(str(reference))
+    assert model.config.latents_mean == pytest.approx(cache.statistics.mean.tolist())
+    posterior = posterior_of(torch.stack([cache.row(i, m).moments for i in range(12) for m in (False, True)]))
+    torch.manual_seed(0)
+    samples = torch.cat([scale_latents(model, posterior.sample()) for _ in range(100)])
+    assert samples.mean(dim=(0, 2, 3)).abs().max() < 0.02
+    assert (samples.std(dim=(0, 2, 3)) - 1).abs().max() < 0.02
+
+
+def statistics_of(folder: Path) -> dict[str, list[float]]:
+    return json.loads((folder / "index.json").read_text())["statistics"]
+
+
+def test_three_processes_make_the_cache_that_one_makes(
+    reference: Path, photos: Path, vae: Path, tmp_path: Path
+) -> None:
+    done = launch(SCRIPT, words(config_for(photos, vae, tmp_path / "cache")), 3)
+    assert done.returncode == 0, done.stderr
+    one, three = statistics_of(reference), statistics_of(tmp_path / "cache")
+    assert one["count"] == three["count"] == 12 * 2 * 16
+    assert three["mean"] == pytest.approx(one["mean"], rel=1e-6)
+    assert three["squares"] == pytest.approx(one["squares"], rel=1e-6)
+    for shard in range(4):
+        a, b = (load_file(f / f"shard-{shard:05d}.safetensors") for f in (reference, tmp_path / "cache"))
+        assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-3) for k in a)
+
+
+KILLER = """
+import os, signal, sys
+from ldm_vae.config import parse_flags
+
+from training import cache_latents
+real = cache_latents.write_shard
+def write_shard(folder, shard, **tensors):
+    if shard == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(folder, shard, **tensors)
+cache_latents.write_shard = write_shard
+cache_latents.main(parse_flags(cache_latents.Config, description="", args=sys.argv[1:]))
+"""
+
+
+def test_a_killed_job_goes_on_without_doing_finished_shards_again(
+    reference: Path, photos: Path, vae: Path, tmp_path: Path
+) -> None:
+    config = config_for(photos, vae, tmp_path / "cache")
+    run_until_killed(KILLER, words(config))
+    with pytest.raises(DataError, match="is not finished"):
+        LatentCache(config.output)
+    finished = {f: f.stat().st_mtime_ns for f in config.output.glob("shard-*")}
+    assert len(finished) == 4  # two shards, two files each
+    main(config)
+    assert {f: f.stat().st_mtime_ns for f in finished} == finished
+    assert (config.output / "index.json").read_bytes() == (reference / "index.json").read_bytes()
+    before = {f: f.stat().st_mtime_ns for f in config.output.iterdir()}
+    main(config)  # nothing is left to do
+    assert {f: f.stat().st_mtime_ns for f in config.output.iterdir()} == before
+
+
+def test_another_vae_or_other_data_is_refused(reference: Path, photos: Path, vae: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    PatchAutoencoderKL(block_out_channels=(16, 16)).save_pretrained(tmp_path)
+    config = config_for(photos, vae, reference)
+    for other, fields in (
+        (replace(config, vae=str(tmp_path)), "vae"),
+        (replace(config, data="procedural:shapes", num_images=12), "data, classes"),
+        (replace(config, num_images=11), "num_images"),
+    ):
+        with pytest.raises(DataError, match=rf"something else \({fields} differ\): remove it to make them anew"):
+            main(other)
+
+
+def test_bad_images_are_left_out_and_named(photos: Path, vae: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, file in enumerate(sorted(photos.rglob("*.png"))[:4]):
+        (folder / f"{i}.png").write_bytes(file.read_bytes() if i != 1 else b"no image")
+    config = replace(config_for(folder, vae, tmp_path / "cache"), flip=False)
+    main(config)
+    cache = LatentCache(config.output)
+    assert torch.equal(cache.row(1).moments, cache.row(2).moments)
+    assert "1.png,cannot be decoded" in (config.output / "bad_images.csv").read_text()
+    for file in folder.iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(LdmVaeError, match="no usable image: all 4"):
+        main(replace(config, output=tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--resolution", "33"], "--resolution 33 is not a multiple of 8: try 32"),
+        (["--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
+        (["--vae", "{tmp}/missing"], "no such model"),
+        (["--data", "{tmp}/missing"], "no such folder or file"),
+        (["--data", "procedural:shapes"], "has no end: add --num-images"),
+        (["--output", "/proc/nothing"], "cannot write to"),
+        (["--no-such-flag"], "no-such-flag"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_code_2(
+    extra: list[str], message: str, photos: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words(config_for(photos, vae, tmp_path / "cache")) + [w.format(tmp=tmp_path) for w in extra]
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        main(parse_flags(Config, description="", args=given))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_the_script_itself_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--vae",
+        str(tmp_path / "no"),
+        "--data",
+        ".",
+        "--output",
+        str(tmp_path / "cache"),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line] == [f"error: no such model: {tmp_path}/no"]

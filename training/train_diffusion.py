@@ -1,0 +1,337 @@
+"""Train a diffusion model on the latents of a VAE.
+
+accelerate launch training/train_diffusion.py PRESET --latents CACHE --output RUN
+accelerate launch training/train_diffusion.py PRESET --data PATH --vae RUN_OR_MODEL --output RUN
+
+The same command resumes a run, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+
+from ldm_vae.config import parse_config
+from ldm_vae.data.loader import MicroBatches, default_workers, load_batches
+from ldm_vae.data.sources import open_source
+from ldm_vae.errors import ConfigError, ModelError, one_line_errors
+from ldm_vae.files import staged_directory
+from ldm_vae.latents.cache import LatentCache
+from ldm_vae.latents.rows import (
+    CachedMoments,
+    DiffusionBatch,
+    DiffusionRows,
+    Images,
+    Squares,
+    collate_rows,
+    validation_batches,
+)
+from ldm_vae.latents.statistics import Statistics, has_scale, put_statistics
+from ldm_vae.loop import FREE_ON_RESUME, Loop, Training, check
+from ldm_vae.models.pretrained import (
+    channels_of,
+    encode_moments,
+    fingerprint,
+    latent_channels_of,
+    load_autoencoder,
+    stride_of,
+)
+from ldm_vae.models.unet import make_denoiser
+from ldm_vae.objectives.denoising import Objective, State, losses_of, scaled_latents_of, train_step
+from ldm_vae.objectives.diffusion import make_scheduler
+from ldm_vae.pictures import labelled_rows, visible
+from ldm_vae.pipeline import LatentDiffusionPipeline
+from ldm_vae.runs import Checkpoint, Run
+from ldm_vae.state import state_tensors
+
+# Config ---------------------------------------------------------------------------------------------------------------
+
+SAMPLE_STEPS = 25
+SAMPLES_A_CLASS = 8
+SAMPLED_CLASSES = 10
+MEASURED_IMAGES = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Training, Objective):
+    """Flags of the diffusion model's trainer."""
+
+    latents: Path | None = None
+    """Cache that training/cache_latents.py made; or --data and --vae, to encode images as they come."""
+    data: str | None = None
+    """Image folder, .zip, Hugging Face dataset, or procedural:NAME."""
+    vae: str | None = None
+    """Run directory, diffusers folder or hub id; the cache's own unless given."""
+    resolution: int = 256
+    """Of --data: the centred square of each image is resized to this side. A cache knows its own."""
+    flip: bool = False
+    """Half of the images mirrored; a cache must hold them."""
+    class_conditional: bool = True
+    """Learn the classes of the data, if it has any."""
+    val_latents: Path | None = None
+    """Cache for the validation loss; the first of the training data unless given."""
+    denoiser: tyro.conf.Suppress[str] = "tiny"
+    guidance_scale: float = 1.5
+    """Of the sample grid."""
+
+
+PRESETS = {
+    "tiny": (
+        "16 M parameters: small latents on a CPU",
+        Config(denoiser="tiny", batch_size=128, learning_rate=5e-4, steps=5000),
+    ),
+    "small": ("43 M parameters: one GPU", Config(denoiser="small", batch_size=256, learning_rate=2e-4)),
+    "base": (
+        "171 M parameters: several GPUs",
+        Config(denoiser="base", batch_size=256, learning_rate=1e-4, ema_decay=0.9999, steps=400_000),
+    ),
+}
+
+
+def validate(config: Config, num_processes: int) -> None:
+    """Raises ConfigError for flags that cannot work."""
+    check(config, num_processes, at_least_1=("resolution",), at_least_0=("guidance_scale",))
+    if not 0 <= config.label_dropout <= 1:
+        raise ConfigError(f"--label-dropout is {config.label_dropout}: it must be from 0 to 1")
+    if config.min_snr_gamma is not None and not 0 < config.min_snr_gamma < math.inf:
+        raise ConfigError(f"--min-snr-gamma is {config.min_snr_gamma}: it must be more than 0")
+    if (config.latents is None) == (config.data is None):
+        raise ConfigError("give either --latents, a cache, or --data with --vae")
+    if config.data is not None and config.vae is None:
+        raise ConfigError("--data needs --vae, the autoencoder that encodes it")
+
+
+# Main -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The VAE, the images or their latents, and what they are."""
+
+    vae: Any
+    images: Images
+    encoded: bool
+    latent_shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    val_images: Images
+
+
+def open_cache(folder: Path, accelerator: Accelerator) -> LatentCache:
+    """Each process verifies its share of the shards."""
+    rank, count = accelerator.process_index, accelerator.num_processes
+    return LatentCache(folder, shards_to_verify=lambda shard: shard % count == rank)
+
+
+def open_data(config: Config, accelerator: Accelerator) -> Data:
+    """Raises LdmVaeError for data, caches and VAEs that are not there or do not belong together."""
+    images: Images
+    if config.latents is None:
+        assert config.vae is not None
+        assert config.data is not None
+        vae = load_autoencoder(config.vae)
+        stride = stride_of(vae)
+        if config.resolution % stride:
+            nearest = max(config.resolution // stride, 1) * stride
+            raise ConfigError(f"--resolution {config.resolution} is not a multiple of {stride}: try {nearest}")
+        source = open_source(config.data, channels=channels_of(vae), resolution=config.resolution)
+        side = config.resolution // stride
+        shape, classes, images = (
+            (latent_channels_of(vae), side, side),
+            source.classes,
+            Squares(source, config.resolution),
+        )
+    else:
+        cache = open_cache(config.latents, accelerator)
+        vae = load_autoencoder(config.vae or str(config.latents))
+        if fingerprint(vae) != cache.plan.vae:
+            raise ModelError(
+                f"{config.latents} holds latents of another VAE than {config.vae or config.latents}: "
+                "make the cache anew with this one, or leave out --vae"
+            )
+        if config.flip and not cache.plan.flip:
+            raise ConfigError(
+                f"{config.latents} has no mirrored images: make the cache with --flip, or leave it out here"
+            )
+        shape, classes, images = cache.plan.latent_shape, cache.plan.classes, CachedMoments(cache)
+        if not has_scale(vae):  # a --vae that was never measured: the cache's statistics are those of its latents
+            put_statistics(vae, cache.statistics)
+    val_images = images
+    if config.val_latents is not None:
+        val_cache = open_cache(config.val_latents, accelerator)
+        if val_cache.plan.vae != fingerprint(vae) or val_cache.plan.latent_shape != shape:
+            raise ModelError(f"{config.val_latents} holds latents of another VAE or size than the training data")
+        val_images = CachedMoments(val_cache)
+    return Data(
+        vae=vae.to(accelerator.device),
+        images=images,
+        encoded=config.latents is not None,
+        latent_shape=shape,
+        classes=classes if config.class_conditional else (),
+        val_images=val_images,
+    )
+
+
+@torch.inference_mode()
+def measured(vae: Any, images: Images) -> Statistics:
+    """The statistics of the first images, where there is no cache that has those of all."""
+    statistics = Statistics()
+    for index in range(min(len(images), MEASURED_IMAGES)):
+        image = images.load(index, False)[0]
+        if image is not None:
+            statistics += Statistics.of(encode_moments(vae, image[None].to(vae.device)))
+    return statistics
+
+
+def build(config: Config, data: Data, accelerator: Accelerator) -> State:
+    """The denoiser and its optimizer, the same in every process."""
+    set_seed(config.seed)
+    channels, height, width = data.latent_shape
+    unet = make_denoiser(
+        config.denoiser, latent_channels=channels, sample_size=(height, width), num_classes=len(data.classes)
+    )
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet = unet.to(accelerator.device, memory_format=torch.channels_last).train()
+    if config.compile:
+        unet.compile()
+    return State(
+        unet=accelerator.prepare(unet),
+        bare=unet,
+        vae=data.vae,
+        encoded=data.encoded,
+        ema=EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True),
+        optimizer=torch.optim.AdamW(
+            unet.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        ),
+    )
+
+
+def rows_of(images: Images, data: Data, config: Config) -> DiffusionRows:
+    return DiffusionRows(
+        images,
+        seed=config.seed,
+        prediction=config.prediction,
+        latent_shape=data.latent_shape,
+        num_classes=len(data.classes),
+        label_dropout=config.label_dropout if data.classes else 1.0,
+        flip=config.flip,
+    )
+
+
+def batches_from(step: int, data: Data, config: Config, accelerator: Accelerator) -> Iterator[DiffusionBatch]:
+    """This process's micro-batches from `step` on."""
+    order = MicroBatches(
+        first_step=step,
+        last_step=config.steps,
+        batch_size=config.batch_size,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        accumulation=config.gradient_accumulation_steps,
+    )
+    return load_batches(
+        rows_of(data.images, data, config),
+        order,
+        collate=collate_rows,
+        num_workers=default_workers() if config.num_workers is None else config.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def pipeline_of(unet: Any, data: Data, config: Config) -> LatentDiffusionPipeline:
+    scheduler = make_scheduler(config.prediction)
+    return LatentDiffusionPipeline(data.vae, unet, scheduler, class_names=list(data.classes) or None)
+
+
+def save(run: Run, state: State, data: Data, config: Config, *, step: int, facts: dict[str, Any]) -> None:
+    """The pipeline with averaged weights, and then the checkpoint: where it is, the pipeline of its step is, too."""
+    if run.main:
+        with state.averaged() as unet, staged_directory(run.directory / "pipeline") as staging:
+            pipeline_of(unet, data, config).save_pretrained(staging)
+        run.save(Checkpoint(step=step, tensors=state_tensors(state.parts()), facts=facts))
+
+
+@torch.inference_mode()
+def validation_loss(
+    state: State, batches: list[DiffusionBatch], config: Config, accelerator: Accelerator
+) -> dict[str, float]:
+    """The averaged denoiser's mean squared error on fixed (image, time, noise), in all and by time."""
+    metrics = {}
+    with state.averaged() as unet, accelerator.autocast():
+        for batch in batches:
+            here = batch.to(accelerator.device)
+            scaled_latents = scaled_latents_of(here, state.vae, encoded=state.encoded)
+            loss = losses_of(unet, scaled_latents, here, config, state.bare).mean()
+            metrics[f"val_loss/t={float(batch.timesteps[0]) / 1000:.3f}"] = float(loss)
+    return {"val_loss": sum(metrics.values()) / len(metrics), **metrics}
+
+
+def draw(run: Run, state: State, data: Data, config: Config, *, step: int, accelerator: Accelerator) -> None:
+    """Samples of the averaged denoiser from fixed seeds, a row a class."""
+    names = data.classes[:SAMPLED_CLASSES] or ("samples",)
+    rows = []
+    with state.averaged() as unet, accelerator.autocast():
+        pipeline = pipeline_of(unet, data, config)
+        pipeline.set_progress_bar_config(disable=True)
+        for label, name in enumerate(names):
+            samples = pipeline(
+                class_labels=label if data.classes else None,
+                num_images=SAMPLES_A_CLASS,
+                num_inference_steps=SAMPLE_STEPS,
+                guidance_scale=config.guidance_scale if data.classes else 1.0,
+                generator=[torch.Generator().manual_seed(i) for i in range(SAMPLES_A_CLASS)],
+                output_type="pt",
+            ).images
+            rows.append((name, visible(samples.float().cpu() * 2 - 1)))
+    labelled_rows(rows).save(run.directory / "samples" / f"step-{step}.png")
+
+
+def describe(config: Config, state: State, data: Data, accelerator: Accelerator) -> str:
+    parameters = sum(p.numel() for p in state.bare.parameters()) / 1e6
+    shape = "x".join(map(str, data.latent_shape))
+    classes = f"{len(data.classes)} classes" if data.classes else "no classes"
+    return (
+        f"{parameters:.2f} M parameters, {len(data.images)} images, latents {shape}, {classes}; "
+        f"{config.effective_batch(accelerator.num_processes)}"
+    )
+
+
+def main(config: Config) -> None:
+    accelerator = config.accelerator()
+    validate(config, accelerator.num_processes)
+    data = open_data(config, accelerator)
+    state = build(config, data, accelerator)
+    run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
+    loop = Loop(run, state.parts(), config, accelerator)
+    if not has_scale(data.vae):
+        known = loop.facts.get("latents")
+        statistics = Statistics.from_json(known) if known else measured(data.vae, data.images)
+        put_statistics(data.vae, statistics)
+        loop.facts["latents"] = statistics.as_json()
+    val_batches = validation_batches(rows_of(data.val_images, data, config)) if run.main else []
+    accelerator.print(describe(config, state, data, accelerator))
+    with loop:
+        for _, batches in loop.steps(lambda step: batches_from(step, data, config, accelerator)):
+            rate = loop.learning_rate(config.learning_rate)
+            result = train_step(batches, state, config, learning_rate=rate, accelerator=accelerator)
+            loop.finish(healthy=result.healthy, waited=result.waited, bad_images=result.bad_images)
+            if loop.logging:
+                loop.log_step(result.metrics(accelerator) | {"learning_rate": rate})
+            if loop.drawing and run.main:
+                loop.log(validation_loss(state, val_batches, config, accelerator))
+                draw(run, state, data, config, step=loop.step, accelerator=accelerator)
+            if loop.saving:
+                save(run, state, data, config, step=loop.step, facts=loop.facts)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_config(PRESETS, description="Train a diffusion model on the latents of a VAE."))
