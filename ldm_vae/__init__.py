@@ -6,10 +6,12 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "LatentDiffusionPipeline": "ldm_vae.pipeline",
     "LdmVaeError": "ldm_vae.errors",
     "PatchAutoencoderKL": "ldm_vae.models.autoencoder",
     "PatchDiscriminator": "ldm_vae.models.discriminator",
     "load_autoencoder": "ldm_vae.models.pretrained",
+    "load_pipeline": "ldm_vae.pipeline",
     "open_source": "ldm_vae.data.sources",
     "reconstruct": "ldm_vae.models.pretrained",
 }

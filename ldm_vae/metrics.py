@@ -1,21 +1,32 @@
-"""Image quality on rounded pixels: every figure is of one image, so no figure depends on a batch."""
+"""Image quality on rounded pixels, a figure an image; and distances between two sets of images, by their features.
+
+No figure depends on a batch: those of one image see it alone, those of sets are computed from all features at once.
+"""
 
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytorch_msssim
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_vae.data.images import Pixels
 
 SMALLEST_FOR_SSIM = 11
 SMALLEST_FOR_MS_SSIM = 161
 """Five scales of an 11-pixel window need (11 - 1) * 2^4 + 1 pixels."""
+
+KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
+NEIGHBOURS = 3
+SMALLEST_SET = NEIGHBOURS + 1
+"""The least images of a set that a distance between sets can be had of."""
+DISTANCE_ROWS = 1024
+"""Distances between points are computed for so many at a time."""
 
 
 def psnr(pixels: Pixels, reconstructions: Pixels) -> np.ndarray:
@@ -72,3 +83,81 @@ def bootstrap_interval(values: np.ndarray, *, seed: int = 0, resamples: int = 20
     means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+class GivenFeatures(nn.Module):
+    """Stands where torchmetrics wants a network, for features (N, D) that are already there: hands them through."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features  # without it torchmetrics finds D by a random image
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet_distance(features: Tensor, others: Tensor) -> float:
+    """Fréchet distance of the Gaussians fitted to features (N, D) and (M, D), by torchmetrics (Heusel et al. 2017).
+
+    Squared distance of means plus tr(S1 + S2 - 2 sqrt(S1 S2)), in float64, covariances over N - 1. It is biased
+    upwards, the more the fewer images there are, and S1, S2 are singular for N <= D: compare at one N only.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=GivenFeatures(features.shape[1]))
+    metric.update(features.double().cpu(), real=True)
+    metric.update(others.double().cpu(), real=False)
+    return max(float(metric.compute()), 0.0)  # rounding takes equal sets a little below zero
+
+
+def kernel_distance(features: Tensor, others: Tensor, *, seed: int = 0) -> float:
+    """Unbiased squared maximum mean discrepancy of features (N, D) and (M, D), through torchmetrics.
+
+    Kernel (x.y / D + 1)^3 (Bińkowski et al. 2018, "Demystifying MMD GANs", section 4), in float64. Without bias it
+    can be below zero, and is for equal sets. Up to 1000 images a set it is that of the whole sets, and above that the
+    mean over 100 pairs of subsets of 1000, drawn from `seed`.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    fewest = min(len(features), len(others))
+    whole = len(features) == len(others) <= KERNEL_SUBSET_SIZE
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # it draws from torch's global generator
+        warnings.simplefilter("ignore")  # that it keeps the features
+        torch.random.default_generator.manual_seed(seed)
+        metric = KernelInceptionDistance(
+            feature=GivenFeatures(features.shape[1]),
+            subsets=1 if whole else KERNEL_SUBSETS,
+            subset_size=min(fewest, KERNEL_SUBSET_SIZE),
+        )
+        metric.update(features.double().cpu(), real=True)
+        metric.update(others.double().cpu(), real=False)
+        return float(metric.compute()[0])
+
+
+def precision_recall(features: Tensor, generated: Tensor) -> tuple[float, float]:
+    """Shares of generated (M, D) near real features (N, D), and of real ones near generated (Kynkäänniemi et al. 2019).
+
+    Near: within the ball around a point of the other set that reaches to its third nearest neighbour there
+    ("Improved Precision and Recall Metric for Assessing Generative Models", equations 1 and 2), in float64.
+    """
+    real, fake = features.double().cpu(), generated.double().cpu()
+    precision = within_balls(fake, real, neighbour_distances(real)).double().mean()
+    recall = within_balls(real, fake, neighbour_distances(fake)).double().mean()
+    return float(precision), float(recall)
+
+
+def exact_distances(points: Tensor, others: Tensor) -> Tensor:
+    """Euclidean distances (N, M), exactly zero between equal points, as |x|^2 + |y|^2 - 2 x.y would not be."""
+    return torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def neighbour_distances(points: Tensor) -> Tensor:
+    """From each of (N, D) to the third nearest of the others: (N,)."""
+    rows = points.split(DISTANCE_ROWS)
+    return torch.cat([exact_distances(r, points).kthvalue(NEIGHBOURS + 1, dim=1).values for r in rows])  # 1st: itself
+
+
+def within_balls(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
+    """Which of the points (N, D) lie in a ball around one of the centres (M, D): (N,) of bool."""
+    rows = points.split(DISTANCE_ROWS)
+    return torch.cat([(exact_distances(r, centres) <= radii).any(dim=1) for r in rows])

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.linalg
+import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
 
 from ldm_vae import metrics
 
@@ -63,3 +66,97 @@ def test_the_bootstrap_interval_is_that_of_the_standard_error() -> None:
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.08)
     assert (low, high) == metrics.bootstrap_interval(values)
+
+
+def features(count: int, width: int, *, seed: int, spread: float = 1.0, shift: float = 0.0) -> Tensor:
+    """Correlated, far from zero, not Gaussian, float32 as networks give them."""
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).normal(size=(width, width)) / np.sqrt(width)
+    return torch.from_numpy(np.maximum(rng.normal(size=(count, width)), 0) @ mixing * spread + 3 + shift).float()
+
+
+def frechet_by_scipy(a: Tensor, b: Tensor) -> float:
+    x, y = a.double().numpy(), b.double().numpy()
+    s, t = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = scipy.linalg.sqrtm(s @ t).real
+    return float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(s + t - 2 * root))
+
+
+def unbiased_mmd(a: Tensor, b: Tensor) -> float:
+    """Bińkowski et al. 2018, equation 4, term by term."""
+    x, y = a.double().numpy(), b.double().numpy()
+    m, n, width = len(x), len(y), x.shape[1]
+    xx, yy, xy = ((u @ v.T / width + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
+    within = (xx.sum() - np.trace(xx)) / (m * (m - 1)) + (yy.sum() - np.trace(yy)) / (n * (n - 1))
+    return float(within - 2 * xy.mean())
+
+
+@pytest.mark.parametrize(("count", "other"), [(500, 500), (400, 90)])
+def test_the_frechet_distance_is_that_of_scipys_matrix_root(count: int, other: int) -> None:
+    a, b = features(count, 24, seed=0), features(other, 24, seed=1, spread=1.3, shift=0.2)
+    assert metrics.frechet_distance(a, b) == pytest.approx(frechet_by_scipy(a, b), rel=1e-7)
+    assert metrics.frechet_distance(b, a) == pytest.approx(metrics.frechet_distance(a, b), rel=1e-7)
+
+
+def test_the_frechet_distance_of_gaussians_is_the_closed_form() -> None:
+    """Points whose sample mean and covariance are exact: |m - n|^2 + sum (sqrt(s) - sqrt(t))^2 for diagonal ones."""
+    noise = np.random.default_rng(0).normal(size=(64, 9))
+    white = np.linalg.qr(np.column_stack([np.ones(64), noise]))[0][:, 1:] * np.sqrt(63)
+    s, t = np.arange(1, 10) / 3, np.arange(9, 0, -1) / 2
+    a, b = torch.from_numpy(white * np.sqrt(s) + 1), torch.from_numpy(white[:, ::-1] * np.sqrt(t) - 0.5)
+    closed = 9 * 1.5**2 + np.square(np.sqrt(s) - np.sqrt(t)).sum()
+    assert metrics.frechet_distance(a, b) == pytest.approx(closed, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [200, 10])
+def test_the_frechet_distance_of_equal_sets_is_zero_also_with_fewer_images_than_features(count: int) -> None:
+    a = features(count, 32, seed=0)
+    assert 0 <= metrics.frechet_distance(a, a.flip(0)) < 1e-6
+
+
+def test_the_kernel_distance_is_the_unbiased_discrepancy_in_double_precision() -> None:
+    a, b = features(300, 24, seed=0), features(300, 24, seed=1, spread=1.2)
+    assert metrics.kernel_distance(a, b) == pytest.approx(unbiased_mmd(a, b), rel=1e-9)
+    assert metrics.kernel_distance(a + 100, b + 100) == pytest.approx(unbiased_mmd(a + 100, b + 100), rel=1e-5)
+    same = [metrics.kernel_distance(features(100, 8, seed=i), features(100, 8, seed=i + 50)) for i in range(50)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(50)  # without bias, and so below zero as well as above
+    assert min(same) < 0 < max(same)
+
+
+def test_the_kernel_distance_of_many_images_is_near_that_of_all_and_the_same_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metrics, "KERNEL_SUBSET_SIZE", 100)
+    a, b = features(300, 24, seed=0), features(250, 24, seed=1, spread=1.2)
+    state = torch.get_rng_state()
+    first = metrics.kernel_distance(a, b)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert metrics.kernel_distance(a, b) == first
+    assert metrics.kernel_distance(a, b, seed=1) != first
+    assert first == pytest.approx(unbiased_mmd(a, b), rel=0.1)
+
+
+def test_precision_and_recall_of_constructed_sets() -> None:
+    """On a line: around a point of 0, 1, 2, ... the third nearest is 2 away, at the ends 3 and at the next 2."""
+    real = torch.arange(10.0)[:, None]
+    assert metrics.precision_recall(real, real) == (1.0, 1.0)
+    assert metrics.precision_recall(real, real + 100) == (0.0, 0.0)
+    half = torch.cat([real[:5], real[:5] + 100])  # one half of the generated is real, one half of the real is generated
+    assert metrics.precision_recall(real, half)[0] == 0.5
+    assert metrics.precision_recall(real, torch.tensor([[-3.0], [-3.01], [12.0], [12.01]]))[0] == 0.5  # balls of 3
+    few = torch.tensor([[4.0], [4.1], [4.2], [4.3]])  # balls of 0.3, 0.2, 0.2 and 0.3 have no real point but 4
+    assert metrics.precision_recall(real, few) == (1.0, 0.1)
+
+
+def test_a_generator_that_makes_one_image_has_no_recall() -> None:
+    real = features(50, 6, seed=0)
+    assert metrics.precision_recall(real, real[:1].expand(50, -1)) == (1.0, 1 / 50)
+
+
+def test_precision_and_recall_do_not_depend_on_how_many_rows_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = features(70, 6, seed=0), features(60, 6, seed=1, spread=1.5)
+    whole = metrics.precision_recall(a, b)
+    assert 0 < whole[0] < 1
+    monkeypatch.setattr(metrics, "DISTANCE_ROWS", 7)
+    assert metrics.precision_recall(a, b) == whole

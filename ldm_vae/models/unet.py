@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 DENOISERS: dict[str, dict[str, Any]] = {
     "tiny": {
-        "block_out_channels": (128, 256),
+        "block_out_channels": (96, 192),
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
         "layers_per_block": 2,

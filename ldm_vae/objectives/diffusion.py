@@ -150,7 +150,18 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device
 
     FlowMatchEulerDiscreteScheduler's own choice ends with a step from 0.001 to 0; even steps are 1/N apart. For some N
     (61, 103, ...) "trailing" spacing rounds to one timestep more than was asked for, -1: that one is taken away.
+
+    Raises:
+        ValueError: a number of steps that DDIMScheduler cannot take. In each it removes the noise of 1000 // N
+            timesteps, whatever their distance is: with 600 steps samples would end a third too wide.
     """
+    if isinstance(scheduler, diffusers.DDIMScheduler) and NUM_TIMESTEPS % num_inference_steps:
+        divisors = [n for n in range(1, NUM_TIMESTEPS + 1) if NUM_TIMESTEPS % n == 0]
+        near = sorted(divisors, key=lambda n: abs(n - num_inference_steps))[:2]
+        raise ValueError(
+            f"DDIM needs a number of steps that divides {NUM_TIMESTEPS}, and {num_inference_steps} does not: "
+            f"try {near[0]} or {near[1]}, or another scheduler"
+        )
     if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and "Euler" in type(scheduler).__name__:
         sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)

@@ -1,0 +1,214 @@
+"""Train a VAE, a diffusion model and a classifier on labelled images, and judge the samples.
+
+python benchmarks/class_conditional.py fashion-mnist --data ../shared/data/fashion-mnist --output DIR
+python benchmarks/class_conditional.py flowers64 --data ../shared/data/flowers64 --output DIR
+
+Only the two trainings and the caching between them count as training time. Every figure is in the features of a
+classifier that saw real training images alone. The reference is one half of the test images; real against real, and the
+reconstructions, are of the other half, so that neither has an image of the reference. The same command goes on with a
+run that was stopped: each part resumes or is skipped.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from ldm_vae.config import as_json, parse_config
+from ldm_vae.errors import DataError, one_line_errors
+from ldm_vae.files import atomic, write_json
+from ldm_vae.runs import git_revision, versions
+from ldm_vae.timing import describe_machine
+
+ROOT = Path(__file__).parent.parent
+FASHION = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of the class-conditional benchmark."""
+
+    data: Path = tyro.MISSING
+    """The folder of the data set as it is distributed."""
+    output: Path = tyro.MISSING
+    dataset: tyro.conf.Suppress[str] = "fashion-mnist"
+    channels: int = 1
+    resolution: int = 32
+    vae: str = "f4c3"
+    """Preset of the VAE."""
+    vae_steps: int = 3000
+    vae_batch_size: int = 64
+    kl_weight: float = 1e-3
+    denoiser: str = "tiny"
+    steps: int = 2600
+    """Of the diffusion model."""
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    flip: bool = False
+    classifier_epochs: int = 7
+    num_images: int = 2000
+    """Samples of each guidance scale."""
+    guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    sampling_steps: int = 25
+    compared_steps: tuple[int, ...] = (20, 250)
+    """Of the default scheduler, without guidance."""
+    seed: int = 0
+
+
+PRESETS = {
+    "fashion-mnist": ("28x28 grey clothes padded to 32x32, 10 classes", Config()),
+    "flowers64": (
+        "64x64 photos of flowers, 5 classes",
+        Config(
+            dataset="flowers64",
+            channels=3,
+            resolution=64,
+            steps=2400,
+            batch_size=64,
+            flip=True,
+            classifier_epochs=12,
+            num_images=360,
+        ),
+    ),
+}
+
+
+def zips(config: Config) -> tuple[str, str]:
+    """The training and the test images, as zips of class folders."""
+    if config.dataset == "flowers64":
+        return str(config.data / "flowers64-train.zip"), str(config.data / "flowers64-val.zip")
+    return write_fashion_mnist(config, "train"), write_fashion_mnist(config, "t10k")
+
+
+def write_fashion_mnist(config: Config, part: str) -> str:
+    """A zip of PNG, 28x28 padded with black to 32x32, from the idx files (Xiao et al. 2017)."""
+    target = config.output / f"{part}.zip"
+    if target.exists():
+        return str(target)
+    try:
+        images = gzip.decompress((config.data / f"{part}-images-idx3-ubyte.gz").read_bytes())
+        labels = gzip.decompress((config.data / f"{part}-labels-idx1-ubyte.gz").read_bytes())
+    except OSError as error:
+        raise DataError(f"{config.data} does not hold Fashion-MNIST's idx.gz files: {error}") from None
+    pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
+    padded = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
+    with atomic(target) as out, zipfile.ZipFile(out, "w") as archive:
+        for i, (image, label) in enumerate(zip(padded, labels[8:], strict=True)):
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, "PNG")
+            archive.writestr(f"{FASHION[label]}/{i:05d}.png", png.getvalue())
+    return str(target)
+
+
+def halves(config: Config, test: str) -> tuple[str, str]:
+    """Every other test image in each of two zips: the reference, and the other real images."""
+    targets = (config.output / "reference.zip", config.output / "other.zip")
+    with zipfile.ZipFile(test) as archive:
+        names = sorted(n for n in archive.namelist() if Path(n).suffix in (".png", ".jpg"))
+        for start, target in enumerate(targets):
+            if not target.exists():
+                with atomic(target) as out, zipfile.ZipFile(out, "w") as half:
+                    for name in names[start::2]:
+                        half.writestr(name, archive.read(name))
+    return str(targets[0]), str(targets[1])
+
+
+def script(*words: object) -> float:
+    """Runs one of the project's scripts, which is the first word: seconds of wall time."""
+    began = time.perf_counter()
+    command = [sys.executable, str(ROOT / str(words[0])), *map(str, words[1:])]
+    print(" ".join(command), flush=True)
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def train(config: Config, data: str, test: str) -> dict[str, float]:
+    """Seconds of each part of the training; what was done before is read from the record of then."""
+    file = config.output / "seconds.json"
+    seconds = json.loads(file.read_text()) if file.exists() else {}
+    vae, cache, run = (config.output / name for name in ("vae", "cache", "diffusion"))
+    every = ("--tracker", "none", "--seed", config.seed, "--log-every", 50)
+    parts = {
+        "vae": (
+            *("training/train_vae.py", config.vae, "--data", data, "--val-data", test, "--output", vae),
+            *("--channels", config.channels, "--resolution", config.resolution, "--steps", config.vae_steps),
+            *("--batch-size", config.vae_batch_size, "--kl-weight", config.kl_weight, "--learning-rate", 2e-3),
+            *("--perceptual", "none", "--adversarial", "none", "--sample-every", 1000, *every),
+        ),
+        "cache": (
+            *("training/cache_latents.py", "--vae", vae, "--data", data, "--output", cache),
+            *("--resolution", config.resolution, *(["--flip"] if config.flip else [])),
+        ),
+        "diffusion": (
+            *("training/train_diffusion.py", config.denoiser, "--latents", cache, "--output", run),
+            *("--steps", config.steps, "--batch-size", config.batch_size, "--learning-rate", config.learning_rate),
+            *("--num-workers", 0, "--sample-every", 1000, *every, *(["--flip"] if config.flip else [])),
+        ),
+    }
+    for part, words in parts.items():
+        if part not in seconds:
+            seconds[part] = script(*words)
+            write_json(file, seconds)
+    return seconds
+
+
+def judge(config: Config, data: str, test: str) -> None:
+    """Samples at each guidance scale and number of steps, reconstructions, and the table of them all."""
+    classifier = config.output / "classifier"
+    if not (classifier / "results.json").exists():
+        words = ("--data", data, "--val-data", test, "--output", classifier, "--epochs", config.classifier_epochs)
+        size = ("--channels", config.channels, "--resolution", config.resolution)
+        script("benchmarks/train_classifier.py", *words, *size)
+    reference, other = halves(config, test)
+    sets = [config.output / "reconstructions"]
+    script("pipelines/reconstruct.py", "--vae", config.output / "vae", "--input", other, "--output", sets[0])
+    settings = [(scale, config.sampling_steps) for scale in config.guidance_scales]
+    settings += [(1.0, steps) for steps in config.compared_steps]
+    for scale, steps in settings:
+        sets.append(config.output / f"guidance {scale:g}, {steps} steps")
+        script(
+            *("pipelines/generate.py", "--model", config.output / "diffusion", "--output", sets[-1]),
+            *("--num-images", config.num_images, "--guidance-scale", scale, "--steps", steps),
+            *("--seed", config.seed, "--batch-size", 100, "--mixed-precision", "bf16"),
+        )
+    named = [word for folder in sets for word in ("--samples", folder)]
+    script(
+        *("benchmarks/generation.py", "--data", reference, "--real", other, *named),
+        *("--features", classifier, "--num-images", config.num_images, "--output", config.output / "figures"),
+    )
+
+
+def main(config: Config) -> None:
+    config.output.mkdir(parents=True, exist_ok=True)
+    data, test = zips(config)
+    seconds = train(config, data, test)
+    judge(config, data, test)
+    record = {
+        "config": as_json(config),
+        "machine": describe_machine(torch.device("cpu")),
+        "versions": versions(),
+        "git": git_revision(),
+        "training_seconds": seconds | {"all": sum(seconds.values())},
+        "classifier": json.loads((config.output / "classifier" / "results.json").read_text()),
+        "figures": json.loads((config.output / "figures" / "results.json").read_text()),
+    }
+    write_json(config.output / "results.json", record)
+    print((config.output / "figures" / "table.md").read_text())
+    print(f"trained in {sum(seconds.values()) / 60:.1f} minutes; pictures and figures are in {config.output}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_config(PRESETS, description="Train on labelled images, and judge the samples."))

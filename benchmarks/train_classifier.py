@@ -1,0 +1,198 @@
+"""Train a small classifier on labelled images: the features and the judge of `benchmarks/generation.py`.
+
+python benchmarks/train_classifier.py --data PATH --val-data PATH --output DIR
+
+The images are decoded once, as centred squares, and kept in memory. The folder holds the classifier in diffusers'
+layout, with the names of its classes, and results.json with its accuracy on the validation images. One process.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ldm_vae.config import as_json, parse_flags
+from ldm_vae.data.images import Pixels, to_images
+from ldm_vae.data.order import index_at, positions_of
+from ldm_vae.data.sources import Source, open_source
+from ldm_vae.data.squares import shuffled_squares
+from ldm_vae.errors import ConfigError, DataError, nothing_usable, one_line_errors
+from ldm_vae.files import check_writable, write_json
+from ldm_vae.metrics import bootstrap_interval
+from ldm_vae.models.classifier import ImageClassifier
+from ldm_vae.objectives.schedule import learning_rate_at
+from ldm_vae.runs import versions
+from ldm_vae.timing import describe_machine
+
+SHIFT_SHARE = 32
+"""Training images are moved by up to one pixel for so many of their side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of the classifier's trainer."""
+
+    data: str
+    """Labelled images: a folder or .zip of class folders, a Hugging Face dataset, or procedural:shapes."""
+    val_data: str
+    """Images of the same classes that the accuracy is measured on."""
+    output: Path
+    epochs: int = 7
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    """At its peak: a tenth of the steps is warm-up, a cosine to zero follows."""
+    weight_decay: float = 0.05
+    flip: bool = True
+    """Mirror half of the training images."""
+    resolution: int = 32
+    """Side of the squares."""
+    channels: int = 3
+    num_images: int | None = None
+    """Only so many of the training images, and of the validation images."""
+    seed: int = 0
+
+
+def read_labelled(source: Source, classes: tuple[str, ...], config: Config) -> tuple[Pixels, Tensor, int]:
+    """Pixels uint8 (N, R, R, C), labels (N,) by their place in `classes`, and how many images were bad.
+
+    Raises:
+        DataError: nothing usable, or images without a class.
+    """
+    bad_images: dict[str, str] = {}
+    limit = min(len(source), config.num_images or len(source))
+    squares = shuffled_squares(
+        source, resolution=config.resolution, seed=config.seed, limit=limit, bad_images=bad_images
+    )
+    pixels, labels = [], []
+    for sample in squares:
+        if sample.label is None:
+            raise DataError(f"{sample.name} has no class: put each image into the folder of its class")
+        pixels.append(sample.pixels)
+        labels.append(classes.index(source.classes[sample.label]))
+    if not pixels:
+        raise nothing_usable(bad_images)
+    return np.stack(pixels), torch.tensor(labels), len(bad_images)
+
+
+def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
+    """Images (B, C, R, R), half of them mirrored, all moved by the same few pixels; the edges are continued."""
+    if flip:
+        chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(chosen, images.flip(3), images)
+    side = images.shape[-1]
+    reach = side // SHIFT_SHARE
+    padded = nn.functional.pad(images, (reach,) * 4, mode="replicate")
+    down, right = torch.randint(0, 2 * reach + 1, (2,), generator=generator).tolist()
+    return padded[:, :, down : down + side, right : right + side]
+
+
+def train(classifier: ImageClassifier, pixels: Pixels, labels: Tensor, config: Config, device: torch.device) -> None:
+    """AdamW on the cross-entropy; which images are in which step is a pure function of the seed."""
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=config.weight_decay)
+    generator = torch.Generator().manual_seed(config.seed)
+    steps_an_epoch = max(1, round(len(pixels) / config.batch_size))
+    steps = config.epochs * steps_an_epoch
+    classifier.train()
+    loss_sum, began = 0.0, time.perf_counter()
+    for step in range(steps):
+        positions = positions_of(step, batch_size=config.batch_size)
+        chosen = [index_at(p, size=len(pixels), seed=config.seed) for p in positions]
+        images = augment(to_images(pixels[chosen]), generator, flip=config.flip)  # (B, C, R, R)
+        images = images.to(device, memory_format=torch.channels_last)
+        loss = nn.functional.cross_entropy(classifier(images), labels[chosen].to(device))
+        rate = learning_rate_at(step, config.learning_rate, steps=steps, warmup_steps=steps // 10)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_sum += loss.item()
+        if (step + 1) % steps_an_epoch == 0:
+            epoch, seconds = (step + 1) // steps_an_epoch, time.perf_counter() - began
+            print(f"epoch {epoch}: loss {loss_sum / steps_an_epoch:.4f}, {seconds:.0f} s", flush=True)
+            loss_sum = 0.0
+
+
+@torch.inference_mode()
+def recognised(classifier: ImageClassifier, pixels: Pixels, labels: Tensor, device: torch.device) -> np.ndarray:
+    """Whether each image is given its own class: (N,) of bool."""
+    classifier.eval()
+    parts = [to_images(pixels[i : i + 256]) for i in range(0, len(pixels), 256)]
+    classes = [classifier(p.to(device, memory_format=torch.channels_last)).argmax(dim=1).cpu() for p in parts]
+    return (torch.cat(classes) == labels).numpy()
+
+
+def open_both(config: Config) -> tuple[Source, Source]:
+    """Raises ConfigError or DataError for data that cannot be learned from."""
+    numbers = {"epochs": config.epochs, "batch-size": config.batch_size, "channels": config.channels}
+    numbers |= {"num-images": 1 if config.num_images is None else config.num_images}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ConfigError(f"--{name} is {value}: it must be at least 1")
+    if not 0 < config.learning_rate < math.inf:
+        raise ConfigError(f"--learning-rate is {config.learning_rate}: it must be more than 0")
+    if config.resolution < 16:
+        raise ConfigError(f"--resolution is {config.resolution}: it must be at least 16")
+    source, val_source = (
+        open_source(path, channels=config.channels, resolution=config.resolution)
+        for path in (config.data, config.val_data)
+    )
+    if len(source.classes) < 2:
+        raise DataError(f"{config.data} has {len(source.classes)} classes, and two are needed: a folder for each")
+    unknown = sorted(set(val_source.classes) - set(source.classes))
+    if unknown or not val_source.classes:
+        raise DataError(f"the classes of {config.val_data} ({', '.join(unknown) or 'none'}) are not in {config.data}")
+    if max(len(source), len(val_source)) > 10**9 and not config.num_images:
+        raise ConfigError("procedural images have no end: add --num-images 10000, say")
+    return source, val_source
+
+
+def main(config: Config) -> dict[str, Any]:
+    source, val_source = open_both(config)
+    check_writable(config.output)
+    device = Accelerator().device
+    began = time.perf_counter()
+    pixels, labels, num_bad = read_labelled(source, source.classes, config)
+    val_pixels, val_labels, num_bad_val = read_labelled(val_source, source.classes, config)
+    read_seconds = time.perf_counter() - began
+    torch.manual_seed(config.seed)  # of the initial weights
+    classifier = ImageClassifier(
+        config.channels, len(source.classes), class_names=source.classes, resolution=config.resolution
+    )
+    classifier = classifier.to(device, memory_format=torch.channels_last)
+    began = time.perf_counter()
+    train(classifier, pixels, labels, config, device)
+    train_seconds = time.perf_counter() - began
+    right = recognised(classifier, val_pixels, val_labels, device)
+    low, high = bootstrap_interval(right.astype(float))
+    names = dict(enumerate(source.classes))
+    of_class = {names[k]: float(right[val_labels.numpy() == k].mean()) for k in sorted(set(val_labels.tolist()))}
+    results: dict[str, Any] = {
+        "accuracy": {"mean": float(right.mean()), "low": low, "high": high, "images": len(right)},
+        "accuracy_of_class": of_class,
+        "training_images": len(pixels),
+        "bad_images": num_bad + num_bad_val,
+        "parameters": sum(p.numel() for p in classifier.parameters()),
+        "read_seconds": read_seconds,
+        "train_seconds": train_seconds,
+    }
+    classifier.to(memory_format=torch.contiguous_format).save_pretrained(config.output)
+    record = {"config": as_json(config), "machine": describe_machine(device), "versions": versions()}
+    write_json(config.output / "results.json", record | {"results": results})
+    print(
+        f"accuracy {right.mean():.2%} [{low:.2%}, {high:.2%}] on {len(right)} images, {train_seconds:.0f} s of training"
+    )
+    return results
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_flags(Config, description="Train a small classifier on labelled images."))

@@ -1,0 +1,118 @@
+"""Between what people hold (PIL images, arrays, tensors) and what networks take: images (N, C, H, W) in [-1, 1]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ldm_vae.data.images import Pixels, check_float, convert_channels, to_images, to_pixels
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def images_from(given: Any, *, channels: int) -> Tensor:
+    """One image or several -> images (N, channels, H, W) in [-1, 1], float32, on the CPU unless a tensor was not.
+
+    Args:
+        given: a PIL image; an array (H, W), (H, W, C) or (N, H, W, C) of uint8, uint16 or floats in [0, 1]; a tensor
+            (C, H, W) or (N, C, H, W) in [-1, 1]; or a list of those, all of one size.
+
+    Raises:
+        ValueError: another type, shape or number of channels, or sizes that differ.
+        BadImageError: values or channels that cannot be converted.
+    """
+    if isinstance(given, (list, tuple)):
+        if not given:
+            raise ValueError("an empty list of images was given")
+        parts = [images_from(one, channels=channels) for one in given]
+        sizes = {tuple(p.shape[-2:]) for p in parts}
+        if len(sizes) > 1:
+            raise ValueError(f"images of different sizes {sorted(sizes)} were given: call once for each size")
+        return torch.cat(parts)
+    if isinstance(given, Tensor):
+        images = given[None] if given.ndim == 3 else given
+        if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
+            raise ValueError(
+                f"a tensor of shape {tuple(given.shape)} and {given.dtype} was given: "
+                f"floats in [-1, 1] of shape ({channels}, H, W) or (N, {channels}, H, W) are needed"
+            )
+        return images.float()
+    if isinstance(given, Image.Image):
+        return to_images(convert_channels(pixels_of(given), channels))[None]
+    if isinstance(given, np.ndarray) and given.ndim in (2, 3, 4):
+        arrays = given if given.ndim == 4 else np.atleast_3d(given)[None]
+        return torch.stack([to_images(convert_channels(stored(a), channels)) for a in arrays])
+    raise ValueError(f"{describe(given)} was given: a PIL image, an array or a tensor is needed")
+
+
+def pixels_of(image: Image.Image) -> Pixels:
+    """A PIL image, upright -> pixels (H, W, 1 to 4) of uint8, uint16 or float32."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):
+        return np.asarray(upright)[:, :, None].astype(np.uint16)
+    if upright.mode == "F":
+        return check_float(np.asarray(upright)[:, :, None])
+    if upright.mode not in ("L", "LA", "RGB", "RGBA"):
+        transparent = upright.mode in ("PA", "RGBa", "La") or "transparency" in upright.info
+        upright = upright.convert("L" if upright.mode == "1" else "RGBA" if transparent else "RGB")
+    return np.atleast_3d(np.asarray(upright))
+
+
+def stored(array: np.ndarray) -> Pixels:
+    return array if array.dtype in (np.uint8, np.uint16) else check_float(array)
+
+
+def mask_from(given: Any) -> Tensor:
+    """One mask or several -> bool (N, 1, H, W); what is at least half white is True.
+
+    Args:
+        given: a PIL image; an array (H, W), (H, W, 1) or (N, H, W, 1) of bool, uint8 or floats in [0, 1]; a tensor
+            (H, W), (1, H, W) or (N, 1, H, W) of bool or floats in [0, 1]; or a list of those, all of one size.
+
+    Raises:
+        ValueError: another type or shape.
+    """
+    if isinstance(given, Tensor):
+        mask = given[(None,) * (4 - given.ndim)]
+        if mask.ndim != 4 or mask.shape[1] != 1:
+            raise ValueError(f"a mask of shape {tuple(given.shape)} was given: (N, 1, H, W) is needed")
+        return mask >= 0.5 if mask.is_floating_point() else mask > 0
+    if isinstance(given, np.ndarray) and given.dtype == bool:
+        given = given.astype(np.uint8) * 255
+    if isinstance(given, (list, tuple)) and any(isinstance(one, Tensor) for one in given):
+        return torch.cat([mask_from(one) for one in given])
+    return images_from(given, channels=1) >= 0
+
+
+def images_to(images: Tensor, output_type: str) -> Any:
+    """Images (N, C, H, W) -> what diffusers' pipelines give: a list of PIL images, or values clamped to [0, 1].
+
+    Args:
+        output_type: "pil"; "np", float32 (N, H, W, C); or "pt", float32 (N, C, H, W).
+
+    Raises:
+        ValueError: images with a number of channels that PIL does not have.
+    """
+    if output_type == "pil":
+        check_viewable(images.shape[1])
+        return [Image.fromarray(p[:, :, 0] if p.shape[2] == 1 else p) for p in to_pixels(images)]
+    values = (images.float().clamp(-1, 1) + 1) / 2
+    return values if output_type == "pt" else values.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def check_output_type(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type {output_type} is not known: try {', '.join(OUTPUT_TYPES)}")
+
+
+def check_viewable(channels: int) -> None:
+    if channels not in (1, 3, 4):
+        raise ValueError(f"images of {channels} channels cannot be PIL images or PNG: ask for output_type 'np' or 'pt'")
+
+
+def describe(value: Any) -> str:
+    return f"{type(value).__name__} of shape {value.shape}" if hasattr(value, "shape") else type(value).__name__

@@ -1,0 +1,88 @@
+"""ImageClassifier: a small convolutional network that names the class of an image, and whose features compare sets."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ldm_vae.errors import ModelError
+
+POOLED = 2
+"""Features are averaged over the quarters of the image, so that some of what is where is left."""
+
+
+def conv(before: int, after: int, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution, batch norm (Ioffe & Szegedy 2015), ReLU: (B, before, H, W) -> (B, after, H/stride, W/stride)."""
+    layer = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)  # what is normed needs no bias
+    return nn.Sequential(layer, nn.BatchNorm2d(after), nn.ReLU())
+
+
+class ImageClassifier(ModelMixin, ConfigMixin):
+    """Images (B, C, H, W) in [-1, 1] of any size, 16 pixels or more each way -> logits (B, K).
+
+    Args:
+        in_channels: C.
+        num_classes: K.
+        widths: channels of the stages, the first at half the height and width of the image, each at half of the last.
+        num_features: D, the width of the last layer but one.
+        class_names: K names in the order of the logits; empty when they have none.
+        resolution: side of the images that it was trained on, where it is at its best.
+
+    Raises:
+        ValueError: names for another number of classes.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        widths: tuple[int, ...] = (32, 64, 128),
+        num_features: int = 128,
+        class_names: tuple[str, ...] = (),
+        resolution: int = 32,
+    ) -> None:
+        super().__init__()
+        if class_names and len(class_names) != num_classes:
+            raise ValueError(f"{len(class_names)} class names for {num_classes} classes: name each, or none")
+        self.stem = conv(in_channels * 4, widths[0])
+        self.stages = nn.Sequential(*(nn.Sequential(conv(a, b, stride=2), conv(b, b)) for a, b in pairwise(widths)))
+        self.hidden = nn.Linear(widths[-1] * POOLED**2, num_features)
+        self.head = nn.Linear(num_features, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> what the last layer sees of them, none below zero: (B, D)."""
+        height, width = images.shape[-2:]
+        even = functional.pad(images, (0, width % 2, 0, height % 2), mode="replicate")
+        h = self.stem(functional.pixel_unshuffle(even, 2))  # (B, w0, H/2, W/2)
+        h = self.stages(h)  # (B, w, H/2^n, W/2^n) for n widths
+        h = functional.adaptive_avg_pool2d(h, POOLED).flatten(1)  # (B, 4 w)
+        return functional.relu(self.hidden(h))  # (B, D)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))  # (B, K)
+
+
+def load_classifier(path: str) -> ImageClassifier:
+    """The classifier that `benchmarks/train_classifier.py` saved in a folder, in float32 and evaluation mode.
+
+    Raises:
+        ModelError: no such folder, another model, or files that cannot be read.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise ModelError(f"{path} holds no classifier: a folder that benchmarks/train_classifier.py wrote is needed")
+    try:
+        name = ImageClassifier.load_config(path).get("_class_name")
+        if name != ImageClassifier.__name__:
+            raise ModelError(f"{path} holds a {name}, which is not an {ImageClassifier.__name__}")
+        classifier: ImageClassifier = ImageClassifier.from_pretrained(path, use_safetensors=True)
+    except ModelError:
+        raise
+    except Exception as error:  # damaged files raise many kinds
+        raise ModelError(f"cannot load a classifier from {path}: {type(error).__name__}: {error}") from None
+    return classifier.eval()

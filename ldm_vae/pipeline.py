@@ -1,0 +1,414 @@
+"""LatentDiffusionPipeline: noise, or an image and noise, -> denoiser -> latents -> autoencoder -> images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+
+from ldm_vae.data.conversion import check_output_type, images_from, images_to, mask_from
+from ldm_vae.errors import ModelError
+from ldm_vae.latents.statistics import mean_and_std, scale_latents, unscale_latents
+from ldm_vae.models.pretrained import channels_of, fingerprint, latent_channels_of, stride_of
+from ldm_vae.models.tiling import TILE, decode, encode_mean, turn_on_tiling
+from ldm_vae.models.unet import multiple_of, num_classes_of, predict
+from ldm_vae.objectives.diffusion import NUM_TIMESTEPS, prediction_of, set_timesteps
+from ldm_vae.sampling import (
+    Sampling,
+    Seed,
+    check_frames,
+    check_scheduler,
+    common_count,
+    generators_for,
+    noise_levels,
+    slerp,
+)
+
+AT_ONCE = 8
+"""Images that go through the autoencoder together, however many are asked for."""
+
+ClassLabel = int | str
+Callback = Callable[["LatentDiffusionPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+class LatentDiffusionPipeline(DiffusionPipeline):
+    """Images from noise, from an image, into the hole of an image, and between two seeds or two images.
+
+    An image depends on its own generator alone, not on the batch that it is in.
+
+    Args:
+        vae: any diffusers autoencoder; its config says how latents are scaled (`latents/statistics.py`).
+        unet: a UNet2DModel over scaled latents; with `num_class_embeds` = K + 1 it is conditional, class K being none.
+        scheduler: one of `objectives.diffusion.SCHEDULERS`, for what the denoiser predicts.
+        class_names: of the K classes, in the order of their labels.
+
+    Raises:
+        ValueError: parts that do not fit together.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(self, vae: Any, unet: Any, scheduler: Any, class_names: list[str] | None = None) -> None:
+        super().__init__()
+        if unet.config.in_channels != latent_channels_of(vae):
+            raise ValueError(
+                f"the denoiser takes {unet.config.in_channels} channels, the autoencoder's latents have "
+                f"{latent_channels_of(vae)}: use the autoencoder that it was trained on"
+            )
+        if class_names and len(class_names) != num_classes_of(unet):
+            raise ValueError(f"{len(class_names)} class names for a denoiser of {num_classes_of(unet)} classes")
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self.register_to_config(class_names=list(class_names) if class_names else None)
+        self.vae_tile: int | None = None
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **keywords: Any) -> str:
+        """The folder of a hub id; diffusers' own refuses a repository with a class that is not in diffusers."""
+        known = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+        chosen = {k: v for k, v in keywords.items() if k in known and v is not None}
+        return str(snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **chosen))
+
+    @property
+    def num_classes(self) -> int:
+        """K of K classes; 0 for an unconditional model."""
+        return num_classes_of(self.unet)
+
+    def enable_vae_tiling(self, tile: int = TILE) -> None:
+        """Lets the autoencoder work on tiles of `tile` x `tile` latents: large images in little memory."""
+        self.vae_tile = turn_on_tiling(self.vae, tile)
+
+    def disable_vae_tiling(self) -> None:
+        if self.vae_tile is None and hasattr(self.vae, "disable_tiling"):
+            self.vae.disable_tiling()
+        self.vae_tile = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabel | Sequence[ClassLabel] | Tensor | None = None,
+        num_images: int = 1,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        generator: Seed | Sequence[Seed] | None = None,
+        latents: Tensor | None = None,
+        image: Any = None,
+        strength: float = 0.8,
+        mask_image: Any = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Any:
+        """Makes images: `.images`, a list of PIL images unless `output_type` asks for something else.
+
+        How many is the length of whatever is given as several (labels, generators, images), or `num_images`.
+
+        Args:
+            class_labels: 0..K-1, or names of classes; one for all images or one each. None: no class.
+            height, width: in pixels, multiples of the autoencoder's stride; what the denoiser was trained on unless
+                given. An `image` has a size of its own.
+            num_inference_steps: of the scheduler; with FlowMatchHeun each is two forward passes.
+            guidance_scale, guidance_interval: see `sampling.Sampling`.
+            generator: a generator or seed for each image. A single one, for several images, gives the seeds of theirs.
+            latents: initial noise (N, c, H/f, W/f) instead.
+            image: to start from, as `data.conversion.images_from` takes it, of any size.
+            strength: how much of the way is noised and made anew, 0..1; at 0 the result is the reconstruction.
+            mask_image: of the image's size; what is white is made anew, the rest is the reconstruction's.
+            output_type: "pil"; "np" (N, H, W, C) or "pt" (N, C, H, W), in [0, 1]; "latent", the scaled latents.
+            callback_on_step_end: called as f(pipeline, step, timestep, {"latents": ...}); may give back a dictionary
+                with other latents.
+
+        Raises:
+            ValueError: what cannot be, with what could.
+        """
+        check_output_type(output_type)
+        sampling = Sampling(
+            num_inference_steps=num_inference_steps,
+            strength=strength,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+        )
+        if mask_image is not None and image is None:
+            raise ValueError("a mask_image was given without the image that it is for")
+        if image is not None and (height or width):
+            raise ValueError("height and width are the image's own: resize the image instead")
+        images = None if image is None else self.images_for(image)
+        mask = None if mask_image is None else self.mask_for(images, mask_image)
+        labels = self.labels_for(class_labels)
+        several = {"class_labels": labels, "generator": generator, "latents": latents}
+        count = common_count(num_images, **several, image=images, mask_image=mask)
+        known = None if images is None else spread(self.encode(images), count)
+        size = self.latent_size(height, width, latents) if known is None else tuple(known.shape[-2:])
+        noise = self.noise_for(generator, count, size) if latents is None else self.check_noise(latents, count, size)
+        made = self.denoise(
+            noise,
+            spread(labels, count),
+            sampling,
+            known=known,
+            mask=None if mask is None else self.mask_of_latents(mask),
+            callback=callback_on_step_end,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+        )
+        if output_type != "latent":
+            result = self.decode(made)
+            if images is not None:
+                result = cut(result, images)
+            if mask is not None:
+                result = torch.where(mask, result, cut(self.decode(known), result))
+            made = images_to(result, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=made) if return_dict else (made,)
+
+    def interpolate(self, seed_a: Seed, seed_b: Seed, num_images: int = 8, **options: Any) -> Any:
+        """Images whose noise goes from seed a's to seed b's along the great circle (Shoemake 1985, section 3.3).
+
+        The first and last are the images of the two seeds. `options` are those of a call.
+        """
+        check_frames(num_images)
+        size = self.latent_size(options.pop("height", None), options.pop("width", None), None)
+        a, b = (self.noise_for(seed, 1, size) for seed in (seed_a, seed_b))
+        frames = torch.cat([slerp(a, b, i / (num_images - 1)) for i in range(num_images)])
+        return self(num_images=num_images, latents=frames, **options)
+
+    @torch.no_grad()
+    def interpolate_images(
+        self,
+        image_a: Any,
+        image_b: Any,
+        num_images: int = 8,
+        *,
+        class_labels: Any = None,
+        generator: Seed | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Images between two of one size: both noised alike, mixed linearly, denoised (Ho et al. 2020, section 4.3).
+
+        The first and last are what image-to-image makes of the two; at strength 0 it is the latents that are mixed.
+        `options` are those of `sampling.Sampling`, with a strength of 0.5 unless given.
+        """
+        check_output_type(output_type)
+        check_frames(num_images)
+        sampling = Sampling(**{"strength": 0.5, **options})
+        pair = self.images_for([image_a, image_b])
+        if len(pair) != 2:
+            raise ValueError(f"{len(pair)} images were given to interpolate between: give two")
+        labels = self.labels_for(class_labels)
+        common_count(num_images, class_labels=labels)
+        a, b = self.encode(pair).chunk(2)
+        mixed = torch.cat([torch.lerp(a, b, i / (num_images - 1)) for i in range(num_images)])
+        noise = spread(self.noise_for(generator, 1, mixed.shape[-2:]), num_images)
+        made = self.denoise(noise, spread(labels, num_images), sampling, known=mixed)
+        if output_type != "latent":
+            made = images_to(cut(self.decode(made), pair), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=made) if return_dict else (made,)
+
+    # The networks -----------------------------------------------------------------------------------------------------
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1] of any size -> scaled latents of the posterior's mean, float32."""
+        parts = images.to(self.vae.dtype).split(AT_ONCE)
+        return torch.cat([scale_latents(self.vae, encode_mean(self.vae, p, tile=self.vae_tile).float()) for p in parts])
+
+    def decode(self, scaled_latents: Any) -> Tensor:
+        """Scaled latents (N, c, h, w) -> images (N, C, h*f, w*f), float32, about [-1, 1]."""
+        parts = unscale_latents(self.vae, scaled_latents).to(self.vae.dtype).split(AT_ONCE)
+        return torch.cat([decode(self.vae, p, tile=self.vae_tile).float() for p in parts])
+
+    def denoise(
+        self,
+        noise: Tensor,
+        labels: Tensor | None,
+        sampling: Sampling,
+        *,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+        callback: Callback | None = None,
+        callback_inputs: Sequence[str] = ("latents",),
+    ) -> Any:
+        """Noise (N, c, h, w) and labels (N,), None for no class -> scaled latents (N, c, h, w).
+
+        Args:
+            known: scaled latents of images to start from, noised as far as the strength says.
+            mask: bool (N, 1, h, w); where it is False, the latents after each step are the known ones with the noise
+                of that time (Lugmayr et al. 2022, equation 8, without resampling, and one noise for all times).
+        """
+        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(f"callbacks can be given {', '.join(self._callback_tensor_inputs)}, not {sorted(unknown)}")
+        check_scheduler(self.scheduler)
+        set_timesteps(self.scheduler, sampling.num_inference_steps, noise.device)
+        levels = noise_levels(self.scheduler)
+        begin, latents = 0, noise
+        if known is not None:
+            begin = min(sampling.skipped_steps * self.scheduler.order, len(levels) - 1)
+            latents = levels[begin].noised(known, noise)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(begin)
+        timesteps = self.scheduler.timesteps[begin:]
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, timestep in enumerate(timesteps):
+                now, then = levels[begin + i : begin + i + 2]
+                output = self.predict(latents, now.time, labels, sampling.guidance_at(now.time))
+                latents = self.scheduler.step(output, timestep, latents, return_dict=False)[0]
+                if mask is not None and known is not None:
+                    latents = torch.where(mask, latents, then.noised(known, noise))
+                if callback is not None:
+                    shown = {"latents": latents} if callback_inputs else {}
+                    latents = (callback(self, i, timestep, shown) or {}).get("latents", latents)
+                bar.update()
+        return latents
+
+    def predict(self, noisy: Tensor, time: float, labels: Tensor | None, guidance_scale: float) -> Tensor:
+        """The denoiser's output (N, c, h, w); with guidance, of one forward pass of 2N. Time 1 is pure noise."""
+        none = torch.full((len(noisy),), self.num_classes, device=noisy.device) if self.num_classes else None
+        rows, classes = noisy, none if labels is None else labels
+        guided = labels is not None and none is not None and guidance_scale != 1
+        if labels is not None and none is not None and guided:
+            rows, classes = torch.cat([noisy, noisy]), torch.cat([labels, none])
+        timesteps = torch.full((len(rows),), time * NUM_TIMESTEPS, device=noisy.device)
+        output = predict(self.unet, rows.to(self.unet.dtype), timesteps, classes, multiple=multiple_of(self.unet))
+        if not guided:
+            return output
+        with_class, without = output.chunk(2)
+        return without + guidance_scale * (with_class - without)
+
+    # What was given ---------------------------------------------------------------------------------------------------
+
+    def images_for(self, image: Any) -> Tensor:
+        return images_from(image, channels=channels_of(self.vae)).to(self._execution_device)
+
+    def labels_for(self, class_labels: Any) -> Tensor | None:
+        """What was given as labels -> (N,) of 0..K-1, N = 1 for a single one; None for no class.
+
+        Raises:
+            ValueError: labels for an unconditional model, or a class that is not there.
+        """
+        if class_labels is None:
+            return None
+        if not self.num_classes:
+            raise ValueError(f"class {class_labels} was asked for, but the model has no classes: leave it out")
+        given = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
+        several = given if isinstance(given, (list, tuple, range)) else [given]
+        return torch.tensor([self.label_of(one) for one in several], device=self._execution_device)
+
+    def label_of(self, name: ClassLabel) -> int:
+        """The label of a class by its name, or by its number. Raises ValueError."""
+        names, last = self.config.class_names or [], self.num_classes - 1
+        if name in names:
+            return int(names.index(name))
+        if isinstance(name, str) and not name.isdecimal():
+            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise ValueError(f"there is no class {name}: try {shown or f'0 to {last}'}")
+        if not 0 <= int(name) <= last:
+            raise ValueError(f"there is no class {name}: the model's are 0 to {last}")
+        return int(name)
+
+    def latent_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
+        """Height and width in latents. Raises ValueError for pixels that are no multiple of the stride."""
+        stride = stride_of(self.vae)
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (value < stride or value % stride):
+                raise ValueError(
+                    f"{name} {value} is not a multiple of {stride}: try {max(value // stride, 1) * stride}"
+                )
+        default = self.unet.config.sample_size if latents is None else tuple(latents.shape[-2:])
+        if default is None and not (height and width):
+            raise ValueError("the model does not say the size that it was trained on: give height and width")
+        h, w = default if isinstance(default, (tuple, list)) else (default, default)
+        return height // stride if height else h, width // stride if width else w
+
+    def noise_for(self, generator: Any, count: int, size: Sequence[int]) -> Tensor:
+        """Standard normal (count, c, *size), each image's from its own generator, drawn on that generator's device."""
+        shape = (count, latent_channels_of(self.vae), *size)
+        own = generators_for(generator, count)
+        noise: Tensor = randn_tensor(shape, generator=own, device=self._execution_device, dtype=torch.float32)
+        return noise
+
+    def check_noise(self, latents: Tensor, count: int, size: Sequence[int]) -> Tensor:
+        shape = (latent_channels_of(self.vae), *size)
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != shape:
+            needed = ", ".join(["N", *map(str, shape)])
+            raise ValueError(f"latents of shape {tuple(latents.shape)} were given: ({needed}) is needed")
+        return latents.to(self._execution_device, torch.float32).expand(count, *shape)
+
+    def mask_for(self, images: Any, mask_image: Any) -> Tensor:
+        """The mask of the pixels of images (M, C, H, W): bool (N, 1, H, W)."""
+        mask = mask_from(mask_image).to(images.device)
+        if mask.shape[-2:] != images.shape[-2:]:
+            sizes = [f"{m.shape[-2]}x{m.shape[-1]}" for m in (mask, images)]
+            raise ValueError(f"a mask of {sizes[0]} was given for an image of {sizes[1]}: make them one size")
+        return mask
+
+    def mask_of_latents(self, mask: Tensor) -> Tensor:
+        """Latents of which any pixel is masked: bool (N, 1, H, W) -> (N, 1, ceil(H/f), ceil(W/f))."""
+        return nn.functional.max_pool2d(mask.float(), stride_of(self.vae), ceil_mode=True) > 0
+
+
+def spread(values: Any, count: int) -> Any:
+    """(1, ...) or (count, ...) -> (count, ...); None stays None."""
+    return None if values is None else values.expand(count, *values.shape[1:])
+
+
+def cut(images: Tensor, like: Tensor) -> Tensor:
+    """Without the rows and columns that padding added."""
+    return images[..., : like.shape[-2], : like.shape[-1]]
+
+
+def fingerprint_of(pipeline: LatentDiffusionPipeline) -> str:
+    """sha256 of all that decides an image but the options of a call and the solver: equal for equal pipelines."""
+    scale = [v.flatten().tolist() for v in mean_and_std(pipeline.vae, torch.zeros(1, dtype=torch.float64))]
+    parts = [fingerprint(pipeline.vae), fingerprint(pipeline.unet), scale, prediction_of(pipeline.scheduler)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def load_pipeline(path: str) -> LatentDiffusionPipeline:
+    """The pipeline that `path` names: a run directory (its `pipeline/`), a pipeline's folder, or a hub id.
+
+    Raises:
+        ModelError: nothing there, no pipeline of this kind, or files that cannot be read.
+    """
+    folder = Path(path)
+    if (folder / "pipeline").is_dir():
+        folder = folder / "pipeline"
+    on_the_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None and not folder.parent.exists()
+    if not folder.is_dir() and not on_the_hub:
+        raise ModelError(f"no such model: {path}")
+    if not folder.is_dir():
+        try:
+            folder = Path(LatentDiffusionPipeline.download(path))
+        except Exception as error:  # no such repository, no network
+            raise ModelError(f"{path} could not be had from the hub: {first_line(error)}") from None
+    try:
+        name = LatentDiffusionPipeline.load_config(str(folder)).get("_class_name")
+    except (OSError, ValueError):
+        raise ModelError(
+            f"{path} has no readable model_index.json: a run that has not saved its pipeline yet, or no pipeline"
+        ) from None
+    if name != LatentDiffusionPipeline.__name__:
+        raise ModelError(f"{path} holds a {name}, which is not a LatentDiffusionPipeline")
+    try:
+        pipeline: LatentDiffusionPipeline = LatentDiffusionPipeline.from_pretrained(str(folder), use_safetensors=True)
+    except Exception as error:  # damaged files raise many kinds
+        raise ModelError(f"cannot load the pipeline {path}: {type(error).__name__}: {first_line(error)}") from None
+    return pipeline
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,99 @@
+"""The loss of a step, against its formula written out, from a cache and from the images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_vae.data.images import centre_square, to_images
+from ldm_vae.data.order import Stream, generator_at, index_at
+from ldm_vae.data.sources import open_source
+from ldm_vae.latents.cache import as_stored
+from ldm_vae.latents.rows import DiffusionRows, Squares, collate_rows, validation_batches
+from ldm_vae.latents.statistics import Statistics, put_statistics
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.models.unet import make_denoiser
+from ldm_vae.objectives.denoising import Objective, losses_of, scaled_latents_of
+
+
+def rows_for(photos: Path, **changes: object) -> DiffusionRows:
+    keywords = {"seed": 5, "prediction": "flow", "latent_shape": (4, 4, 4), "num_classes": 2}
+    keywords |= {"label_dropout": 0.0, "flip": True} | changes
+    return DiffusionRows(Squares(open_source(str(photos)), 32), **keywords)
+
+
+def measured_vae() -> PatchAutoencoderKL:
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(block_out_channels=(8, 8)).eval()
+    put_statistics(vae, Statistics(count=1, mean=np.full(4, 0.3), squares=np.full(4, 0.25)))
+    return vae
+
+
+def test_the_loss_is_that_of_rectified_flow_written_out(photos: Path) -> None:
+    rows, vae = rows_for(photos), measured_vae()
+    unet = make_denoiser("tiny", latent_channels=4, sample_size=(4, 4), num_classes=2).eval()
+    batch = collate_rows([rows[position] for position in (20, 3)])
+    with torch.no_grad():
+        scaled = scaled_latents_of(batch, vae, encoded=False)
+        losses = losses_of(unet, scaled, batch, Objective(seed=5), unet)
+    source = open_source(str(photos))
+    for i, position in enumerate((20, 3)):
+        sample = source[index_at(position, size=12, seed=5)]
+        image = to_images(centre_square(sample.pixels, 32))[None]
+        if generator_at(5, position, Stream.FLIP).random() < 0.5:
+            image = image.flip(-1)
+        t = 1 / (1 + np.exp(-generator_at(5, position, Stream.TIME).standard_normal()))
+        noise, drawn = (
+            torch.from_numpy(generator_at(5, position, s).standard_normal((1, 4, 4, 4), dtype=np.float32))
+            for s in (Stream.NOISE, Stream.POSTERIOR)
+        )
+        with torch.no_grad():
+            mean, logvar = as_stored(vae.encode(image).latent_dist.parameters).chunk(2, dim=1)
+            latents = (mean + (logvar / 2).exp() * drawn - 0.3) / 0.5
+            noisy = (1 - t) * latents + t * noise
+            output = unet(noisy.float(), torch.tensor([1000 * t]), class_labels=torch.tensor([sample.label])).sample
+            expected = (output - (noise - latents)).square().mean().item()
+        assert losses[i].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_row_does_not_depend_on_its_batch(photos: Path) -> None:
+    rows = rows_for(photos, label_dropout=0.3)
+    together, alone = collate_rows([rows[p] for p in range(8)]), collate_rows([rows[5]])
+    for name in ("inputs", "labels", "timesteps", "noise", "posterior_noise"):
+        assert torch.equal(getattr(together, name)[5], getattr(alone, name)[0])
+
+
+def test_labels_are_dropped_as_often_as_asked_for(photos: Path) -> None:
+    rows = rows_for(photos, label_dropout=0.25)
+    labels = [rows[p][1] for p in range(400)]
+    assert labels.count(2) / 400 == pytest.approx(0.25, abs=0.06)
+    assert {rows_for(photos)[p][1] for p in range(12)} == {0, 1}
+    flat = Squares(open_source("procedural:dead-leaves", resolution=32), 32, num_images=4)
+    unlabelled = DiffusionRows(
+        flat, seed=0, prediction="v", latent_shape=(4, 4, 4), num_classes=0, label_dropout=1.0, flip=False
+    )
+    assert {unlabelled[p][1] for p in range(4)} == {0}
+
+
+def test_validation_keeps_images_and_noise_and_moves_the_time(photos: Path) -> None:
+    batches = validation_batches(rows_for(photos, label_dropout=1.0))
+    assert [b.timesteps[0].item() for b in batches] == [62.5 + 125 * k for k in range(8)]
+    assert all(torch.equal(b.noise, batches[0].noise) and torch.equal(b.inputs, batches[0].inputs) for b in batches)
+    assert set(batches[0].labels.tolist()) == {0, 1}  # none is dropped
+
+
+def test_min_snr_weighs_each_image(photos: Path) -> None:
+    rows, vae = rows_for(photos), measured_vae()
+    unet = make_denoiser("tiny", latent_channels=4, sample_size=(4, 4), num_classes=2).eval()
+    batch = collate_rows([rows[position] for position in range(3)])
+    batch = replace(batch, timesteps=torch.tensor([100.0, 500.0, 900.0]))
+    with torch.no_grad():
+        scaled = scaled_latents_of(batch, vae, encoded=False)
+        plain, weighted = (losses_of(unet, scaled, batch, Objective(min_snr_gamma=g), unet) for g in (None, 5.0))
+    t = np.array([0.1, 0.5, 0.9])
+    snr = ((1 - t) / t) ** 2
+    assert (weighted / plain).tolist() == pytest.approx(np.minimum(np.maximum(snr, 0.05), 5) * t**2, rel=1e-4)

@@ -1,0 +1,313 @@
+"""The diffusion trainer as people run it: from a cache and on the fly, launched, killed, resumed and misused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from processes import ROOT, flags, largest_difference, launch, metrics, run_until_killed, state
+
+from ldm_vae.errors import ConfigError, DataError, LdmVaeError, ModelError, RunError, one_line_errors
+from ldm_vae.latents.statistics import scale_latents
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.models.pretrained import load_autoencoder
+from ldm_vae.pipeline import load_pipeline
+from ldm_vae.state import state_tensors
+from training import cache_latents, train_diffusion
+from training.train_diffusion import PRESETS, Config, build, main, open_data
+
+SCRIPT = str(ROOT / "training" / "train_diffusion.py")
+TINY = PRESETS["tiny"][1]
+PARTS = ("unet", "ema", "optimizer")
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    PatchAutoencoderKL(block_out_channels=(16, 16)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(photos: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("latents") / "cache"
+    cache_latents.main(
+        cache_latents.Config(
+            vae=str(vae), data=str(photos), output=output, resolution=32, shard_size=5, num_workers=0, flip=True
+        )
+    )
+    return output
+
+
+def config_for(cache: Path | None, output: Path, **changes: Any) -> Config:
+    """Small and exact: 6 steps of 8 latents of 4x4, a checkpoint each second step."""
+    base = replace(
+        TINY,
+        latents=cache,
+        output=output,
+        flip=True,
+        steps=6,
+        batch_size=8,
+        learning_rate=1e-4,
+        warmup_steps=2,
+        mixed_precision="no",
+        num_workers=0,
+        log_every=1,
+        sample_every=100,
+        checkpoint_every=2,
+        tracker="none",
+    )
+    return replace(base, **changes)
+
+
+def words(config: Config) -> list[str]:
+    return ["tiny", *flags(config, TINY)]
+
+
+@pytest.fixture(scope="module")
+def reference(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run in one process."""
+    output = tmp_path_factory.mktemp("reference") / "run"
+    torch.set_num_threads(1)
+    main(config_for(cache, output))
+    return output
+
+
+def test_on_the_fly_and_from_the_cache_the_losses_are_the_same(
+    reference: Path, cache: Path, photos: Path, tmp_path: Path
+) -> None:
+    on_the_fly = {"data": str(photos), "vae": str(cache), "resolution": 32}
+    main(config_for(None, tmp_path / "run", **on_the_fly))
+    cached, fly = ([m["loss"] for m in metrics(r) if "loss" in m] for r in (reference, tmp_path / "run"))
+    assert len(cached) == 6
+    assert fly == pytest.approx(cached, abs=1e-5)
+    a, b = (next(m for m in metrics(r) if "val_loss" in m) for r in (reference, tmp_path / "run"))
+    assert {k: v for k, v in a.items() if k != "step"} == pytest.approx({k: b[k] for k in a if k != "step"}, abs=1e-4)
+
+
+def test_two_processes_and_micro_batches_and_one_process_give_the_same_network(
+    reference: Path, cache: Path, tmp_path: Path
+) -> None:
+    two = launch(SCRIPT, words(config_for(cache, tmp_path / "two")), 2)
+    assert two.returncode == 0, two.stderr
+    assert "effective batch 8 = 2 processes x 4 images x 1 micro-batches" in two.stdout
+    main(config_for(cache, tmp_path / "micro", gradient_accumulation_steps=2))
+    for other in ("two", "micro"):
+        assert largest_difference(state(reference, 6), state(tmp_path / other, 6), ("unet", "ema")) < 1e-5
+    accelerator = Accelerator()
+    config = config_for(cache, tmp_path)
+    start = state_tensors(build(config, open_data(config, accelerator), accelerator).parts())
+    end = state(reference, 6)
+    moved = max((start[k] - end[k]).abs().max().item() for k in end if k.startswith("unet/"))
+    assert moved > 1e-4  # it trains: agreement is not idleness
+
+
+KILLER = """
+import os, signal, sys
+from ldm_vae.config import parse_config
+from ldm_vae.objectives import denoising
+from training import train_diffusion
+calls, real = 0, denoising.losses_of
+def losses_of(*args):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+denoising.losses_of = losses_of
+train_diffusion.main(parse_config(train_diffusion.PRESETS, description="", args=sys.argv[2:]))
+"""
+
+
+def assert_identical(a: Path, b: Path) -> None:
+    x, y = state(a, 6), state(b, 6)
+    assert x.keys() == y.keys()
+    assert {k.split("/")[0] for k in x} == set(PARTS)
+    for key in x:
+        assert torch.equal(x[key], y[key]), key
+    weights = Path("pipeline") / "unet" / "diffusion_pytorch_model.safetensors"
+    assert (a / weights).read_bytes() == (b / weights).read_bytes()
+
+
+def test_a_run_killed_in_a_later_epoch_and_again_within_a_step_ends_bit_identical(cache: Path, tmp_path: Path) -> None:
+    """12 images, 8 a step: step 3 begins in the third epoch. Two micro-batches a step."""
+    whole = config_for(cache, tmp_path / "whole", gradient_accumulation_steps=2)
+    main(whole)
+    config = replace(whole, output=tmp_path / "killed", num_workers=1)
+    run_until_killed(KILLER, ["7", *words(config)])  # as step 3 begins: the checkpoint of step 2 is the newest
+    run_until_killed(KILLER, ["6", *words(config)])  # resumed at step 2: in step 4, between its two micro-batches
+    assert (tmp_path / "killed" / "checkpoints" / "step-4").exists()
+    main(config)
+    assert_identical(tmp_path / "whole", tmp_path / "killed")
+    assert [m["step"] for m in metrics(tmp_path / "killed") if "loss" in m] == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_processes_go_on_with_what_one_began(reference: Path, cache: Path, tmp_path: Path) -> None:
+    config = config_for(cache, tmp_path / "run")
+    run_until_killed(KILLER, ["6", *words(config)])
+    done = launch(SCRIPT, words(config), 2)
+    assert done.returncode == 0, done.stderr
+    assert largest_difference(state(reference, 6), state(tmp_path / "run", 6), ("unet", "ema")) < 1e-5
+
+
+def test_the_run_holds_a_pipeline_with_averaged_weights_and_measured_latents(reference: Path, cache: Path) -> None:
+    pipeline = load_pipeline(str(reference))
+    shadow = [v for k, v in state(reference, 6).items() if k.startswith("ema/shadow/")]
+    assert sum(p.numel() for p in pipeline.unet.parameters()) == sum(v.numel() for v in shadow)
+    assert torch.equal(next(pipeline.unet.parameters()), state(reference, 6)["ema/shadow/0"])
+    assert pipeline.config.class_names == ["first class", "zweite Klasse ü"]
+    latents = torch.randn(2, 4, 4, 4)
+    expected = scale_latents(load_autoencoder(str(cache)), latents)
+    assert torch.equal(scale_latents(pipeline.vae, latents), expected)
+    grid = np.asarray(Image.open(reference / "samples" / "step-6.png"))
+    assert grid.std() > 1
+    line = next(m for m in metrics(reference) if "val_loss" in m)
+    by_time = [v for k, v in line.items() if k.startswith("val_loss/t=")]
+    assert len(by_time) == 8
+    assert np.mean(by_time) == pytest.approx(line["val_loss"])
+
+
+def test_without_statistics_they_are_measured_and_kept_with_the_checkpoint(
+    photos: Path, vae: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(None, tmp_path / "run", data=str(photos), vae=str(vae), resolution=32, flip=False, steps=2)
+    main(config)
+    found = load_pipeline(str(config.output)).vae.config
+    of_all = load_autoencoder(str(cache)).config
+    assert found.latents_std == pytest.approx(of_all.latents_std, rel=0.1)  # without the mirrored images
+    monkeypatch.setattr(train_diffusion, "measured", lambda *_: pytest.fail("measured again"))
+    main(replace(config, log_every=3))
+
+
+def test_nan_steps_are_skipped_counted_and_then_lead_back_to_the_checkpoint(
+    reference: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, poisoned, seen = train_diffusion.train_step, {"left": 3}, {"steps": 0}
+
+    def poison(batches: Any, *args: Any, **keywords: Any) -> Any:
+        seen["steps"] += 1
+        if seen["steps"] > 3 and poisoned["left"] > 0:
+            poisoned["left"] -= 1
+            batch = next(batches)
+            batch.noise.fill_(float("nan"))
+            batches = iter([batch])
+        return real(batches, *args, **keywords)
+
+    monkeypatch.setattr(train_diffusion, "train_step", poison)
+    config = config_for(cache, tmp_path / "run", checkpoint_every=3)
+    main(config)
+    assert "not finite in 3 steps in a row, up to step 6: back to the checkpoint of step 3" in capsys.readouterr().out
+    assert_identical(reference, config.output)
+    poisoned["left"], seen["steps"] = 10**9, 0
+    with pytest.raises(RunError, match="once more"):
+        main(config_for(cache, tmp_path / "hopeless", checkpoint_every=3))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prediction": "v", "min_snr_gamma": 5.0, "tracker": "tensorboard"},
+        {"prediction": "epsilon", "class_conditional": False, "gradient_checkpointing": True},
+        {"mixed_precision": "bf16", "num_workers": 1, "val": True},
+    ],
+    ids=lambda c: " ".join(c),
+)
+def test_every_option_trains(changes: dict[str, Any], cache: Path, tmp_path: Path) -> None:
+    if changes.pop("val", False):
+        changes |= {"val_latents": cache}
+    config = config_for(cache, tmp_path / "run", steps=2, **changes)
+    main(config)
+    lines = metrics(config.output)
+    assert lines[-1]["step"] == 2
+    assert all(np.isfinite(v) for m in lines for v in m.values())
+    assert load_pipeline(str(config.output)).num_classes == (0 if "class_conditional" in changes else 2)
+
+
+def test_other_settings_are_refused_with_the_fields_that_differ(reference: Path, cache: Path) -> None:
+    with pytest.raises(RunError, match=r"other settings \(prediction: flow -> v; seed: 0 -> 1\)"):
+        main(config_for(cache, reference, prediction="v", seed=1))
+
+
+def test_a_vae_that_did_not_make_the_cache_is_refused(cache: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    PatchAutoencoderKL(block_out_channels=(16, 16)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match=r"holds latents of another VAE than .*other: make the cache anew"):
+        main(config_for(cache, tmp_path / "run", vae=str(tmp_path / "other")))
+
+
+def test_a_damaged_cache_is_refused(photos: Path, vae: Path, tmp_path: Path) -> None:
+    cache_latents.main(
+        cache_latents.Config(vae=str(vae), data=str(photos), output=tmp_path / "c", resolution=32, num_workers=0)
+    )
+    file = tmp_path / "c" / "shard-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(DataError, match="missing or damaged: remove it"):
+        main(config_for(tmp_path / "c", tmp_path / "run", flip=False))
+
+
+def test_mirrored_images_must_be_in_the_cache(photos: Path, vae: Path, tmp_path: Path) -> None:
+    cache_latents.main(
+        cache_latents.Config(vae=str(vae), data=str(photos), output=tmp_path / "c", resolution=32, num_workers=0)
+    )
+    with pytest.raises(ConfigError, match="has no mirrored images"):
+        main(config_for(tmp_path / "c", tmp_path / "run"))
+
+
+def test_bad_images_are_named_on_the_fly_and_a_set_of_nothing_else_is_an_error(
+    photos: Path, vae: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, file in enumerate(sorted(photos.rglob("*.png"))[:6]):
+        (folder / f"{i}.png").write_bytes(file.read_bytes() if i != 1 else b"no image")
+    settings = {"data": str(folder), "vae": str(vae), "resolution": 32, "steps": 2}
+    main(config_for(None, tmp_path / "run", **settings))
+    assert "1.png,cannot be decoded" in (tmp_path / "run" / "bad_images.csv").read_text()
+    for file in folder.iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(LdmVaeError, match="no usable image"):
+        main(config_for(None, tmp_path / "nothing", **settings))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--no-such-flag"], "no-such-flag"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--latents", "{tmp}/missing"], "is not a cache of latents: make one with training/cache_latents.py"),
+        (["--data", "procedural:shapes"], "give either --latents, a cache, or --data with --vae"),
+        (["--vae", "{tmp}/missing"], "no such model"),
+        (["--label-dropout", "2"], "--label-dropout is 2.0: it must be from 0 to 1"),
+        (["--min-snr-gamma", "0"], "--min-snr-gamma is 0.0: it must be more than 0"),
+        (["--prediction", "sample"], "prediction"),
+        (["--gradient-accumulation-steps", "3"], "batch size 8 is not a multiple"),
+        (["--output", "/proc/nothing"], "cannot write to"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_code_2(
+    extra: list[str], message: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words(config_for(cache, tmp_path / "run")) + [w.format(tmp=tmp_path) for w in extra]
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        main(train_diffusion.parse_config(PRESETS, description="", args=given))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_the_script_itself_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "tiny", "--latents", str(tmp_path / "no"), "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line]
+    assert line.startswith(f"error: {tmp_path}/no is not a cache of latents")
