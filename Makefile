@@ -21,7 +21,14 @@ demo: setup
 	$(BIN)/python training/train_vae.py demo --data "$(DATA)#train" --val-data "$(DATA)#held-out" --output runs/demo
 	$(BIN)/python benchmarks/reconstruction.py --vae runs/demo --data "$(DATA)#held-out" --num-images 100 --resolution 64 \
 		--perceptual random --output runs/demo/reconstruction
-	@echo "Look at runs/demo/samples/ and runs/demo/reconstruction/; the model is runs/demo/vae/."
+	$(BIN)/python training/cache_latents.py --vae runs/demo --data procedural:shapes --num-images 8000 --resolution 32 \
+		--output runs/demo/latents
+	$(BIN)/python training/train_diffusion.py tiny --latents runs/demo/latents --output runs/demo/diffusion --steps 800 \
+		--batch-size 64 --learning-rate 1e-3 --num-workers 0 --checkpoint-every 200 --sample-every 400
+	$(BIN)/python pipelines/generate.py --model runs/demo/diffusion --output runs/demo/generated --num-images 80 \
+		--guidance-scale 2 --steps 20
+	@echo "Look at runs/demo/samples/, runs/demo/reconstruction/ and runs/demo/generated/contact_sheet.png;"
+	@echo "the models are runs/demo/vae/ and runs/demo/diffusion/pipeline/."
 
 test: setup
 	$(BIN)/python -m pytest

@@ -1,24 +1,47 @@
-"""Every command of the README is run, made small; its Python example, too."""
+"""Every command of the README is run, made small; its Python examples and the guides', too."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import reconstruction
 from ldm_vae.config import parse_config, parse_flags
-from training import train_vae
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SMALLER = "--steps 2 --batch-size 2 --resolution 64 --num-workers 0 --perceptual random --lpips-backbone squeeze"
+SMALLER = {
+    "train_vae": "--steps 2 --batch-size 2 --resolution 64 --num-workers 0 --perceptual random --lpips-backbone squeeze",
+    "cache_latents": "--resolution 64 --num-workers 0",
+    "train_diffusion": "--steps 2 --batch-size 2 --num-workers 0",
+    "generate": "--steps 2",
+    "train_classifier": "--epochs 1 --batch-size 8",
+    "generation": "--num-images 4",
+}
 
 
-def blocks(language: str) -> str:
-    return "\n".join(re.findall(rf"```{language}\n(.*?)```", README, flags=re.S))
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+
+
+def run(words: list[str]) -> None:
+    """One of the scripts, in this process, with flags that make it small."""
+    script = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
+    name = Path(words[0]).stem
+    args = words[1:] + shlex.split(SMALLER.get(name, ""))
+    if name == "train_diffusion":
+        args[0] = "tiny"
+    if name == "reconstruction" and "--perceptual" not in args:
+        args += ["--perceptual", "random"]
+    presets: Any = getattr(script, "PRESETS", None)
+    if presets:
+        script.main(parse_config(presets, description="", args=args))
+    else:
+        script.main(parse_flags(script.Config, description="", args=args))
 
 
 def test_the_commands_of_the_readme_run_one_after_the_other(
@@ -27,7 +50,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(photos)
     ran = 0
-    for line in blocks("bash").splitlines():
+    for line in "\n".join(blocks(README, "bash")).splitlines():
         words = shlex.split(line)
         if not words:
             continue
@@ -36,19 +59,19 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
             continue  # `make demo` is what it runs, and this is `make test`
         while words[0] in ("accelerate", "launch", "python"):
             words.pop(0)
-        if words[0] == "training/train_vae.py":
-            train_vae.main(parse_config(train_vae.PRESETS, description="", args=words[1:] + shlex.split(SMALLER)))
-        else:
-            assert words[0] == "benchmarks/reconstruction.py"
-            args = words[1:] + ([] if "--perceptual" in words else ["--perceptual", "random"])
-            reconstruction.main(parse_flags(reconstruction.Config, description="", args=args))
+        run(words)
         ran += 1
-    assert ran == 5
-    example = blocks("python").replace("256, 256", "64, 64")
-    scope: dict[str, object] = {}
-    exec(example, scope)
+    assert ran == 11
+    scope: dict[str, Any] = {}
+    for example in blocks(README, "python"):
+        exec(example.replace("256, 256", "64, 64"), scope)
     assert scope["latents"].shape == (1, 4, 8, 8)
     assert scope["reconstruction"].shape == (1, 3, 64, 64)
+    for example in blocks((ROOT / "docs" / "diffusion.md").read_text(), "python"):
+        exec(example.replace("steps=20", "steps=2"), scope)
+    assert len(scope["images"]) == 4
+    assert scope["again"].size == scope["images"][0].size == (64, 64)
+    assert len(scope["between"]) == 8
 
 
 def test_links_of_the_docs_lead_somewhere() -> None:

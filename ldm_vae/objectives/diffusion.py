@@ -113,13 +113,13 @@ SCHEDULERS: dict[Prediction, dict[str, tuple[Any, dict[str, Any]]]] = {
         "unipc": (diffusers.UniPCMultistepScheduler, FLOW),
     },
     "v": {
-        "ddim": (diffusers.DDIMScheduler, V | NO_CLIPPING),
         "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, V),
+        "ddim": (diffusers.DDIMScheduler, V | NO_CLIPPING),
         "unipc": (diffusers.UniPCMultistepScheduler, V),
     },
     "epsilon": {
-        "ddim": (diffusers.DDIMScheduler, EPSILON | NO_CLIPPING),
         "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, EPSILON),
+        "ddim": (diffusers.DDIMScheduler, EPSILON | NO_CLIPPING),
         "unipc": (diffusers.UniPCMultistepScheduler, EPSILON),
     },
 }
