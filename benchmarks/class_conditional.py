@@ -52,9 +52,9 @@ class Config:
     vae_batch_size: int = 64
     kl_weight: float = 1e-3
     denoiser: str = "tiny"
-    steps: int = 2600
+    steps: int = 5200
     """Of the diffusion model."""
-    batch_size: int = 128
+    batch_size: int = 64
     learning_rate: float = 1e-3
     flip: bool = False
     classifier_epochs: int = 7
@@ -76,7 +76,6 @@ PRESETS = {
             channels=3,
             resolution=64,
             steps=2400,
-            batch_size=64,
             flip=True,
             classifier_epochs=12,
             num_images=360,

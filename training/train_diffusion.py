@@ -87,7 +87,7 @@ class Config(Training, Objective):
 PRESETS = {
     "tiny": (
         "9 M parameters: small latents on a CPU",
-        Config(denoiser="tiny", batch_size=128, learning_rate=5e-4, steps=5000),
+        Config(denoiser="tiny", batch_size=64, learning_rate=1e-3, steps=5000),
     ),
     "small": ("43 M parameters: one GPU", Config(denoiser="small", batch_size=256, learning_rate=2e-4)),
     "base": (

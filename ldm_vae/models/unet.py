@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 DENOISERS: dict[str, dict[str, Any]] = {
     "tiny": {
-        "block_out_channels": (96, 192),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 2,
+        "block_out_channels": (128, 256),
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
         "attention_head_dim": 64,
+        "resnet_time_scale_shift": "scale_shift",
     },
     "small": {
         "block_out_channels": (128, 256, 384),
