@@ -15,7 +15,7 @@ from ldm_vae.config import parse_config, parse_flags
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SMALLER = {
-    "train_vae": "--steps 2 --batch-size 2 --resolution 64 --num-workers 0 --perceptual random --lpips-backbone squeeze",
+    "train_vae": "--steps 2 --batch-size 2 --resolution 64 --lpips-backbone squeeze --perceptual random",
     "cache_latents": "--resolution 64 --num-workers 0",
     "train_diffusion": "--steps 2 --batch-size 2 --num-workers 0",
     "generate": "--steps 2",

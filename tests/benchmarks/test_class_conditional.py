@@ -1,0 +1,99 @@
+"""The whole way from labelled images to judged samples, made small."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import class_conditional
+from benchmarks.class_conditional import FASHION, PRESETS, halves, main, write_fashion_mnist
+from ldm_vae.config import parse_config, parse_flags
+from ldm_vae.data.sources import open_source
+from ldm_vae.errors import DataError
+
+SMALL = replace(
+    PRESETS["fashion-mnist"][1],
+    vae_steps=2,
+    vae_batch_size=4,
+    steps=2,
+    batch_size=4,
+    classifier_epochs=1,
+    num_images=20,
+    guidance_scales=(1.0, 2.0),
+    sampling_steps=2,
+    compared_steps=(3,),
+)
+
+
+@pytest.fixture(scope="module")
+def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise in the files and the format of Fashion-MNIST: 60 training and 80 test images of ten classes."""
+    folder = tmp_path_factory.mktemp("fashion")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 60), ("t10k", 80)):
+        pixels = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels.tobytes()))
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes()))
+    return folder
+
+
+def test_images_are_padded_and_lie_in_the_folder_of_their_class(fashion: Path, tmp_path: Path) -> None:
+    source = open_source(write_fashion_mnist(replace(SMALL, data=fashion, output=tmp_path), "train"), channels=1)
+    assert source.classes == tuple(sorted(FASHION))
+    raw = gzip.decompress((fashion / "train-images-idx3-ubyte.gz").read_bytes())
+    pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
+    for i in range(len(source)):
+        number = int(Path(source.name(i)).stem)
+        assert source.classes[source[i].label or 0] == FASHION[number % 10]
+        assert np.array_equal(source[i].pixels[2:30, 2:30, 0], pixels[number])
+        assert source[i].pixels[:2].max() == source[i].pixels[:, 30:].max() == 0
+    with pytest.raises(DataError, match=r"does not hold Fashion-MNIST's idx.gz files"):
+        write_fashion_mnist(replace(SMALL, data=tmp_path, output=tmp_path), "t10k")
+
+
+def test_the_halves_share_no_image(fashion: Path, tmp_path: Path) -> None:
+    config = replace(SMALL, data=fashion, output=tmp_path)
+    names = [set(zipfile.ZipFile(half).namelist()) for half in halves(config, write_fashion_mnist(config, "t10k"))]
+    assert [len(n) for n in names] == [40, 40]
+    assert not names[0] & names[1]
+
+
+def test_everything_is_trained_sampled_and_judged_and_a_second_time_nothing_is_left_to_train(
+    fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def in_this_process(*words: Any) -> float:
+        script = importlib.import_module(str(words[0]).removesuffix(".py").replace("/", "."))
+        presets, args = getattr(script, "PRESETS", None), [str(w) for w in words[1:]]
+        config = parse_config(presets, description="", args=args) if presets else None
+        script.main(config or parse_flags(script.Config, description="", args=args))
+        ran.append(Path(str(words[0])).stem)
+        return 1.0
+
+    monkeypatch.setattr(class_conditional, "script", in_this_process)
+    config = replace(SMALL, data=fashion, output=tmp_path / "run")
+    main(config)
+    assert ran == "train_vae cache_latents train_diffusion train_classifier reconstruct".split() + ["generate"] * 3 + [
+        "generation"
+    ]
+    record = json.loads((config.output / "results.json").read_text())
+    assert record["training_seconds"] == {"vae": 1.0, "cache": 1.0, "diffusion": 1.0, "all": 3.0}
+    results = record["figures"]["results"]
+    assert [Path(name).name for name in results] == [
+        *("real against real", "reconstructions"),
+        *("guidance 1, 2 steps", "guidance 2, 2 steps", "guidance 1, 3 steps"),
+    ]
+    assert (config.output / "guidance 2, 2 steps" / "contact_sheet.png").exists()
+    ran.clear()
+    main(config)
+    assert ran == ["reconstruct", *["generate"] * 3, "generation"]
