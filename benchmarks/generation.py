@@ -23,7 +23,6 @@ from urllib.parse import unquote
 
 import numpy as np
 import torch
-import torchmetrics
 import tyro
 from accelerate import Accelerator
 from diffusers.utils import logging
@@ -334,7 +333,7 @@ def main(config: Config) -> None:
     record: Row = {
         "config": as_json(config),
         "machine": describe_machine(accelerator.device),
-        "versions": versions() | {"torchmetrics": torchmetrics.__version__},
+        "versions": versions(),
     }
     tables = []
     if config.data is not None:

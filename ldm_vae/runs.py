@@ -28,7 +28,10 @@ from ldm_vae.config import as_json, differences
 from ldm_vae.errors import DataError, RunError
 from ldm_vae.files import atomic, check_writable, sha256, staged_directory, write_json
 
-PACKAGES = ("ldm-vae", "torch", "torchvision", "diffusers", "accelerate", "lpips", "numpy", "pillow", "safetensors")
+PACKAGES = (
+    *("ldm-vae", "torch", "torchvision", "diffusers", "accelerate", "lpips"),
+    *("numpy", "pillow", "safetensors", "torchmetrics"),
+)
 KEPT_CHECKPOINTS = 2
 PR_SET_PDEATHSIG = 1
 
