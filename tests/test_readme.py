@@ -64,7 +64,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
     assert ran == 11
     scope: dict[str, Any] = {}
     for example in blocks(README, "python"):
-        exec(example.replace("256, 256", "64, 64"), scope)
+        exec(example.replace("256, 256", "64, 64").replace("=2.0)", "=2.0, num_inference_steps=2)"), scope)
     assert scope["latents"].shape == (1, 4, 8, 8)
     assert scope["reconstruction"].shape == (1, 3, 64, 64)
     for example in blocks((ROOT / "docs" / "diffusion.md").read_text(), "python"):

@@ -1,0 +1,161 @@
+"""Everything that wants a GPU, in one call: is it right there, how fast is it, and what do trained models look like.
+
+python benchmarks/gpu_check.py --photos DIR --val-photos DIR --fashion-mnist DIR --output OUT
+
+On a machine without a GPU it does the same on the CPU, which is what its test does. What was finished is not done
+again, so that a call that ran out of time can be repeated with the same output.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ldm_vae.config import as_json, parse_flags
+from ldm_vae.errors import one_line_errors
+from ldm_vae.files import check_writable, write_json
+from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
+from ldm_vae.models.pretrained import reconstruct
+from ldm_vae.models.tiling import tiled_decode
+from ldm_vae.models.unet import make_denoiser
+from ldm_vae.objectives.diffusion import make_scheduler
+from ldm_vae.pipeline import LatentDiffusionPipeline
+from ldm_vae.runs import git_revision, versions
+from ldm_vae.timing import describe_machine, peak_flops
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of the check on a GPU."""
+
+    output: Path
+    photos: str | None = None
+    """Training photos; without them, no VAE is trained."""
+    val_photos: str | None = None
+    fashion_mnist: str | None = None
+    """Fashion-MNIST's folder; without it, no diffusion model is trained."""
+    vae_steps: int = 8000
+    diffusion_steps: int = 8000
+    seconds: float = 2.0
+    """Per measurement of speed, in each round."""
+
+
+# Is it right? ---------------------------------------------------------------------------------------------------------
+
+
+def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.float().cpu() - b.float().cpu()).abs().max().item()
+
+
+def networks() -> tuple[PatchAutoencoderKL, Any]:
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(**ARCHITECTURES["f8c4"]).eval()
+    return vae, make_denoiser("tiny", latent_channels=4, sample_size=(8, 8), num_classes=2).eval()
+
+
+@torch.inference_mode()
+def correctness(device: torch.device) -> dict[str, float]:
+    """Largest differences: of the device from the CPU, of bf16 and of torch.compile from plain float32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    (vae, unet), (own, own_unet) = networks(), networks()
+    own, own_unet = own.to(device, memory_format=torch.channels_last), own_unet.to(device)
+    images = torch.rand(2, 3, 128, 192, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    here = images.to(device, memory_format=torch.channels_last)
+    expected, plain = reconstruct(vae, images), reconstruct(own, here)
+    found = {"vae: device - CPU": largest(plain, expected)}
+    with torch.autocast(device.type, torch.bfloat16):
+        found["vae: bf16 - float32"] = largest(reconstruct(own, here), plain)
+    latents = torch.randn(1, 4, 40, 24, generator=torch.Generator().manual_seed(1)).to(device)
+    whole = own.decode(latents).sample
+    found["vae: tiled - whole"] = largest(tiled_decode(own, latents, tile=16), whole)
+    own.compile_repeated_blocks()
+    found["vae: compiled - plain"] = largest(reconstruct(own, here), plain)
+    samples = []
+    for a, b in ((vae, unet), (networks()[0].to(device), own_unet)):
+        pipeline = LatentDiffusionPipeline(a, b, make_scheduler("flow"))
+        pipeline.set_progress_bar_config(disable=True)
+        options: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "pt"}
+        samples.append(pipeline(class_labels=[0, 1], generator=[1, 2], **options).images)
+    found["pipeline: device - CPU"] = largest(*samples)
+    return found
+
+
+# How fast is it, and what does it look like? --------------------------------------------------------------------------
+
+
+def script(name: str, *words: object) -> None:
+    subprocess.run([sys.executable, str(ROOT / name), *map(str, words)], check=True)
+
+
+def speed(config: Config) -> dict[str, Any]:
+    """benchmarks/throughput.py in each precision, and compiled."""
+    folder = config.output / "throughput"
+    for words in ((), ("--mixed-precision", "bf16"), ("--mixed-precision", "bf16", "--compile")):
+        size = ("--resolution", 256, "--batch-size", 16) if torch.cuda.is_available() else ("--batch-size", 2)
+        script("benchmarks/throughput.py", "--output", folder, *size, "--seconds", config.seconds, *words)
+    return {file.stem: json.loads(file.read_text())["results"] for file in sorted(folder.glob("*.json"))}
+
+
+def photos(config: Config) -> dict[str, Any]:
+    """f8c4 trained with L1, KL and the adversarial loss on 128x128 crops, and its reconstructions of unseen photos."""
+    run, figures = config.output / "vae", config.output / "reconstruction"
+    script(
+        *("training/train_vae.py", "f8c4", "--data", config.photos, "--val-data", config.val_photos, "--output", run),
+        *("--steps", config.vae_steps, "--batch-size", 32, "--resolution", 128, "--shorter-side", 256),
+        *("--learning-rate", 1e-3, "--perceptual", "none", "--disc-start", config.vae_steps // 2),
+        *("--adversarial-weight", 0.1, "--cache-gib", 8, "--sample-every", 2000, "--tracker", "none"),
+    )
+    words = ("--vae", run, "--data", config.val_photos, "--perceptual", "none", "--output", figures)
+    script("benchmarks/reconstruction.py", *words)
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [m["images_per_second"] for m in last if "images_per_second" in m]
+    result = json.loads((figures / "results.json").read_text())["results"][str(run)]
+    return {"images_per_second": rates[len(rates) // 2], **result}
+
+
+def fashion(config: Config) -> dict[str, Any]:
+    """benchmarks/class_conditional.py with a larger denoiser."""
+    script(
+        *("benchmarks/class_conditional.py", "fashion-mnist", "--data", config.fashion_mnist),
+        *("--output", config.output / "fashion", "--denoiser", "small", "--steps", config.diffusion_steps),
+        *("--batch-size", 256, "--learning-rate", 5e-4),
+    )
+    result: dict[str, Any] = json.loads((config.output / "fashion" / "results.json").read_text())
+    return {k: result[k] for k in ("training_seconds", "figures")}
+
+
+def main(config: Config) -> None:
+    check_writable(config.output)
+    device = Accelerator().device
+    file = config.output / "gpu_check.json"
+    record = json.loads(file.read_text()) if file.exists() else {"config": as_json(config), "versions": versions()}
+    record |= {"machine": describe_machine(device), "git": git_revision()}
+    parts: dict[str, Callable[[], Any]] = {"correctness": partial(correctness, device)}
+    for dtype in (torch.float32, torch.bfloat16):
+        parts[f"peak_tflops_{dtype}"] = lambda dtype=dtype: peak_flops(device, dtype, seconds=config.seconds) / 1e12
+    parts["throughput"] = partial(speed, config)
+    if config.photos and config.val_photos:
+        parts["photos"] = partial(photos, config)
+    if config.fashion_mnist:
+        parts["fashion-mnist"] = partial(fashion, config)
+    for name, part in parts.items():
+        if name not in record:
+            record[name] = part()
+            write_json(file, record)
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_flags(Config, description="Everything that wants a GPU, in one call."))
