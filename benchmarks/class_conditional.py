@@ -14,23 +14,21 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import subprocess
-import sys
-import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 import tyro
+from accelerate import Accelerator
 from PIL import Image
 
-from ldm_vae.config import as_json, parse_config
-from ldm_vae.errors import DataError, one_line_errors
-from ldm_vae.files import atomic, write_json
+from ldm_vae.config import as_json, differences, parse_config
+from ldm_vae.errors import DataError, RunError, one_line_errors
+from ldm_vae.files import atomic, check_writable, write_json
 from ldm_vae.runs import git_revision, versions
-from ldm_vae.timing import describe_machine
+from ldm_vae.timing import describe_machine, seconds_of_script
 
 ROOT = Path(__file__).parent.parent
 FASHION = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
@@ -124,13 +122,8 @@ def halves(config: Config, test: str) -> tuple[str, str]:
     return str(targets[0]), str(targets[1])
 
 
-def script(*words: object) -> float:
-    """Runs one of the project's scripts, which is the first word: seconds of wall time."""
-    began = time.perf_counter()
-    command = [sys.executable, str(ROOT / str(words[0])), *map(str, words[1:])]
-    print(" ".join(command), flush=True)
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - began
+def script(name: Any, *words: object) -> float:
+    return seconds_of_script(ROOT / name, *words)
 
 
 def train(config: Config, data: str, test: str) -> dict[str, float]:
@@ -139,7 +132,7 @@ def train(config: Config, data: str, test: str) -> dict[str, float]:
     seconds = json.loads(file.read_text()) if file.exists() else {}
     vae, cache, run = (config.output / name for name in ("vae", "cache", "diffusion"))
     every = ("--tracker", "none", "--seed", config.seed, "--log-every", 50)
-    parts = {
+    parts: dict[str, tuple[Any, ...]] = {
         "vae": (
             *("training/train_vae.py", config.vae, "--data", data, "--val-data", test, "--output", vae),
             *("--channels", config.channels, "--resolution", config.resolution, "--steps", config.vae_steps),
@@ -156,9 +149,11 @@ def train(config: Config, data: str, test: str) -> dict[str, float]:
             *("--num-workers", 0, "--sample-every", 1000, *every, *(["--flip"] if config.flip else [])),
         ),
     }
-    for part, words in parts.items():
+    for part, folder in {"vae": vae, "cache": cache, "diffusion": run}.items():
         if part not in seconds:
-            seconds[part] = script(*words)
+            if folder.exists():
+                raise RunError(f"{folder} was not finished: its time is not known; remove it to make it anew")
+            seconds[part] = script(*parts[part])
             write_json(file, seconds)
     return seconds
 
@@ -189,14 +184,27 @@ def judge(config: Config, data: str, test: str) -> None:
     )
 
 
+def remember(config: Config) -> None:
+    """Writes the configuration, or compares it: what was made by another one is not judged as this one's."""
+    file = config.output / "config.json"
+    if file.exists():
+        changed = differences(json.loads(file.read_text()), config, free=("output", "data"))
+        if changed:
+            raise RunError(
+                f"{config.output} was made with other settings ({'; '.join(changed)}): choose another --output"
+            )
+    write_json(file, as_json(config))
+
+
 def main(config: Config) -> None:
-    config.output.mkdir(parents=True, exist_ok=True)
+    check_writable(config.output)
+    remember(config)
     data, test = zips(config)
     seconds = train(config, data, test)
     judge(config, data, test)
     record = {
         "config": as_json(config),
-        "machine": describe_machine(torch.device("cpu")),
+        "machine": describe_machine(Accelerator().device),
         "versions": versions(),
         "git": git_revision(),
         "training_seconds": seconds | {"all": sum(seconds.values())},

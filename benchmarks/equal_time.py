@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import torch
 from ldm_vae.config import parse_flags
 from ldm_vae.errors import one_line_errors
 from ldm_vae.files import write_json
-from ldm_vae.timing import describe_machine
+from ldm_vae.timing import describe_machine, seconds_of_script
 
 ROOT = Path(__file__).parent.parent
 RATES = (5e-4, 1e-3, 2e-3)
@@ -63,17 +61,16 @@ def train(
     name: str, config: Config, output: Path, *, data: str, val_data: str, steps: int, rate: float, evaluations: int
 ) -> list[dict[str, Any]]:
     """One run of the trainer, warming up over 5 % of its steps: its metrics."""
-    command = [sys.executable, str(ROOT / "training" / "train_vae.py"), "f8c4", "--data", data, "--val-data", val_data]
-    command += ["--output", str(output), "--steps", str(steps), "--batch-size", str(BATCH_SIZE), "--resolution", "64"]
-    command += ["--shorter-side", "256", "--perceptual", "none", "--adversarial", "none", "--tracker", "none"]
-    command += ["--learning-rate", str(rate), "--mixed-precision", PRECISION[name], "--log-every", "10"]
-    command += ["--sample-every", str(max(steps // evaluations, 1)), "--checkpoint-every", str(max(steps // 4, 1))]
-    command += ["--warmup-steps", str(max(steps // 20, 1))]
+    words: list[object] = ["f8c4", "--data", data, "--val-data", val_data, "--output", output, "--steps", steps]
+    words += ["--batch-size", BATCH_SIZE, "--resolution", 64, "--shorter-side", 256, "--perceptual", "none"]
+    words += ["--adversarial", "none", "--tracker", "none", "--learning-rate", rate, "--log-every", 10]
+    words += ["--mixed-precision", PRECISION[name], "--sample-every", max(steps // evaluations, 1)]
+    words += ["--checkpoint-every", max(steps // 4, 1), "--warmup-steps", max(steps // 20, 1)]
     if name != "f8c4":
-        command += ["--init", str(config.output / "init" / name)]
+        words += ["--init", config.output / "init" / name]
     if name == "AutoencoderTiny":
-        command += ["--kl-weight", "0"]  # it has no posterior
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        words += ["--kl-weight", 0]  # it has no posterior
+    seconds_of_script(ROOT / "training" / "train_vae.py", *words)
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 

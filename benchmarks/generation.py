@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.images import Pixels, centre_square, convert_channels, to_pixels
-from ldm_vae.data.sources import FileSource, Source, open_source
+from ldm_vae.data.sources import FileSource, Source, check_finite, open_source
 from ldm_vae.data.squares import shuffled_squares
 from ldm_vae.errors import ConfigError, DataError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json
@@ -164,8 +164,7 @@ def compare(data: str, pipeline: LatentDiffusionPipeline | None, config: Config,
     protocol = Protocol(config, device)
     sources = {name: protocol.open(name) for name in dict.fromkeys([*config.samples, data, config.real or data])}
     for name, source in sources.items():
-        if config.num_images is None and len(source) > 10**9:
-            raise ConfigError(f"{name} has no end: add --num-images 1000, say")
+        check_finite(source, name, config.num_images)
         enough(name, len(source), config, halved=name == data and config.real is None)
     sets = {n: protocol.measure_source(n, sources[n], config.num_images) for n in dict.fromkeys(config.samples)}
     if pipeline is not None:

@@ -9,8 +9,6 @@ again, so that a call that ran out of time can be repeated with the same output.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +28,7 @@ from ldm_vae.models.unet import make_denoiser
 from ldm_vae.objectives.diffusion import make_scheduler
 from ldm_vae.pipeline import LatentDiffusionPipeline
 from ldm_vae.runs import git_revision, versions
-from ldm_vae.timing import describe_machine, peak_flops
+from ldm_vae.timing import describe_machine, peak_flops, seconds_of_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,7 +93,7 @@ def correctness(device: torch.device) -> dict[str, float]:
 
 
 def script(name: str, *words: object) -> None:
-    subprocess.run([sys.executable, str(ROOT / name), *map(str, words)], check=True)
+    seconds_of_script(ROOT / name, *words)
 
 
 def speed(config: Config) -> dict[str, Any]:
@@ -143,7 +141,7 @@ def main(config: Config) -> None:
     record |= {"machine": describe_machine(device), "git": git_revision()}
     parts: dict[str, Callable[[], Any]] = {"correctness": partial(correctness, device)}
     for dtype in (torch.float32, torch.bfloat16):
-        parts[f"peak_tflops_{dtype}"] = lambda dtype=dtype: peak_flops(device, dtype, seconds=config.seconds) / 1e12
+        parts[f"peak_flops_{dtype}"] = partial(peak_flops, device, dtype, seconds=config.seconds)
     parts["throughput"] = partial(speed, config)
     if config.photos and config.val_photos:
         parts["photos"] = partial(photos, config)

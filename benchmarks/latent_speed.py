@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +28,13 @@ from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json
 from ldm_vae.latents.cache import LatentCache
-from ldm_vae.latents.rows import CachedMoments, DiffusionBatch, DiffusionRows, Images, Squares, collate_rows
+from ldm_vae.latents.rows import CachedMoments, DiffusionBatch, DiffusionRows, Inputs, Squares, collate_rows
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.pretrained import load_autoencoder
 from ldm_vae.models.unet import DENOISERS, make_denoiser
 from ldm_vae.objectives.denoising import Objective, State, train_step
 from ldm_vae.runs import versions
-from ldm_vae.timing import describe_machine, seconds_of
+from ldm_vae.timing import describe_machine, seconds_of, seconds_of_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,14 +75,15 @@ def make_cache(name: str, config: Config) -> Path:
         raise ConfigError(f"no VAE {name}: try {', '.join([*ARCHITECTURES, 'AutoencoderKL-SD'])}")
     vae.save_pretrained(config.output / name / "vae")
     cache = config.output / name / "cache"
-    command = [sys.executable, str(ROOT / "training" / "cache_latents.py"), "--vae", str(config.output / name)]
-    command += ["--data", config.data, "--output", str(cache), "--resolution", str(config.resolution)]
-    command += ["--num-images", str(config.num_images), "--batch-size", str(config.batch_size)]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    seconds_of_script(
+        *(ROOT / "training" / "cache_latents.py", "--vae", config.output / name, "--data", config.data),
+        *("--output", cache, "--resolution", config.resolution, "--num-images", config.num_images),
+        *("--batch-size", config.batch_size),
+    )
     return cache
 
 
-def batches_of(images: Images, cache: LatentCache, config: Config) -> Iterator[DiffusionBatch]:
+def batches_of(images: Inputs, cache: LatentCache, config: Config) -> Iterator[DiffusionBatch]:
     rows = DiffusionRows(
         images,
         seed=0,

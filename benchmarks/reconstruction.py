@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 
 from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.images import Pixels, centre_square, to_images, to_pixels
-from ldm_vae.data.sources import Source, open_source
+from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_csv, write_json
 from ldm_vae.metrics import bootstrap_interval, ms_ssim, psnr, ssim, ssimulacra2
@@ -186,8 +186,7 @@ def main(config: Config) -> None:
     if not config.full and any(config.resolution < stride_of(v) for v in vaes.values()):
         raise ConfigError(f"--resolution {config.resolution} is less than a model's stride")
     source = open_source(config.data, channels=channels.pop(), resolution=config.resolution)
-    if len(source) > 10**9 and not config.num_images:
-        raise ConfigError(f"{config.data} has no end: add --num-images 100, say")
+    check_finite(source, config.data, config.num_images)
     lpips = None
     if config.perceptual != "none":
         with accelerator.local_main_process_first():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.images import Pixels, to_images
 from ldm_vae.data.order import index_at, positions_of
-from ldm_vae.data.sources import Source, open_source
+from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.data.squares import shuffled_squares
 from ldm_vae.errors import ConfigError, DataError, nothing_usable, one_line_errors
 from ldm_vae.files import check_writable, write_json
@@ -150,8 +150,8 @@ def open_both(config: Config) -> tuple[Source, Source]:
     unknown = sorted(set(val_source.classes) - set(source.classes))
     if unknown or not val_source.classes:
         raise DataError(f"the classes of {config.val_data} ({', '.join(unknown) or 'none'}) are not in {config.data}")
-    if max(len(source), len(val_source)) > 10**9 and not config.num_images:
-        raise ConfigError("procedural images have no end: add --num-images 10000, say")
+    for path, images in ((config.data, source), (config.val_data, val_source)):
+        check_finite(images, path, config.num_images)
     return source, val_source
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Files and folders that are whole or not there, and what a path can be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -94,3 +95,8 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(out, list(rows[0]) if rows else ["name", "reason"])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether it looks like owner/name on the Hugging Face hub, and like no path here."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None and not Path(path).parent.exists()

@@ -114,15 +114,26 @@ class Loop:
 
     Args:
         parts: what a checkpoint holds; the newest whole one is put into them.
+        made_from: what a run must find unchanged when it is resumed, such as fingerprints; as JSON gives it back.
 
     Raises:
-        RunError: none of the checkpoints is whole; or, while stepping, losses that stay not finite.
+        RunError: none of the checkpoints is whole, or it was made from something else; or, while stepping, losses that
+            stay not finite.
     """
 
-    def __init__(self, run: Run, parts: Mapping[str, Part], config: Training, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        run: Run,
+        parts: Mapping[str, Part],
+        config: Training,
+        accelerator: Accelerator,
+        *,
+        made_from: Mapping[str, Any] | None = None,
+    ) -> None:
         self.run, self.parts, self.config, self.accelerator = run, parts, config, accelerator
+        self.made_from = dict(made_from or {})
         self.step = 0
-        self.facts: dict[str, Any] = {"seconds": 0.0, "skipped_steps": 0}
+        self.facts: dict[str, Any] = {"seconds": 0.0, "skipped_steps": 0, "made_from": self.made_from}
         self.resume()
         self.stopping = self.logging = self.drawing = self.saving = False
         self.waited, self.unhealthy_in_a_row, self.gone_back = 0.0, 0, False
@@ -135,6 +146,13 @@ class Loop:
         self.run.forget_after(checkpoint.step if checkpoint else 0)
         if checkpoint is None:
             return False
+        before = checkpoint.facts.get("made_from", {})
+        changed = [name for name, value in self.made_from.items() if before.get(name) != value]
+        if changed:
+            raise RunError(
+                f"{self.run.directory} was begun with something else ({', '.join(changed)} changed since): "
+                "bring that back to resume it, or choose another --output"
+            )
         load_state(self.parts, checkpoint.tensors)
         self.step, self.facts = checkpoint.step, checkpoint.facts
         return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm_vae.data.conversion import check_output_type, images_from, images_to, mask_from
 from ldm_vae.errors import ModelError
+from ldm_vae.files import is_hub_id
 from ldm_vae.latents.statistics import mean_and_std, scale_latents, unscale_latents
 from ldm_vae.models.pretrained import channels_of, fingerprint, latent_channels_of, stride_of
 from ldm_vae.models.tiling import TILE, decode, encode_mean, turn_on_tiling
@@ -387,8 +387,7 @@ def load_pipeline(path: str) -> LatentDiffusionPipeline:
     folder = Path(path)
     if (folder / "pipeline").is_dir():
         folder = folder / "pipeline"
-    on_the_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None and not folder.parent.exists()
-    if not folder.is_dir() and not on_the_hub:
+    if not folder.is_dir() and not is_hub_id(path):
         raise ModelError(f"no such model: {path}")
     if not folder.is_dir():
         try:

@@ -16,10 +16,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,6 +35,8 @@ PACKAGES = (
     *("numpy", "pillow", "safetensors", "torchmetrics"),
 )
 KEPT_CHECKPOINTS = 2
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(days=7))
+"""For jobs that are shared out at their beginning: who is done waits for the slowest, and not ten minutes only."""
 PR_SET_PDEATHSIG = 1
 
 

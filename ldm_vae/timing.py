@@ -5,12 +5,17 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from ldm_vae.errors import RunError
 
 
 def describe_machine(device: torch.device) -> str:
@@ -25,6 +30,22 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)} ({name})"
     return f"{name}; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def seconds_of_script(script: Path, *words: object) -> float:
+    """Wall seconds of a Python script of ours with these flags, whose output is shown.
+
+    Raises:
+        RunError: it failed; with the last line that it wrote to standard error.
+    """
+    began = time.perf_counter()
+    command = [sys.executable, str(script), *map(str, words)]
+    print(shlex.join(command), flush=True)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise RunError(f"{script.name}: {last.removeprefix('error: ')}")
+    return time.perf_counter() - began
 
 
 def synchronise(device: torch.device) -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ldm_vae.config import parse_flags
 from ldm_vae.data.conversion import check_viewable
 from ldm_vae.data.images import MAX_PIXELS, Pixels, centre_square, resize, to_images, to_pixels
-from ldm_vae.data.sources import FileSource, FolderReader, Source, is_image, open_source
+from ldm_vae.data.sources import FileSource, FolderReader, Source, check_finite, is_image, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, sha256, write_csv
 from ldm_vae.models.pretrained import channels_of, stride_of
@@ -33,10 +33,10 @@ from ldm_vae.objectives.diffusion import make_scheduler, prediction_of
 from ldm_vae.pictures import labelled_rows, visible
 from ldm_vae.pipeline import LatentDiffusionPipeline, fingerprint_of, load_pipeline
 from ldm_vae.png import SHEET, finished, own_share, read_png, write_png
+from ldm_vae.runs import PATIENCE
 from ldm_vae.sampling import Sampling
 
 SHEET_SIDE, SHEET_CELLS = 256, 10
-MANY = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +113,7 @@ def open_images(config: Config, channels: int) -> Source | None:
     if file.is_file() and is_image(file.name):
         return FileSource([file.name], FolderReader(file.parent), channels=channels, max_pixels=MAX_PIXELS)
     source = open_source(config.image, channels=channels)
-    if config.num_images is None and len(source) > MANY:
-        raise ConfigError(f"{config.image} has no end: add --num-images 16, say")
+    check_finite(source, config.image, config.num_images)
     return source
 
 
@@ -223,7 +222,7 @@ def tile_of(pixels: Pixels, sizes: set[tuple[int, ...]]) -> Pixels:
 
 def main(config: Config) -> None:
     logging.disable_progress_bar()
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = Accelerator(kwargs_handlers=[PATIENCE], mixed_precision=config.mixed_precision)
     share = {"part": accelerator.process_index, "parts": accelerator.num_processes}
     pipeline = load_pipeline(config.model)
     if config.scheduler:

@@ -22,14 +22,13 @@ from tqdm import tqdm
 from ldm_vae.config import parse_flags
 from ldm_vae.data.conversion import check_viewable
 from ldm_vae.data.images import to_images, to_pixels
-from ldm_vae.data.sources import open_source
+from ldm_vae.data.sources import check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import check_writable, write_csv
 from ldm_vae.models.pretrained import channels_of, fingerprint, load_autoencoder
 from ldm_vae.models.tiling import decode, encode_mean, turn_on_tiling
 from ldm_vae.png import finished, own_share, write_png
-
-MANY = 10**9
+from ldm_vae.runs import PATIENCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +59,19 @@ def stays_inside(file: str) -> bool:
 
 def main(config: Config) -> None:
     logging.disable_progress_bar()
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     share = {"part": accelerator.process_index, "parts": accelerator.num_processes}
     vae = load_autoencoder(config.vae).to(accelerator.device)
     check_viewable(channels_of(vae))
     source = open_source(config.input, channels=channels_of(vae))
-    if len(source) > MANY:
-        raise ConfigError(f"{config.input} has no end: give a folder of images")
+    check_finite(source, config.input, None)
     if Path(config.input).is_dir() and config.output.resolve().is_relative_to(Path(config.input).resolve()):
         raise ConfigError(f"--output {config.output} is inside --input: its files would be images to reconstruct, too")
     check_writable(config.output)
     files = files_of([source.name(i) for i in range(len(source))])
     tile = turn_on_tiling(vae) if config.tile else None
-    settings = {"model": fingerprint(vae), "tiles": "blended" if config.tile and tile is None else "none, or exact"}
+    tiles = "blended" if config.tile and tile is None else "none, or exact"
+    settings = {"model": fingerprint(vae), "images": source.fingerprint(), "tiles": tiles}
     done = finished(config.output, files, settings, **share)
     mine = own_share(files, done, **share)
     bad: dict[str, str] = {}

@@ -8,31 +8,34 @@ The same command goes on with a cache that was not finished, on any number of pr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm_vae.config import parse_flags
-from ldm_vae.data.images import centre_square, to_images
-from ldm_vae.data.loader import default_workers, leave_signals_to_the_trainer
-from ldm_vae.data.sources import Source, open_source
+from ldm_vae.data.loader import default_workers, load_in_order
+from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, one_line_errors
 from ldm_vae.files import check_writable, staged_directory, write_csv
 from ldm_vae.latents.cache import Plan, begin, summarise, unfinished, write_index, write_shard
+from ldm_vae.latents.rows import Squares
 from ldm_vae.latents.statistics import put_statistics
 from ldm_vae.models.pretrained import (
     channels_of,
+    check_resolution,
     encode_moments,
     fingerprint,
     latent_channels_of,
     load_autoencoder,
     stride_of,
 )
+from ldm_vae.runs import PATIENCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +62,36 @@ class Config:
     """Images a file."""
 
 
-class SquaresInOrder(Dataset[tuple[Tensor | None, int | None, str]]):
-    """The centred square of each image, its label, and "" or why it is bad."""
+@dataclass(frozen=True, kw_only=True)
+class EncoderBatch:
+    """Images of a shard that can be used, what they are, and the others."""
+
+    tensors: Tensor
+    """Centred squares (B, C, R, R) and then, in their place, their moments (B, E, 2c, h, w)."""
+    indices: list[int]
+    labels: list[int]
+    bad_images: dict[str, str]
+
+
+class SquaresInOrder(Dataset[EncoderBatch]):
+    """`squares[indices]`: one batch of images, made in the worker as a whole."""
 
     def __init__(self, source: Source, resolution: int) -> None:
-        self.source, self.resolution = source, resolution
+        self.squares = Squares(source, resolution)
 
-    def __getitem__(self, index: int) -> tuple[Tensor | None, int | None, str]:
-        try:
-            sample = self.source[index]
-        except BadImageError as error:
-            return None, None, str(error)
-        return to_images(centre_square(sample.pixels, self.resolution)), sample.label, ""
+    def __getitem__(self, indices: range) -> EncoderBatch:
+        images, labels, good, bad_images = [], [], [], {}
+        for index in indices:
+            try:
+                image, label = self.squares.square(index, mirrored=False)
+            except BadImageError as error:
+                bad_images[self.squares.source.name(index)] = str(error)
+                continue
+            images.append(image)
+            labels.append(-1 if label is None else label)
+            good.append(index)
+        stacked = torch.stack(images) if images else torch.empty(0)
+        return EncoderBatch(tensors=stacked, indices=good, labels=labels, bad_images=bad_images)
 
 
 def plan_of(config: Config, vae: Any, source: Source) -> Plan:
@@ -79,13 +100,9 @@ def plan_of(config: Config, vae: Any, source: Source) -> Plan:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-    stride = stride_of(vae)
-    if config.resolution % stride:
-        nearest = max(config.resolution // stride, 1) * stride
-        raise ConfigError(f"--resolution {config.resolution} is not a multiple of {stride}: try {nearest}")
-    if len(source) > 10**9 and not config.num_images:
-        raise ConfigError(f"{config.data} has no end: add --num-images 10000, say")
-    side = config.resolution // stride
+    check_resolution(config.resolution, vae)
+    check_finite(source, config.data, config.num_images)
+    side = config.resolution // stride_of(vae)
     return Plan(
         vae=fingerprint(vae),
         data=source.fingerprint(),
@@ -99,37 +116,45 @@ def plan_of(config: Config, vae: Any, source: Source) -> Plan:
 
 
 @torch.inference_mode()
-def encode_shard(
-    indices: range, vae: Any, squares: SquaresInOrder, config: Config, device: torch.device
-) -> dict[str, Any]:
-    """What `write_shard` writes of these images of the source."""
-    num_workers = default_workers() if config.num_workers is None else config.num_workers
-    loader = DataLoader(
-        squares,
-        sampler=indices,
-        batch_size=config.batch_size,
-        num_workers=num_workers,
-        collate_fn=list,
-        worker_init_fn=leave_signals_to_the_trainer if num_workers else None,
+def encode(batch: EncoderBatch, vae: Any, squares: SquaresInOrder, *, flip: bool) -> EncoderBatch:
+    """The moments of a batch, in which an image whose moments are not finite is a bad one."""
+    if not len(batch.tensors):
+        return batch
+    images = batch.tensors.to(vae.device, memory_format=torch.channels_last)
+    entries = [images, images.flip(-1)] if flip else [images]
+    moments = torch.stack([encode_moments(vae, entry).float().cpu() for entry in entries], dim=1)
+    finite = moments.flatten(1).isfinite().all(dim=1).tolist()
+    failed = [squares.squares.source.name(i) for i, ok in zip(batch.indices, finite, strict=True) if not ok]
+    return EncoderBatch(
+        tensors=moments[finite],
+        indices=list(compress(batch.indices, finite)),
+        labels=list(compress(batch.labels, finite)),
+        bad_images=batch.bad_images | dict.fromkeys(failed, "the VAE makes no finite latents of it"),
     )
-    moments: list[Tensor] = []
-    kept: list[int] = []
-    labels: list[int] = []
-    bad_images: dict[str, str] = {}
-    for rows, here in zip(loader, batches_of(indices, config.batch_size), strict=True):
-        good = [(row[0], row[1], index) for row, index in zip(rows, here, strict=True) if row[0] is not None]
-        bad_images |= {
-            squares.source.name(i): why for (square, _, why), i in zip(rows, here, strict=True) if square is None
-        }
-        if not good:
-            continue
-        images = torch.stack([square for square, _, _ in good]).to(device, memory_format=torch.channels_last)
-        entries = [images, images.flip(-1)] if config.flip else [images]
-        moments.append(torch.stack([encode_moments(vae, entry).float().cpu() for entry in entries], dim=1))
-        labels += [-1 if label is None else label for _, label, _ in good]
-        kept += [index for _, _, index in good]
-    together = torch.cat(moments) if moments else torch.empty(0)
-    return {"moments": together, "indices": kept, "labels": labels, "bad_images": bad_images}
+
+
+def make_shards(
+    shards: list[int], plan: Plan, vae: Any, squares: SquaresInOrder, config: Config, *, show: bool
+) -> None:
+    """Encodes and writes these shards, one after the other, with one set of workers for all of them."""
+    batches = {shard: batches_of(plan.indices(shard), config.batch_size) for shard in shards}
+    order = [batch for shard in shards for batch in batches[shard]]
+    num_workers = default_workers() if config.num_workers is None else config.num_workers
+    loaded = load_in_order(squares, order, num_workers=num_workers, pin_memory=vae.device.type == "cuda")
+    for shard in tqdm(shards, unit="shard", disable=not show):
+        done = [encode(batch, vae, squares, flip=config.flip) for batch in islice(loaded, len(batches[shard]))]
+        moments = [batch.tensors for batch in done if len(batch.tensors)]
+        bad_images: dict[str, str] = {}
+        for batch in done:
+            bad_images |= batch.bad_images
+        write_shard(
+            config.output,
+            shard,
+            moments=torch.cat(moments) if moments else torch.empty(0),
+            indices=[i for batch in done for i in batch.indices],
+            labels=[label for batch in done for label in batch.labels],
+            bad_images=bad_images,
+        )
 
 
 def batches_of(indices: range, size: int) -> list[range]:
@@ -137,7 +162,7 @@ def batches_of(indices: range, size: int) -> list[range]:
 
 
 def main(config: Config) -> None:
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     vae = load_autoencoder(config.vae).to(accelerator.device)
     source = open_source(config.data, channels=channels_of(vae), resolution=config.resolution)
     plan = plan_of(config, vae, source)
@@ -146,15 +171,24 @@ def main(config: Config) -> None:
         plan = begin(config.output, plan)
     todo = unfinished(config.output, plan)
     accelerator.wait_for_everyone()  # before any shard is finished: all must have seen the same list
+    if accelerator.is_main_process:
+        clear(config.output, index=bool(todo))
+    accelerator.wait_for_everyone()
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     squares = SquaresInOrder(source, config.resolution)
-    for shard in tqdm(mine, unit="shard", disable=not accelerator.is_main_process):
-        encoded = encode_shard(plan.indices(shard), vae, squares, config, accelerator.device)
-        write_shard(config.output, shard, **encoded)
+    make_shards(mine, plan, vae, squares, config, show=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not (config.output / "index.json").exists():
         complete(config, plan, vae)
     accelerator.end_training()
+
+
+def clear(folder: Path, *, index: bool) -> None:
+    """Removes what a killed job left half written and, when shards are to be made, the index of those before."""
+    for left in folder.glob(".shard-*"):
+        left.unlink()
+    if index:
+        (folder / "index.json").unlink(missing_ok=True)
 
 
 def complete(config: Config, plan: Plan, vae: Any) -> None:

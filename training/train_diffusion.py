@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,21 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
+from torch import Tensor
 
 from ldm_vae.config import parse_config
 from ldm_vae.data.loader import MicroBatches, default_workers, load_batches
+from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import open_source
-from ldm_vae.errors import ConfigError, ModelError, one_line_errors
+from ldm_vae.errors import ConfigError, DataError, ModelError, one_line_errors
 from ldm_vae.files import staged_directory
 from ldm_vae.latents.cache import LatentCache
 from ldm_vae.latents.rows import (
+    VALIDATION_TIMES,
     CachedMoments,
     DiffusionBatch,
     DiffusionRows,
-    Images,
+    Inputs,
     Squares,
     collate_rows,
     validation_batches,
@@ -39,6 +42,7 @@ from ldm_vae.latents.statistics import Statistics, has_scale, put_statistics
 from ldm_vae.loop import FREE_ON_RESUME, Loop, Training, check
 from ldm_vae.models.pretrained import (
     channels_of,
+    check_resolution,
     encode_moments,
     fingerprint,
     latent_channels_of,
@@ -47,7 +51,7 @@ from ldm_vae.models.pretrained import (
 )
 from ldm_vae.models.unet import make_denoiser
 from ldm_vae.objectives.denoising import Objective, State, losses_of, scaled_latents_of, train_step
-from ldm_vae.objectives.diffusion import make_scheduler
+from ldm_vae.objectives.diffusion import NUM_TIMESTEPS, make_scheduler
 from ldm_vae.pictures import labelled_rows, visible
 from ldm_vae.pipeline import LatentDiffusionPipeline
 from ldm_vae.runs import Checkpoint, Run
@@ -86,7 +90,7 @@ class Config(Training, Objective):
 
 PRESETS = {
     "tiny": (
-        "9 M parameters: small latents on a CPU",
+        "11 M parameters: small latents on a CPU",
         Config(denoiser="tiny", batch_size=64, learning_rate=1e-3, steps=5000),
     ),
     "small": ("43 M parameters: one GPU", Config(denoiser="small", batch_size=256, learning_rate=2e-4)),
@@ -118,11 +122,13 @@ class Data:
     """The VAE, the images or their latents, and what they are."""
 
     vae: Any
-    images: Images
+    images: Inputs
     encoded: bool
     latent_shape: tuple[int, int, int]
     classes: tuple[str, ...]
-    val_images: Images
+    val_images: Inputs
+    made_from: dict[str, Any]
+    """What a resumed run must find unchanged."""
 
 
 def open_cache(folder: Path, accelerator: Accelerator) -> LatentCache:
@@ -133,22 +139,16 @@ def open_cache(folder: Path, accelerator: Accelerator) -> LatentCache:
 
 def open_data(config: Config, accelerator: Accelerator) -> Data:
     """Raises LdmVaeError for data, caches and VAEs that are not there or do not belong together."""
-    images: Images
+    images: Inputs
     if config.latents is None:
         assert config.vae is not None
         assert config.data is not None
         vae = load_autoencoder(config.vae)
-        stride = stride_of(vae)
-        if config.resolution % stride:
-            nearest = max(config.resolution // stride, 1) * stride
-            raise ConfigError(f"--resolution {config.resolution} is not a multiple of {stride}: try {nearest}")
+        check_resolution(config.resolution, vae)
         source = open_source(config.data, channels=channels_of(vae), resolution=config.resolution)
-        side = config.resolution // stride
-        shape, classes, images = (
-            (latent_channels_of(vae), side, side),
-            source.classes,
-            Squares(source, config.resolution),
-        )
+        side = config.resolution // stride_of(vae)
+        shape, fingerprint_of_data = (latent_channels_of(vae), side, side), source.fingerprint()
+        classes, images = source.classes, Squares(source, config.resolution)
     else:
         cache = open_cache(config.latents, accelerator)
         vae = load_autoencoder(config.vae or str(config.latents))
@@ -162,13 +162,18 @@ def open_data(config: Config, accelerator: Accelerator) -> Data:
                 f"{config.latents} has no mirrored images: make the cache with --flip, or leave it out here"
             )
         shape, classes, images = cache.plan.latent_shape, cache.plan.classes, CachedMoments(cache)
-        if not has_scale(vae):  # a --vae that was never measured: the cache's statistics are those of its latents
-            put_statistics(vae, cache.statistics)
+        fingerprint_of_data = cache.plan.data
+        put_statistics(vae, cache.statistics)  # whatever scale a --vae says: these are its latents
     val_images = images
     if config.val_latents is not None:
         val_cache = open_cache(config.val_latents, accelerator)
         if val_cache.plan.vae != fingerprint(vae) or val_cache.plan.latent_shape != shape:
             raise ModelError(f"{config.val_latents} holds latents of another VAE or size than the training data")
+        if config.class_conditional and val_cache.plan.classes != classes:
+            raise DataError(
+                f"{config.val_latents} has other classes ({', '.join(val_cache.plan.classes) or 'none'}) than the "
+                f"training data ({', '.join(classes) or 'none'}): labels are their places in these lists"
+            )
         val_images = CachedMoments(val_cache)
     return Data(
         vae=vae.to(accelerator.device),
@@ -177,15 +182,16 @@ def open_data(config: Config, accelerator: Accelerator) -> Data:
         latent_shape=shape,
         classes=classes if config.class_conditional else (),
         val_images=val_images,
+        made_from={"vae": fingerprint(vae), "data": fingerprint_of_data, "classes": list(classes), "size": list(shape)},
     )
 
 
 @torch.inference_mode()
-def measured(vae: Any, images: Images) -> Statistics:
-    """The statistics of the first images, where there is no cache that has those of all."""
+def measured(vae: Any, images: Inputs, seed: int) -> Statistics:
+    """The statistics of some images, in the order of training, where there is no cache that has those of all."""
     statistics = Statistics()
-    for index in range(min(len(images), MEASURED_IMAGES)):
-        image = images.load(index, False)[0]
+    for position in range(min(len(images), MEASURED_IMAGES)):
+        image = images.load(index_at(position, size=len(images), seed=seed), False)[0]
         if image is not None:
             statistics += Statistics.of(encode_moments(vae, image[None].to(vae.device)))
     return statistics
@@ -215,7 +221,7 @@ def build(config: Config, data: Data, accelerator: Accelerator) -> State:
     )
 
 
-def rows_of(images: Images, data: Data, config: Config) -> DiffusionRows:
+def rows_of(images: Inputs, data: Data, config: Config) -> DiffusionRows:
     return DiffusionRows(
         images,
         seed=config.seed,
@@ -264,13 +270,16 @@ def validation_loss(
     state: State, batches: list[DiffusionBatch], config: Config, accelerator: Accelerator
 ) -> dict[str, float]:
     """The averaged denoiser's mean squared error on fixed (image, time, noise), in all and by time."""
-    metrics = {}
-    with state.averaged() as unet, accelerator.autocast():
+    losses: dict[float, list[Tensor]] = {time: [] for time in VALIDATION_TIMES}
+    with state.averaged() as unet:
         for batch in batches:
             here = batch.to(accelerator.device)
-            scaled_latents = scaled_latents_of(here, state.vae, encoded=state.encoded)
-            loss = losses_of(unet, scaled_latents, here, config, state.bare).mean()
-            metrics[f"val_loss/t={float(batch.timesteps[0]) / 1000:.3f}"] = float(loss)
+            scaled_latents = scaled_latents_of(here, state.vae, encoded=state.encoded)  # in float32, as in training
+            for time, found in losses.items():
+                timed = replace(here, timesteps=torch.full_like(here.timesteps, time * NUM_TIMESTEPS))
+                with accelerator.autocast():
+                    found.append(losses_of(unet, scaled_latents, timed, config, state.bare))
+    metrics = {f"val_loss/t={time:.3f}": float(torch.cat(found).mean()) for time, found in losses.items()}
     return {"val_loss": sum(metrics.values()) / len(metrics), **metrics}
 
 
@@ -297,7 +306,8 @@ def draw(run: Run, state: State, data: Data, config: Config, *, step: int, accel
 def describe(config: Config, state: State, data: Data, accelerator: Accelerator) -> str:
     parameters = sum(p.numel() for p in state.bare.parameters()) / 1e6
     shape = "x".join(map(str, data.latent_shape))
-    classes = f"{len(data.classes)} classes" if data.classes else "no classes"
+    shown = ", ".join(data.classes[:SAMPLED_CLASSES]) + (", ..." if len(data.classes) > SAMPLED_CLASSES else "")
+    classes = f"{len(data.classes)} classes ({shown})" if data.classes else "no classes"
     return (
         f"{parameters:.2f} M parameters, {len(data.images)} images, latents {shape}, {classes}; "
         f"{config.effective_batch(accelerator.num_processes)}"
@@ -310,13 +320,14 @@ def main(config: Config) -> None:
     data = open_data(config, accelerator)
     state = build(config, data, accelerator)
     run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
-    loop = Loop(run, state.parts(), config, accelerator)
+    loop = Loop(run, state.parts(), config, accelerator, made_from=data.made_from)
     if not has_scale(data.vae):
         known = loop.facts.get("latents")
-        statistics = Statistics.from_json(known) if known else measured(data.vae, data.images)
+        statistics = Statistics.from_json(known) if known else measured(data.vae, data.images, config.seed)
         put_statistics(data.vae, statistics)
         loop.facts["latents"] = statistics.as_json()
-    val_batches = validation_batches(rows_of(data.val_images, data, config)) if run.main else []
+    micro = config.batch_size // accelerator.num_processes // config.gradient_accumulation_steps
+    val_batches = validation_batches(rows_of(data.val_images, data, config), micro) if run.main else []
     accelerator.print(describe(config, state, data, accelerator))
     with loop:
         for _, batches in loop.steps(lambda step: batches_from(step, data, config, accelerator)):

@@ -29,7 +29,15 @@ from ldm_vae.loop import FREE_ON_RESUME, Loop, Training, check
 from ldm_vae.metrics import psnr
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.discriminator import PatchDiscriminator
-from ldm_vae.models.pretrained import channels_of, is_variational, load_autoencoder, reconstruct, stride_of
+from ldm_vae.models.pretrained import (
+    SCALE,
+    channels_of,
+    check_resolution,
+    is_variational,
+    load_autoencoder,
+    reconstruct,
+    stride_of,
+)
 from ldm_vae.objectives import perceptual
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
 from ldm_vae.pictures import reconstruction_grid, validation_images
@@ -135,15 +143,15 @@ def build(config: Config, accelerator: Accelerator) -> State:
         vae = load_autoencoder(config.init)
         if channels_of(vae) != config.channels:
             raise ConfigError(f"{config.init} takes images of {channels_of(vae)} channels: add --channels to say so")
+        if config.train == "all":  # its latents will be others, and so will their scale
+            vae.register_to_config(**{k: v for k, v in SCALE.items() if k in vae.config})
     else:
         vae = PatchAutoencoderKL(in_channels=config.channels, **ARCHITECTURES[config.architecture])
     if config.kl_weight > 0 and not is_variational(vae):
         raise ConfigError(f"{type(vae).__name__} has no posterior, and so no KL: add --kl-weight 0")
     if (config.shorter_side or config.resolution) < stride_of(vae):
         raise ConfigError(f"--shorter-side {config.shorter_side} is less than the model's stride of {stride_of(vae)}")
-    if config.resolution % stride_of(vae):
-        nearest = max(config.resolution // stride_of(vae), 1) * stride_of(vae)
-        raise ConfigError(f"--resolution {config.resolution} is not a multiple of {stride_of(vae)}: try {nearest}")
+    check_resolution(config.resolution, vae)
     if config.train == "decoder":
         for name, parameter in vae.named_parameters():
             parameter.requires_grad_(not name.startswith(("encoder.", "quant_conv.")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -173,9 +173,27 @@ def load_batches(
     Raises:
         DataError: nothing in the source can be used.
     """
-    loader = DataLoader(
+    loaded = load_in_order(rows, order, collate=collate, num_workers=num_workers, pin_memory=pin_memory)
+    for batch in loaded:
+        if not len(batch):
+            raise nothing_usable(batch.bad_images)
+        yield batch
+
+
+def load_in_order(
+    rows: Dataset[Any],
+    order: Iterable[Any],
+    *,
+    collate: Callable[[list[Any]], Any] | None = None,
+    num_workers: int,
+    pin_memory: bool,
+) -> Iterator[Any]:
+    """`rows[item]` for each item of `order` or, with a `collate`, that of the rows of each list of items."""
+    loader: DataLoader[Any] = DataLoader(
         rows,
-        batch_sampler=order,
+        batch_size=None if collate is None else 1,
+        sampler=order if collate is None else None,
+        batch_sampler=None if collate is None else order,
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
@@ -184,10 +202,7 @@ def load_batches(
     )
     iterator = iter(loader)
     try:
-        for batch in iterator:
-            if not len(batch):
-                raise nothing_usable(batch.bad_images)
-            yield batch
+        yield from iterator
     finally:
         if num_workers:  # now, not when Python exits: there it waits for them with a signal that they ignore
             iterator._shutdown_workers()  # type: ignore[attr-defined]

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from ldm_vae.data.images import MAX_PIXELS, Sample, read_pixels
 from ldm_vae.data.procedural import PROCEDURAL, ProceduralSource
-from ldm_vae.errors import BadImageError, DataError
+from ldm_vae.errors import BadImageError, ConfigError, DataError
+from ldm_vae.files import is_hub_id
 
 EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .tif .tiff .bmp .dib .avif .gif .npy".split()
@@ -26,6 +27,7 @@ MAX_FILE_BYTES = 2**30
 UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, NotImplementedError, EOFError)
 """What reading a file or a member of a zip raises; RuntimeError is for one that is encrypted."""
 HELD_OUT_EVERY = 10
+ENDLESS = 10**9
 SPLITS = {"#train": False, "#held-out": True}
 
 
@@ -41,10 +43,10 @@ class Source(Protocol):
 
 
 class Reader(Protocol):
-    """The bytes of a file by its name, and how many they are (-1: not known)."""
+    """The bytes of a file by its name, and what tells it from another one without reading it."""
 
     def __call__(self, name: str) -> bytes: ...
-    def size(self, name: str) -> int: ...
+    def mark(self, name: str) -> str: ...
 
 
 def digest_of(settings: Iterable[str], lines: Iterable[str]) -> str:
@@ -73,8 +75,8 @@ class FileSource:
         return self.names[index]
 
     def fingerprint(self) -> str:
-        """sha256 of all names and sizes, in their order; what is in the files is not read."""
-        lines = (f"{name} {self.read.size(name)}" for name in self.names)
+        """sha256 of all names and sizes (of a zip: checksums, too), in their order; the files are not read."""
+        lines = (f"{name} {self.read.mark(name)}" for name in self.names)
         return digest_of([f"{self.channels} channels, at most {self.max_pixels} pixels", *self.classes], lines)
 
     def __getitem__(self, index: int) -> Sample:
@@ -140,11 +142,11 @@ class FolderReader:
             raise BadImageError(f"file larger than {MAX_FILE_BYTES} bytes")
         return path.read_bytes()
 
-    def size(self, name: str) -> int:
+    def mark(self, name: str) -> str:
         try:
-            return (self.root / name).stat().st_size
+            return str((self.root / name).stat().st_size)
         except OSError:
-            return -1
+            return "not there"
 
 
 class ZipReader:
@@ -166,8 +168,9 @@ class ZipReader:
             raise BadImageError(f"file larger than {MAX_FILE_BYTES} bytes")
         return self.open().read(info)
 
-    def size(self, name: str) -> int:
-        return self.open().getinfo(name).file_size
+    def mark(self, name: str) -> str:
+        info = self.open().getinfo(name)
+        return f"{info.file_size} {info.CRC}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "archive": None, "process": 0}
@@ -216,6 +219,7 @@ class HuggingFaceSource:
             data = Path(stored["path"]).read_bytes()
         pixels = read_pixels(data or b"", channels=self.channels, max_pixels=self.max_pixels)
         label = row[self.label] if self.label else None
+        label = label if label is not None and label >= 0 else None  # the library's -1 is "not labelled"
         return Sample(pixels=pixels, label=label, name=self.name(index))
 
 
@@ -264,6 +268,12 @@ class SplitSource:
 
     def __getitem__(self, index: int) -> Sample:
         return self.source[self.inner(index)]
+
+
+def check_finite(source: Source, path: str, num_images: int | None) -> None:
+    """Raises ConfigError for going through all images of a source without end."""
+    if len(source) > ENDLESS and num_images is None:
+        raise ConfigError(f"{path} has no end: add --num-images 1000, say")
 
 
 def is_hugging_face_folder(path: Path) -> bool:
@@ -317,7 +327,7 @@ def open_source(path: str, *, channels: int = 3, resolution: int = 256, max_pixe
             source = zip_source(local, channels=channels, max_pixels=max_pixels)
         else:
             raise DataError(f"{path} is a file, but neither a .zip nor a .parquet: give the folder of images")
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and not local.parent.exists():
+    elif is_hub_id(path):
         source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
     else:
         raise DataError(f"no such folder or file: {path}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -16,11 +16,11 @@ from ldm_vae.data.order import Stream, generator_at, index_at
 from ldm_vae.data.sources import Source
 from ldm_vae.errors import BadImageError, nothing_usable
 from ldm_vae.latents.cache import LatentCache
-from ldm_vae.objectives.diffusion import NUM_TIMESTEPS, Prediction, timestep_at
+from ldm_vae.objectives.diffusion import Prediction, timestep_at
 
 
-class Images(Protocol):
-    """Images or their moments by index: `load(index, mirrored)` -> tensor (or None), label, bad images met."""
+class Inputs(Protocol):
+    """Images, or their moments, by index: `load(index, mirrored)` -> tensor (or None), label, bad images met."""
 
     def __len__(self) -> int: ...
     def load(self, index: int, mirrored: bool) -> tuple[Tensor | None, int | None, BadImages]: ...
@@ -117,7 +117,7 @@ class DiffusionRows(Dataset[DiffusionRow]):
 
     def __init__(
         self,
-        images: Images,
+        images: Inputs,
         *,
         seed: int,
         prediction: Prediction,
@@ -166,19 +166,21 @@ def collate_rows(rows: list[DiffusionRow]) -> DiffusionBatch:
 
 
 VALIDATION_IMAGES = 64
-VALIDATION_BUCKETS = 8
+VALIDATION_TIMES = tuple((k + 0.5) / 8 for k in range(8))
+"""The middle of each of eight ranges of time."""
 
 
-def validation_batches(rows: DiffusionRows) -> list[DiffusionBatch]:
-    """The same images with the same noise at the middle of each of VALIDATION_BUCKETS ranges of time, a batch a range.
+def validation_batches(rows: DiffusionRows, batch_size: int) -> list[DiffusionBatch]:
+    """The same images with the same noise always, none with a dropped label, in batches of at most `batch_size`.
 
     Raises:
         DataError: nothing in the source can be used.
     """
     fixed = copy(rows)
     fixed.label_dropout = 0.0 if rows.num_classes else 1.0
-    batch = collate_rows([fixed[position] for position in range(min(len(rows), VALIDATION_IMAGES))])
-    if not len(batch):
-        raise nothing_usable(batch.bad_images)
-    middles = [(k + 0.5) / VALIDATION_BUCKETS * NUM_TIMESTEPS for k in range(VALIDATION_BUCKETS)]
-    return [replace(batch, timesteps=torch.full_like(batch.timesteps, middle)) for middle in middles]
+    positions = range(min(len(rows), VALIDATION_IMAGES))
+    starts = range(0, len(positions), batch_size)
+    batches = [collate_rows([fixed[p] for p in positions[start : start + batch_size]]) for start in starts]
+    if not len(batches[0]):
+        raise nothing_usable(batches[0].bad_images)
+    return batches

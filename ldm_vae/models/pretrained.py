@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from ldm_vae.errors import ModelError
+from ldm_vae.errors import ConfigError, ModelError
+from ldm_vae.files import is_hub_id
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 
 DETERMINISTIC_LOGVAR = -30.0
+SCALE = {"latents_mean": None, "latents_std": None, "scaling_factor": 1.0, "shift_factor": 0.0}
+"""What a VAE's config says of the scale of its latents, and the values that say nothing."""
 
 
 def load_autoencoder(path: str) -> Any:
@@ -47,7 +50,7 @@ def load_autoencoder(path: str) -> Any:
 def find_model(path: str) -> tuple[str | None, str]:
     """The subfolder that holds the autoencoder (`vae` in runs and pipelines), and the name of its class."""
     folder = Path(path)
-    on_the_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and not folder.parent.exists()
+    on_the_hub = is_hub_id(path)
     if not folder.is_dir() and not on_the_hub:
         raise ModelError(f"no such model: {path}")
     reasons = []
@@ -62,17 +65,24 @@ def find_model(path: str) -> tuple[str | None, str]:
 
 
 def fingerprint(model: Any) -> str:
-    """sha256 of a model's configuration and tensors: equal for models that compute the same.
+    """sha256 of a model's class, configuration and tensors: equal for models that compute the same.
 
-    What says how latents are scaled is left out: it is measured after the model was trained, and changes no output.
+    What says how latents are scaled is left out: it is measured after the model was trained, and changes no output. So
+    are defaults: a later version of diffusers may have more of them.
     """
-    left_out = {"latents_mean", "latents_std", "scaling_factor", "shift_factor"}
-    config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k not in left_out}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    defaults = {name: p.default for name, p in inspect.signature(type(model).__init__).parameters.items()}
+    config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k not in SCALE}
+    changed = {k: v for k, v in config.items() if as_text(v) != as_text(defaults.get(k))}
+    digest = hashlib.sha256((type(model).__name__ + as_text(changed)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def as_text(value: Any) -> str:
+    """The same for tuples and lists."""
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def encode_moments(vae: Any, images: Tensor) -> Tensor:
@@ -116,6 +126,14 @@ def stride_of(vae: Any) -> int:
     if ratio is None:
         raise ModelError(f"{type(vae).__name__} does not say its stride")
     return int(ratio)
+
+
+def check_resolution(resolution: int, vae: Any) -> None:
+    """Raises ConfigError for a side that is not a multiple of the VAE's stride."""
+    stride = stride_of(vae)
+    if resolution % stride:
+        nearest = max(resolution // stride, 1) * stride
+        raise ConfigError(f"--resolution {resolution} is not a multiple of {stride}: try {nearest}")
 
 
 def channels_of(vae: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from ldm_vae.data.order import Stream, noise_at
 from ldm_vae.models.pretrained import encode_moments, last_layer, latent_channels_of, posterior_of, stride_of
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.perceptual import Backbone
-from ldm_vae.objectives.step import StepConfig, parameters_of, set_learning_rate
+from ldm_vae.objectives.step import StepConfig, averaged, parameters_of, set_learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +79,9 @@ class State:
             networks["discriminator"] = getattr(self.discriminator, "module", self.discriminator)
         return networks | {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
 
-    @contextmanager
-    def averaged(self) -> Iterator[Any]:
-        """The VAE with its averaged weights in place, for measuring and saving."""
-        parameters = list(self.bare.vae.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        self.bare.vae.eval()
-        try:
-            yield self.bare.vae
-        finally:
-            self.ema.restore(parameters)
-            self.bare.vae.train()
+    def averaged(self) -> AbstractContextManager[Any]:
+        """The network with its averaged weights in place."""
+        return averaged(self.bare.vae, self.ema)
 
 
 @dataclass(kw_only=True)

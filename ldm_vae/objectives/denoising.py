@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from ldm_vae.latents.statistics import scale_latents
 from ldm_vae.models.pretrained import encode_moments, posterior_of
 from ldm_vae.models.unet import multiple_of, predict
 from ldm_vae.objectives.diffusion import Prediction, add_noise, min_snr_weights
-from ldm_vae.objectives.step import StepConfig, parameters_of, set_learning_rate
+from ldm_vae.objectives.step import StepConfig, averaged, parameters_of, set_learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +50,9 @@ class State:
         """Everything that a checkpoint holds."""
         return {"unet": self.bare, "ema": self.ema, "optimizer": self.optimizer}
 
-    @contextmanager
-    def averaged(self) -> Iterator[Any]:
-        """The denoiser with its averaged weights in place, for measuring and saving."""
-        parameters = list(self.bare.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        self.bare.eval()
-        try:
-            yield self.bare
-        finally:
-            self.ema.restore(parameters)
-            self.bare.train()
+    def averaged(self) -> AbstractContextManager[Any]:
+        """The network with its averaged weights in place."""
+        return averaged(self.bare, self.ema)
 
 
 @torch.no_grad()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 
@@ -25,3 +29,17 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+@contextmanager
+def averaged(network: Any, ema: EMAModel) -> Iterator[Any]:
+    """The network with its averaged weights in place, for measuring and saving."""
+    parameters = list(network.parameters())
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    network.eval()
+    try:
+        yield network
+    finally:
+        ema.restore(parameters)
+        network.train()

@@ -17,7 +17,7 @@ from benchmarks import class_conditional
 from benchmarks.class_conditional import FASHION, PRESETS, halves, main, write_fashion_mnist
 from ldm_vae.config import parse_config, parse_flags
 from ldm_vae.data.sources import open_source
-from ldm_vae.errors import DataError
+from ldm_vae.errors import DataError, RunError
 
 SMALL = replace(
     PRESETS["fashion-mnist"][1],
@@ -72,12 +72,12 @@ def test_everything_is_trained_sampled_and_judged_and_a_second_time_nothing_is_l
 ) -> None:
     ran: list[str] = []
 
-    def in_this_process(*words: Any) -> float:
-        script = importlib.import_module(str(words[0]).removesuffix(".py").replace("/", "."))
-        presets, args = getattr(script, "PRESETS", None), [str(w) for w in words[1:]]
+    def in_this_process(name: str, *words: Any) -> float:
+        script = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+        presets, args = getattr(script, "PRESETS", None), [str(w) for w in words]
         config = parse_config(presets, description="", args=args) if presets else None
         script.main(config or parse_flags(script.Config, description="", args=args))
-        ran.append(Path(str(words[0])).stem)
+        ran.append(Path(name).stem)
         return 1.0
 
     monkeypatch.setattr(class_conditional, "script", in_this_process)
@@ -97,3 +97,13 @@ def test_everything_is_trained_sampled_and_judged_and_a_second_time_nothing_is_l
     ran.clear()
     main(config)
     assert ran == ["reconstruct", *["generate"] * 3, "generation"]
+    with pytest.raises(RunError, match=r"other settings \(steps: 2 -> 3\): choose another --output"):
+        main(replace(config, steps=3))
+    (config.output / "seconds.json").unlink()
+    with pytest.raises(RunError, match="vae was not finished: its time is not known"):
+        main(config)
+
+
+def test_what_a_script_says_is_passed_on(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"cache_latents\.py: no such model: nothing"):
+        class_conditional.script("training/cache_latents.py", "--vae", "nothing", "--data", ".", "--output", tmp_path)

@@ -122,4 +122,4 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
 def test_procedural_images_without_a_number_have_no_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit), one_line_errors():
         main(shapes(tmp_path, num_images=None))
-    assert "have no end" in capsys.readouterr().err
+    assert "has no end" in capsys.readouterr().err

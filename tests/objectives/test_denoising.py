@@ -13,7 +13,7 @@ from ldm_vae.data.images import centre_square, to_images
 from ldm_vae.data.order import Stream, generator_at, index_at
 from ldm_vae.data.sources import open_source
 from ldm_vae.latents.cache import as_stored
-from ldm_vae.latents.rows import DiffusionRows, Squares, collate_rows, validation_batches
+from ldm_vae.latents.rows import VALIDATION_TIMES, DiffusionRows, Squares, collate_rows, validation_batches
 from ldm_vae.latents.statistics import Statistics, put_statistics
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.unet import make_denoiser
@@ -79,11 +79,14 @@ def test_labels_are_dropped_as_often_as_asked_for(photos: Path) -> None:
     assert {unlabelled[p][1] for p in range(4)} == {0}
 
 
-def test_validation_keeps_images_and_noise_and_moves_the_time(photos: Path) -> None:
-    batches = validation_batches(rows_for(photos, label_dropout=1.0))
-    assert [b.timesteps[0].item() for b in batches] == [62.5 + 125 * k for k in range(8)]
-    assert all(torch.equal(b.noise, batches[0].noise) and torch.equal(b.inputs, batches[0].inputs) for b in batches)
-    assert set(batches[0].labels.tolist()) == {0, 1}  # none is dropped
+def test_validation_has_the_same_images_and_noise_in_batches_of_any_size(photos: Path) -> None:
+    rows = rows_for(photos, label_dropout=1.0)
+    (whole,), parts = validation_batches(rows, 64), validation_batches(rows, 5)
+    assert [len(b) for b in parts] == [5, 5, 2]
+    for name in ("inputs", "noise", "posterior_noise", "labels"):
+        assert torch.equal(torch.cat([getattr(b, name) for b in parts]), getattr(whole, name))
+    assert set(whole.labels.tolist()) == {0, 1}  # none is dropped
+    assert VALIDATION_TIMES == (0.0625, 0.1875, 0.3125, 0.4375, 0.5625, 0.6875, 0.8125, 0.9375)
 
 
 def test_min_snr_weighs_each_image(photos: Path) -> None:

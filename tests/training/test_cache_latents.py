@@ -8,6 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from processes import ROOT, launch, run_until_killed
@@ -21,6 +23,7 @@ from ldm_vae.latents.cache import LatentCache, as_stored
 from ldm_vae.latents.statistics import scale_latents
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import load_autoencoder, posterior_of
+from training import cache_latents
 from training.cache_latents import Config, main
 
 SCRIPT = str(ROOT / "training" / "cache_latents.py")
@@ -123,7 +126,7 @@ cache_latents.main(parse_flags(cache_latents.Config, description="", args=sys.ar
 def test_a_killed_job_goes_on_without_doing_finished_shards_again(
     reference: Path, photos: Path, vae: Path, tmp_path: Path
 ) -> None:
-    config = config_for(photos, vae, tmp_path / "cache")
+    config = replace(config_for(photos, vae, tmp_path / "cache"), num_workers=1)
     run_until_killed(KILLER, words(config))
     with pytest.raises(DataError, match="is not finished"):
         LatentCache(config.output)
@@ -135,6 +138,60 @@ def test_a_killed_job_goes_on_without_doing_finished_shards_again(
     before = {f: f.stat().st_mtime_ns for f in config.output.iterdir()}
     main(config)  # nothing is left to do
     assert {f: f.stat().st_mtime_ns for f in config.output.iterdir()} == before
+
+
+def test_a_shard_that_was_removed_is_made_again_with_a_new_index(photos: Path, vae: Path, tmp_path: Path) -> None:
+    config = config_for(photos, vae, tmp_path / "cache")
+    main(config)
+    whole = (config.output / "index.json").read_bytes()
+    (config.output / "shard-00001.safetensors").unlink()
+    (config.output / "index.json").write_text("stale")
+    (config.output / ".shard-00001.safetensors.left").write_text("by a killed job")
+    main(config)
+    assert (config.output / "index.json").read_bytes() == whole
+    assert not list(config.output.glob(".shard-*"))
+
+
+def test_images_without_finite_latents_are_bad(
+    photos: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = cache_latents.encode_moments
+
+    def poisoned(vae: object, images: torch.Tensor) -> torch.Tensor:
+        moments = real(vae, images)
+        moments[0] = float("nan")
+        return moments
+
+    monkeypatch.setattr(cache_latents, "encode_moments", poisoned)
+    config = replace(config_for(photos, vae, tmp_path / "cache"), batch_size=3, num_workers=0)
+    main(config)
+    cache = LatentCache(config.output)
+    assert np.isfinite(cache.statistics.mean).all()
+    assert [r["count"] for r in cache.shards] == [2, 2, 2, 2]
+    assert (config.output / "bad_images.csv").read_text().count("no finite latents") == 4
+
+
+def test_any_diffusers_autoencoder_is_cached_and_its_scale_comes_back(photos: Path, tmp_path: Path) -> None:
+    small = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    tiny = diffusers.AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **small)
+    kl = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    for model in (tiny, kl):
+        model.save_pretrained(tmp_path / type(model).__name__)
+        output = tmp_path / f"cache of {type(model).__name__}"
+        main(replace(config_for(photos, tmp_path / type(model).__name__, output), flip=False))
+        cache, loaded = LatentCache(output), load_autoencoder(str(output))
+        moments = torch.stack([cache.row(i).moments for i in range(12)])
+        assert moments.shape[1:] == (8, 16, 16)
+        scaled = scale_latents(loaded, posterior_of(moments).mean)
+        assert scaled.mean(dim=(0, 2, 3)).abs().max() < 0.02
+        if model is tiny:
+            assert (scaled.std(dim=(0, 2, 3)) - 1).abs().max() < 0.02
+            assert moments[:, 4:].max() < -29
 
 
 def test_another_vae_or_other_data_is_refused(reference: Path, photos: Path, vae: Path, tmp_path: Path) -> None:
@@ -155,7 +212,7 @@ def test_bad_images_are_left_out_and_named(photos: Path, vae: Path, tmp_path: Pa
     folder.mkdir()
     for i, file in enumerate(sorted(photos.rglob("*.png"))[:4]):
         (folder / f"{i}.png").write_bytes(file.read_bytes() if i != 1 else b"no image")
-    config = replace(config_for(folder, vae, tmp_path / "cache"), flip=False)
+    config = replace(config_for(folder, vae, tmp_path / "cache"), flip=False, num_workers=2)
     main(config)
     cache = LatentCache(config.output)
     assert torch.equal(cache.row(1).moments, cache.row(2).moments)

@@ -114,8 +114,6 @@ KILLER = """
 import os, signal, sys
 from ldm_vae.objectives import autoencoding
 from ldm_vae.config import parse_config
-import processes
-from processes import ENVIRONMENT, ROOT, metrics, run_until_killed, wait_for
 from training import train_vae
 calls, real = 0, autoencoding.noise_at
 def noise_at(*args):
