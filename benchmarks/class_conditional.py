@@ -50,15 +50,19 @@ class Config:
     vae_batch_size: int = 64
     kl_weight: float = 1e-3
     denoiser: str = "tiny"
-    steps: int = 5200
+    steps: int = 5000
     """Of the diffusion model."""
     batch_size: int = 64
     learning_rate: float = 1e-3
     flip: bool = False
     classifier_epochs: int = 7
     num_images: int = 2000
-    """Samples of each guidance scale."""
-    guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    """Samples of each kind."""
+    guidance_scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
+    """At all times."""
+    interval_scales: tuple[float, ...] = (1.5, 2.0, 3.0)
+    """In the guidance interval only."""
+    guidance_interval: tuple[float, float] = (0.3, 0.8)
     sampling_steps: int = 25
     compared_steps: tuple[int, ...] = (20, 250)
     """Of the default scheduler, without guidance."""
@@ -168,14 +172,17 @@ def judge(config: Config, data: str, test: str) -> None:
     reference, other = halves(config, test)
     sets = [config.output / "reconstructions"]
     script("pipelines/reconstruct.py", "--vae", config.output / "vae", "--input", other, "--output", sets[0])
-    settings = [(scale, config.sampling_steps) for scale in config.guidance_scales]
-    settings += [(1.0, steps) for steps in config.compared_steps]
-    for scale, steps in settings:
-        sets.append(config.output / f"guidance {scale:g}, {steps} steps")
+    low, high = config.guidance_interval
+    settings = [(f"guidance {s:g}", s, (0.0, 1.0), config.sampling_steps) for s in config.guidance_scales]
+    within = f"in {low:g} to {high:g}"
+    settings += [(f"guidance {s:g} {within}", s, (low, high), config.sampling_steps) for s in config.interval_scales]
+    settings += [("guidance 1", 1.0, (0.0, 1.0), steps) for steps in config.compared_steps]
+    for name, scale, interval, steps in settings:
+        sets.append(config.output / f"{name}, {steps} steps")
         script(
             *("pipelines/generate.py", "--model", config.output / "diffusion", "--output", sets[-1]),
-            *("--num-images", config.num_images, "--guidance-scale", scale, "--steps", steps),
-            *("--seed", config.seed, "--batch-size", 100, "--mixed-precision", "bf16"),
+            *("--num-images", config.num_images, "--guidance-scale", scale, "--guidance-interval", *interval),
+            *("--steps", steps, "--seed", config.seed, "--batch-size", 100, "--mixed-precision", "bf16"),
         )
     named = [word for folder in sets for word in ("--samples", folder)]
     script(

@@ -27,7 +27,8 @@ SMALL = replace(
     batch_size=4,
     classifier_epochs=1,
     num_images=20,
-    guidance_scales=(1.0, 2.0),
+    guidance_scales=(1.0,),
+    interval_scales=(2.0,),
     sampling_steps=2,
     compared_steps=(3,),
 )
@@ -91,9 +92,9 @@ def test_everything_is_trained_sampled_and_judged_and_a_second_time_nothing_is_l
     results = record["figures"]["results"]
     assert [Path(name).name for name in results] == [
         *("real against real", "reconstructions"),
-        *("guidance 1, 2 steps", "guidance 2, 2 steps", "guidance 1, 3 steps"),
+        *("guidance 1, 2 steps", "guidance 2 in 0.3 to 0.8, 2 steps", "guidance 1, 3 steps"),
     ]
-    assert (config.output / "guidance 2, 2 steps" / "contact_sheet.png").exists()
+    assert (config.output / "guidance 2 in 0.3 to 0.8, 2 steps" / "contact_sheet.png").exists()
     ran.clear()
     main(config)
     assert ran == ["reconstruct", *["generate"] * 3, "generation"]
