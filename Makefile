@@ -30,8 +30,9 @@ demo: setup
 	@echo "Look at runs/demo/samples/, runs/demo/reconstruction/ and runs/demo/generated/contact_sheet.png;"
 	@echo "the models are runs/demo/vae/ and runs/demo/diffusion/pipeline/."
 
+# A process a core, each with one thread: tests that launch processes wait more than they compute.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 check: setup
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

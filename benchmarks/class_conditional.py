@@ -63,8 +63,8 @@ class Config:
     interval_scales: tuple[float, ...] = (1.5, 2.0, 3.0)
     """In the guidance interval only."""
     guidance_interval: tuple[float, float] = (0.3, 0.8)
-    sampling_steps: int = 25
-    compared_steps: tuple[int, ...] = (20, 250)
+    sampling_steps: int = 20
+    compared_steps: tuple[int, ...] = (10, 250)
     """Of the default scheduler, without guidance."""
     seed: int = 0
 

@@ -107,9 +107,9 @@ EPSILON = {**DISCRETE, "prediction_type": "epsilon"}
 NO_CLIPPING = {"clip_sample": False}
 SCHEDULERS: dict[Prediction, dict[str, tuple[Any, dict[str, Any]]]] = {
     "flow": {
+        "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, FLOW),
         "euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
         "heun": (diffusers.FlowMatchHeunDiscreteScheduler, {}),
-        "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, FLOW),
         "unipc": (diffusers.UniPCMultistepScheduler, FLOW),
     },
     "v": {

@@ -167,8 +167,8 @@ def test_times_are_drawn_from_the_distributions_that_are_named() -> None:
 
 
 def test_even_steps_and_a_scheduler_that_does_not_fit() -> None:
-    scheduler = make_scheduler("flow")
+    scheduler = make_scheduler("flow", "euler")
     set_timesteps(scheduler, 4, torch.device("cpu"))
     assert scheduler.sigmas.tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0])
-    with pytest.raises(ValueError, match=r"scheduler ddim does not fit flow: try euler, heun, dpmsolver\+\+, unipc"):
+    with pytest.raises(ValueError, match=r"scheduler ddim does not fit flow: try dpmsolver\+\+, euler, heun, unipc"):
         make_scheduler("flow", "ddim")

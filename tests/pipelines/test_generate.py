@@ -53,7 +53,7 @@ def save_pipeline(run: Path, *, classes: tuple[str, ...] | None = None, num_clas
         num_class_embeds=num_classes + 1 if num_classes else None,
     )
     names = list(classes) if classes else None
-    LatentDiffusionPipeline(vae, unet, make_scheduler("flow"), class_names=names).save_pretrained(run / "pipeline")
+    LatentDiffusionPipeline(vae, unet, make_scheduler("flow", "euler"), class_names=names).save_pretrained(run / "pipeline")
     return str(run)
 
 
@@ -252,7 +252,7 @@ def test_bf16_is_close_to_float32(unconditional: str, tmp_path: Path) -> None:
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--seed", "-1"], "--seed is -1"),
         (["--steps", "0"], "num_inference_steps is 0"),
-        (["--scheduler", "ddim"], "scheduler ddim does not fit flow: try euler"),
+        (["--scheduler", "ddim"], "scheduler ddim does not fit flow: try dpmsolver++, euler"),
         (["--strength", "2"], "strength is 2.0"),
         (["--mask", "{tmp}/no.png"], "--mask needs the --image"),
         (["--image", "{tmp}/no.png"], "no such folder or file"),
