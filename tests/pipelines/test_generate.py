@@ -53,7 +53,9 @@ def save_pipeline(run: Path, *, classes: tuple[str, ...] | None = None, num_clas
         num_class_embeds=num_classes + 1 if num_classes else None,
     )
     names = list(classes) if classes else None
-    LatentDiffusionPipeline(vae, unet, make_scheduler("flow", "euler"), class_names=names).save_pretrained(run / "pipeline")
+    LatentDiffusionPipeline(vae, unet, make_scheduler("flow", "euler"), class_names=names).save_pretrained(
+        run / "pipeline"
+    )
     return str(run)
 
 
