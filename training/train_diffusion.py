@@ -269,7 +269,7 @@ def save(run: Run, state: State, data: Data, config: Config, *, step: int, facts
 def validation_loss(
     state: State, batches: list[DiffusionBatch], config: Config, accelerator: Accelerator
 ) -> dict[str, float]:
-    """The averaged denoiser's mean squared error on fixed (image, time, noise), in all and by time."""
+    """The averaged denoiser's loss on fixed (image, time, noise), weighted as in training, in all and by time."""
     losses: dict[float, list[Tensor]] = {time: [] for time in VALIDATION_TIMES}
     with state.averaged() as unet:
         for batch in batches:
