@@ -43,6 +43,34 @@ class RunError(LdmVaeError):
     """A run directory that cannot be written or resumed."""
 
 
+class CompressedFileError(LdmVaeError):
+    """A compressed image that cannot be decompressed."""
+
+
+class NotThisFormatError(CompressedFileError):
+    """It does not begin as a compressed image of ours does."""
+
+
+class UnsupportedVersionError(CompressedFileError):
+    """Written by a later version of the format."""
+
+
+class ModelMismatchError(CompressedFileError):
+    """Written with another model, or with other tables."""
+
+
+class LimitExceededError(CompressedFileError):
+    """Larger than the limits that the caller set."""
+
+
+class TruncatedError(CompressedFileError):
+    """It ends before all that its header announces."""
+
+
+class CorruptError(CompressedFileError):
+    """Its bytes contradict each other; the message says where."""
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Ends a script with one line on standard error and exit code 2 when the user can put the error right."""

@@ -45,8 +45,10 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """ITU-R BT.601, what PIL's convert("L") uses."""
 
 
-def read_pixels(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Pixels:
+def read_pixels(data: bytes, *, channels: int | None = 3, max_pixels: int = MAX_PIXELS) -> Pixels:
     """A file's bytes -> pixels (H, W, channels): uint8, uint16 if the file has 16 bits, or float32 in [0, 1].
+
+    `channels` None: as many as the file has, of which the last of 2 and of 4 is transparency.
 
     Reads whatever PIL opens (an animation's first frame; the orientation that EXIF names is applied), 16-bit PNG
     and TIFF at full precision, TIFF with several pages or more than four channels, and NumPy's .npy.
@@ -120,7 +122,7 @@ def read_npy(data: bytes, max_pixels: int) -> Pixels:
     return array if array.dtype in (np.uint8, np.uint16) else check_float(array)
 
 
-def read_scientific_tiff(data: bytes, channels: int, max_pixels: int) -> Pixels | None:
+def read_scientific_tiff(data: bytes, channels: int | None, max_pixels: int) -> Pixels | None:
     """TIFF that PIL would cut short: pages as channels, more than four channels, over 8 bits; None for any other.
 
     Several pages, or more than four samples, must be exactly the `channels` asked for. Of two or four samples the last
@@ -135,7 +137,7 @@ def read_scientific_tiff(data: bytes, channels: int, max_pixels: int) -> Pixels 
         if simple or page.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.SEPARATED):
             return None
         check_size(page.imagewidth, page.imagelength, max_pixels)
-        if (num_pages > 1 or samples > 4) and num_pages * samples != channels:
+        if (num_pages > 1 or samples > 4) and channels is not None and num_pages * samples != channels:
             raise BadImageError(f"{num_pages} pages of {samples} channels, the model has {channels}")
         array = np.concatenate([channels_last(p) for p in tiff.pages[:num_pages]], axis=2)
         array = array if array.dtype in (np.uint8, np.uint16) else check_float(array)
@@ -178,16 +180,16 @@ def check_float(array: Pixels) -> Pixels:
     return array.astype(np.float32)
 
 
-def exact_channels(pixels: Pixels, channels: int) -> Pixels:
-    if pixels.shape[2] != channels:
+def exact_channels(pixels: Pixels, channels: int | None) -> Pixels:
+    if channels is not None and pixels.shape[2] != channels:
         raise BadImageError(f"{pixels.shape[2]} channels, the model has {channels}")
     return pixels
 
 
-def convert_channels(pixels: Pixels, channels: int) -> Pixels:
+def convert_channels(pixels: Pixels, channels: int | None) -> Pixels:
     """Grey (1), grey with alpha (2), RGB (3) or RGBA (4) -> the `channels` asked for, 1, 3 or 4."""
     have = pixels.shape[2]
-    if have == channels:
+    if have == channels or channels is None:
         return pixels
     if have > 4 or channels not in (1, 3, 4):
         return exact_channels(pixels, channels)
@@ -236,7 +238,7 @@ def to_images(pixels: Pixels) -> Tensor:
     return values.mul_(2 / top).sub_(1)
 
 
-def to_pixels(images: Tensor) -> Pixels:
-    """Images (..., C, H, W), clamped to [-1, 1] -> pixels uint8 (..., H, W, C), rounded to the nearest."""
-    values = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return np.moveaxis(values.cpu().numpy(), -3, -1)
+def to_pixels(images: Tensor, dtype: Any = np.uint8) -> Pixels:
+    """Images (..., C, H, W), clamped to [-1, 1] -> pixels uint8 or uint16 (..., H, W, C), rounded to the nearest."""
+    values = images.detach().float().clamp(-1, 1).add(1).mul(np.iinfo(dtype).max / 2).round()
+    return np.moveaxis(values.cpu().numpy().astype(dtype), -3, -1)

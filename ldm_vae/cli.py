@@ -1,0 +1,327 @@
+"""`ldm-vae compress | decompress | info | fit-codec`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from ldm_vae.codec import bitstream
+from ldm_vae.codec.bitstream import Limits
+from ldm_vae.config import tyro_errors
+from ldm_vae.errors import ConfigError, DataError, LdmVaeError, one_line_errors
+from ldm_vae.files import atomic, check_writable, is_hub_id
+
+EXTENSION = ".ldi"
+MODEL_VARIABLE = "LDM_VAE_MODEL"
+STREAM = "-"
+Command = TypeVar("Command", "Compress", "Decompress")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """From a file, a folder or standard input (-) to the same kind."""
+
+    input: Positional[str]
+    output: Positional[str]
+    model: str = os.environ.get(MODEL_VARIABLE, "")
+    """Run directory, model folder or hub id with fitted tables; $LDM_VAE_MODEL unless given."""
+    device: str = "cpu"
+    workers: int = 0
+    """Processes for a folder; 0: one a core."""
+    overwrite: bool = False
+    """Replace files that are there; without it, a folder's are skipped, and a single one is an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress(Transfer):
+    """Compress images to .ldi files."""
+
+    quality: float = 1.0
+    """Step of the quantiser: 0.5 is fine, 4 is coarse."""
+    target_bpp: float | None = None
+    """The best quality with at most so many bits per pixel, instead of --quality."""
+    target_psnr: float | None = None
+    """The smallest file with at least so many dB, instead of --quality."""
+    strip: bool = False
+    """Leave out ICC profile and EXIF."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decompress(Transfer):
+    """Make images of .ldi files again."""
+
+    region: tuple[int, int, int, int] | None = None
+    """Left, top, width and height in pixels: only this part."""
+    salvage: bool = False
+    """Decode what is whole of a damaged file, and mark the rest."""
+    extension: str = ".png"
+    """Of a folder's images, and of standard output."""
+    max_pixels: int = Limits().max_pixels
+    max_side: int = Limits().max_side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Say what an .ldi file holds, and whether it is whole. Needs no model."""
+
+    file: Positional[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitCodec:
+    """Measure a VAE's posterior over images, fit the codec's tables, and write them beside the VAE (codec/)."""
+
+    vae: str
+    """Run directory, model folder or hub id."""
+    data: str
+    """Image folder, .zip, Hugging Face dataset, or procedural:NAME."""
+    output: Path | None = None
+    """Folder for a copy of the VAE with its tables; beside --vae unless given."""
+    num_images: int = 400
+    qualities: tuple[float, ...] | None = None
+    """At which tables are fitted; 0.5 to 4 unless given."""
+    device: str = "cpu"
+
+
+# One file ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def load_codec(model: str, device: str) -> Any:
+    from ldm_vae.codec.codec import LatentCodec
+
+    if not model:
+        raise ConfigError(f"no --model given, and ${MODEL_VARIABLE} is not set")
+    return LatentCodec.from_pretrained(model, device=device)
+
+
+def read(name: str) -> bytes:
+    return sys.stdin.buffer.read() if name == STREAM else Path(name).read_bytes()
+
+
+def write(name: str, data: bytes) -> None:
+    if name == STREAM:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    with atomic(Path(name)) as out:
+        out.write(data)
+
+
+def compress_file(command: Compress) -> str | None:
+    """The message for a warning, if any."""
+    from PIL import Image
+
+    from ldm_vae.codec.picture import read_picture
+    from ldm_vae.codec.search import compress_to
+
+    Image.MAX_IMAGE_PIXELS = None  # the limit is ours
+    codec = load_codec(command.model, command.device)
+    limits = Limits()
+    given = read_picture(read(command.input), max_pixels=limits.max_pixels)
+    limits.check(given.pixels.shape[1], given.pixels.shape[0])
+    if command.target_bpp is None and command.target_psnr is None:
+        data = codec.compress(given, quality=command.quality, strip=command.strip)
+    else:
+        targets = {"target_bpp": command.target_bpp, "target_psnr": command.target_psnr}
+        data = compress_to(codec, given, **targets, strip=command.strip)
+    write(command.output, data)
+    return None
+
+
+def decompress_file(command: Decompress) -> str | None:
+    from ldm_vae.codec.picture import encode_picture
+
+    codec = load_codec(command.model, command.device)
+    damage: list[str] | None = [] if command.salvage else None
+    limits = Limits(max_pixels=command.max_pixels, max_side=command.max_side)
+    found = codec.decompress_picture(read(command.input), region=command.region, limits=limits, damage=damage)
+    extension = command.extension if command.output == STREAM else Path(command.output).suffix.lower()
+    write(command.output, encode_picture(found, extension))
+    return f"{command.input}: {'; '.join(damage)}" if damage else None
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+def in_worker(act: Callable[[Any], str | None], command: Any) -> str | None:
+    """One file in a process of its own: errors come back as themselves, and torch keeps to one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    return act(command)
+
+
+def transfer_folder(act: Callable[[Any], str | None], command: Command, pairs: Sequence[tuple[Path, Path]]) -> None:
+    """Every pair of files on all workers, with progress. Raises DataError at the end when some could not be done."""
+    load_codec(command.model, command.device)  # what is wrong with it is said once
+    jobs = []
+    for source, target in pairs:
+        if command.overwrite or not target.exists():
+            check_writable(target.parent)
+            jobs.append(replace(command, input=str(source), output=str(target)))
+    failed = 0
+    workers = min(command.workers or os.cpu_count() or 1, len(jobs))
+    with tqdm(total=len(jobs), unit="file") as bar:
+        for job, outcome in outcomes(act, jobs, workers):
+            bar.update()
+            if outcome is not None:
+                failed += 1
+                tqdm.write(f"{job.input}: {outcome}", file=sys.stderr)
+    skipped = f", {len(pairs) - len(jobs)} were there" if len(jobs) < len(pairs) else ""
+    print(f"{len(jobs) - failed} of {len(jobs)} files done{skipped}; they are in {command.output}", file=sys.stderr)
+    if failed:
+        raise DataError(f"{failed} of {len(jobs)} files could not be done, or not whole: see above")
+
+
+def outcomes(
+    act: Callable[[Any], str | None], jobs: Sequence[Command], workers: int
+) -> Iterator[tuple[Command, str | None]]:
+    """Each job with what went wrong, None for nothing, as they are done."""
+    if workers <= 1:
+        for job in jobs:
+            yield job, said_by(lambda job=job: act(job))  # type: ignore[misc]
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures: dict[Future[str | None], Command] = {pool.submit(in_worker, act, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], said_by(future.result)
+
+
+def said_by(call: Callable[[], str | None]) -> str | None:
+    try:
+        return call()
+    except (LdmVaeError, ValueError, OSError) as error:
+        return " ".join(str(error).split())
+
+
+def pairs_of(source: Path, target: Path, *, inputs: Callable[[str], bool], extension: str) -> list[tuple[Path, Path]]:
+    """Every file below a folder with its counterpart below another, hidden ones left out.
+
+    Two that differ in their extension alone keep it: a.jpg.ldi beside a.png.ldi.
+    """
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"the output {target} is inside the input {source}: choose another one")
+    files = sorted(p for p in source.rglob("*") if p.is_file() and inputs(p.suffix.lower()) and p.name[0] != ".")
+    if not files:
+        raise DataError(f"{source} has no such files")
+    short = [p.relative_to(source).with_suffix(extension) for p in files]
+    return [
+        (p, target / (s if short.count(s) == 1 else p.relative_to(source).with_name(p.name + extension)))
+        for p, s in zip(files, short, strict=True)
+    ]
+
+
+def transfer(act: Callable[[Any], str | None], command: Command, *, inputs: Callable[[str], bool], extension: str) -> None:
+    if command.workers < 0:
+        raise ConfigError(f"--workers is {command.workers}: it must not be negative")
+    if command.input != STREAM and Path(command.input).is_dir():
+        if command.output == STREAM:
+            raise ConfigError("a folder cannot go to standard output")
+        pairs = pairs_of(Path(command.input), Path(command.output), inputs=inputs, extension=extension)
+        return transfer_folder(act, command, pairs)
+    if command.output != STREAM:
+        target = Path(command.output)
+        if target.is_dir():
+            raise ConfigError(f"{target} is a folder: name the file")
+        if target.exists() and not command.overwrite:
+            raise ConfigError(f"{target} is there already: add --overwrite to replace it")
+        if not target.parent.is_dir():
+            raise ConfigError(f"there is no folder {target.parent}")
+    warning = act(command)
+    if warning:
+        raise DataError(f"{warning}; the rest was written")
+    return None
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def compress(command: Compress) -> None:
+    from ldm_vae.data.sources import EXTENSIONS
+
+    given = [command.target_bpp is not None, command.target_psnr is not None, command.quality != 1.0]
+    if sum(given) > 1:
+        raise ConfigError("give one of --quality, --target-bpp and --target-psnr")
+    transfer(compress_file, command, inputs=lambda e: e in EXTENSIONS, extension=EXTENSION)
+
+
+def decompress(command: Decompress) -> None:
+    transfer(decompress_file, command, inputs=lambda e: e == EXTENSION, extension=command.extension)
+
+
+def info(command: Info) -> None:
+    data = read(command.file)
+    contents = bitstream.unpack(data, limits=Limits(max_pixels=1 << 64, max_side=1 << 32))
+    for part in (*contents.sections.values(), *contents.tiles):
+        contents.read(part)  # raises for a damaged one
+    header = contents.header
+    facts = {
+        "size": f"{header.width} x {header.height} pixels, {header.colours} channels of {header.depth} bits",
+        "bits per pixel": f"{8 * len(data) / (header.width * header.height):.4f} ({len(data)} bytes)",
+        "quality": f"{header.quality / 256:g}",
+        "latents": f"{header.channels} channels, stride {1 << header.log2_stride}",
+        "tiles": f"{len(contents.tiles)} of up to {1 << header.log2_tile} latents a side, {header.lanes} lanes",
+        "beside": ", ".join(f"{p.name} ({p.end - p.begin} bytes)" for p in contents.sections.values()) or "nothing",
+        "autoencoder": header.weights.hex(),
+        "tables": header.tables.hex(),
+    }
+    for name, fact in facts.items():
+        print(f"{name:15} {fact}")
+
+
+def fit_codec(command: FitCodec) -> None:
+    from ldm_vae.codec.fitting import QUALITIES, fit_tables
+    from ldm_vae.data.sources import check_finite, open_source
+    from ldm_vae.files import staged_directory
+    from ldm_vae.models.pretrained import channels_of, load_autoencoder
+
+    if command.num_images < 1:
+        raise ConfigError(f"--num-images is {command.num_images}: it must be at least 1")
+    if command.output is None and is_hub_id(command.vae) and not Path(command.vae).is_dir():
+        raise ConfigError(f"{command.vae} is on the hub: add --output, a folder for a copy of it with its tables")
+    vae = load_autoencoder(command.vae).to(command.device)
+    target = command.output or Path(command.vae)
+    check_writable(target)
+    source = open_source(command.data, channels=channels_of(vae))
+    check_finite(source, command.data, command.num_images)
+    tables = fit_tables(
+        vae, source, num_images=command.num_images, qualities=command.qualities or QUALITIES, progress=True
+    )
+    if command.output is not None:
+        vae.cpu().save_pretrained(target / "vae")
+    with staged_directory(target / "codec") as staging:
+        tables.save(staging)
+    print(f"{len(tables.channels)} of {len(tables.sigma)} channels are coded; tables are in {target / 'codec'}")
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "compress": (Compress, compress),
+    "decompress": (Decompress, decompress),
+    "info": (Info, info),
+    "fit-codec": (FitCodec, fit_codec),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line; ends with one line on standard error and exit code 2 for what the user can put right."""
+    with one_line_errors():
+        with tyro_errors():
+            classes: dict[str, Any] = {name: command for name, (command, _) in COMMANDS.items()}
+            command = tyro.extras.subcommand_cli_from_dict(classes, args=args, prog="ldm-vae")
+        dict(COMMANDS.values())[type(command)](command)  # type: ignore[index]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Fit the integers of `contexts` to symbols of many images: taps, weights, thresholds, frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from ldm_vae.codec.contexts import BORDER, MAGNITUDE, NUM_PHASES, WEIGHT_BITS, Contexts, padded, split, wavefronts
+from ldm_vae.codec.rans import MAX_ALPHABET, TOTAL, Frequencies
+
+OWN = ((0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0))
+"""(y, x) of the taps in a symbol's own channel: W, N, NW, NE, WW, NN."""
+BEFORE = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1))
+"""In the channels before: the 3x3 around."""
+PLACES = ((0, 0), *OWN, *(p for p in BEFORE if p not in OWN and p != (0, 0)))
+MEAN_TAPS, ACTIVITY_TAPS = 8, 16
+FINE_BINS = 64
+LARGEST_ACTIVITY_WEIGHT = 4095
+RIDGE = 1e-3
+TAIL = 1e-5
+"""At most this share of the rests is beyond the reach of the tables, where their size allows."""
+PRIOR_COUNT = 4.0
+"""Times the channel's distribution, added to each table's counts."""
+
+Floats = np.ndarray[Any, Any]
+Integers = np.ndarray[Any, Any]
+
+
+def fit_contexts(volumes: Sequence[Integers], *, num_activities: int = 12, taps: bool = True) -> Contexts:
+    """Contexts for symbols like these, (C, h, w) each of one C; without `taps`, one static table a channel."""
+    channels = len(volumes[0])
+    chosen = choose_taps(volumes) if taps else [no_taps() for _ in range(channels)]
+    width = max(len(t) for t, _, _ in chosen)
+    offsets = np.zeros((channels, width, 3), np.int64)
+    means, activities = (np.zeros((channels, width), np.int64) for _ in range(2))
+    for c, (places, mean, activity) in enumerate(chosen):
+        offsets[c, : len(places)], means[c, : len(places)], activities[c, : len(places)] = places, mean, activity
+    bare = Contexts(
+        taps=offsets,
+        mean_weights=means,
+        activity_weights=activities,
+        thresholds=np.zeros((channels, 0), np.int64),
+        frequencies=Frequencies(np.tile([[1, TOTAL - 1]], (channels * NUM_PHASES, 1))),
+    )
+    counts, edges = count(volumes, bare)  # (C, FINE_BINS, phases, 2 reach + 3), rests beyond the reach at both ends
+    thresholds, tables = [], []
+    for c in range(channels):
+        groups = merge(counts[c].sum(axis=1), num_activities if taps else 1)
+        thresholds.append([edges[c][g[0] - 1] for g in groups[1:]])
+        tables += [counts[c, g].sum(axis=0) for g in groups]
+    frequencies = np.concatenate(
+        [normalise(t, counts[i // len(groups)].sum(axis=(0, 1))) for i, t in enumerate(tables)]
+    )
+    return Contexts(
+        taps=offsets,
+        mean_weights=means,
+        activity_weights=activities,
+        thresholds=np.array(thresholds, np.int64).reshape(channels, -1),
+        frequencies=Frequencies(frequencies),
+    )
+
+
+def no_taps() -> tuple[Integers, Integers, Integers]:
+    return np.zeros((0, 3), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+
+def shifted(values: Floats) -> Floats:
+    """(C, h, w) -> what each place in PLACES holds, zero beyond the border: (C, len(PLACES), h * w)."""
+    channels, height, width = values.shape
+    volume = padded(channels, height, width).astype(np.float32)
+    volume[:, BORDER:-BORDER, BORDER:-BORDER] = values
+    rows = [
+        volume[:, BORDER + y : BORDER + y + height, BORDER + x : BORDER + x + width].reshape(channels, -1)
+        for y, x in PLACES
+    ]
+    return np.stack(rows, axis=1)
+
+
+def candidates(channel: int) -> Integers:
+    """Every tap that a channel may have, as offsets (channel, y, x)."""
+    own = [(0, y, x) for y, x in OWN]
+    return np.array(own + [(-d, y, x) for d in range(1, channel + 1) for y, x in BEFORE], np.int64)
+
+
+def choose_taps(volumes: Sequence[Integers]) -> list[tuple[Integers, Integers, Integers]]:
+    """For each channel, taps (K, 3) with their weights of the mean and of the activity.
+
+    Least squares on all candidates, then again on those that matter most: for the mean, of the symbol; for the
+    activity, of the distance from that mean, with weights of at least 0 (Lawson & Hanson 1974).
+    """
+    channels, width = len(volumes[0]), len(PLACES)
+    gram = np.zeros((channels * width, channels * width))
+    for volume in volumes:
+        rows = shifted(np.clip(volume, -MAGNITUDE, MAGNITUDE)).reshape(channels * width, -1)
+        gram += rows @ rows.T
+    means = []
+    for c in range(channels):
+        taps = candidates(c)
+        index = (c + taps[:, 0]) * width + places_of(taps)
+        weights = solve(gram, index, c * width)
+        best = np.argsort(-np.abs(weights) * np.sqrt(gram[index, index]), kind="stable")[:MEAN_TAPS]
+        means.append((taps[best], solve(gram, index[best], c * width)))
+    magnitudes = np.zeros((channels * width + 1, channels * width + 1))
+    distances = np.zeros((channels * width + 1, channels))
+    for volume in volumes:
+        rows = shifted(np.clip(volume, -MAGNITUDE, MAGNITUDE))
+        off = np.stack([predicted(rows, c, *means[c]) for c in range(channels)]) - rows[:, 0]
+        large = np.concatenate([np.abs(rows).reshape(channels * width, -1), np.ones((1, rows.shape[2]), np.float32)])
+        magnitudes += large @ large.T
+        distances += large @ np.abs(off).T
+    chosen = []
+    for c, (mean_taps, mean_weights) in enumerate(means):
+        taps = candidates(c)
+        index = np.append((c + taps[:, 0]) * width + places_of(taps), channels * width)  # and a constant
+        weights = solve_nonnegative(magnitudes, index, distances[:, c])[:-1]
+        best = np.argsort(-weights * np.sqrt(magnitudes[index[:-1], index[:-1]]), kind="stable")[:ACTIVITY_TAPS]
+        kept = np.append(index[best], channels * width)
+        weights = solve_nonnegative(magnitudes, kept, distances[:, c])[:-1]
+        both = np.unique(np.concatenate([mean_taps, taps[best]]), axis=0)
+        mean, activity = (np.zeros(len(both), np.int64) for _ in range(2))
+        scale = LARGEST_ACTIVITY_WEIGHT / max(weights.max(), 1e-9)
+        mean[rows_in(both, mean_taps)] = np.clip(np.rint(mean_weights * 2**WEIGHT_BITS), -MAGNITUDE, MAGNITUDE)
+        activity[rows_in(both, taps[best])] = np.rint(weights * scale)
+        chosen.append((both, mean, activity))
+    return chosen
+
+
+def places_of(taps: Integers) -> Integers:
+    return np.array([PLACES.index((y, x)) for y, x in taps[:, 1:].tolist()])
+
+
+def rows_in(rows: Integers, wanted: Integers) -> list[int]:
+    known = [tuple(r) for r in rows.tolist()]
+    return [known.index(tuple(w)) for w in wanted.tolist()]
+
+
+def solve(gram: Floats, index: Integers, target: int) -> Floats:
+    """Least squares with a little ridge, from sums of products."""
+    part = gram[np.ix_(index, index)]
+    ridge = RIDGE * np.trace(part) / len(part) + 1e-6
+    solution: Floats = np.linalg.solve(part + ridge * np.eye(len(part)), gram[index, target])
+    return solution
+
+
+def solve_nonnegative(gram: Floats, index: Integers, products: Floats) -> Floats:
+    part = gram[np.ix_(index, index)]
+    lower = np.linalg.cholesky(part + (RIDGE * np.trace(part) / len(part) + 1e-6) * np.eye(len(part)))
+    solution: Floats = nnls(lower.T, np.linalg.solve(lower, products[index]))[0]
+    return solution
+
+
+def predicted(rows: Floats, channel: int, taps: Integers, weights: Floats) -> Floats:
+    near: Floats = rows[channel + taps[:, 0], places_of(taps)]  # (K, h * w)
+    return weights.astype(np.float32) @ near
+
+
+def measured(
+    volumes: Sequence[Integers], contexts: Contexts
+) -> Iterator[tuple[Integers, Integers, Integers, Integers]]:
+    """Channel, activity, phase and rest of every symbol, an image at a time."""
+    for values in volumes:
+        volume = padded(*values.shape)
+        volume[:, BORDER:-BORDER, BORDER:-BORDER] = values
+        places, channels, _ = wavefronts(*values.shape)
+        mean, activity = contexts.predict(volume, places, channels)
+        prediction, sign, phase = split(mean)
+        yield channels, activity, phase, (volume.reshape(-1)[places] - prediction) * sign
+
+
+def count(volumes: Sequence[Integers], contexts: Contexts) -> tuple[Integers, list[Integers]]:
+    """How often each rest comes, by channel, fine bin of the activity, and phase; and the bins' edges a channel."""
+    num_channels = contexts.num_channels
+    rows = [np.concatenate(part) for part in zip(*measured(volumes, contexts), strict=True)]
+    channels, activity, phase, rest = rows
+    largest = np.sort(np.abs(rest))
+    reach = int(np.clip(largest[int((1 - TAIL) * (len(rest) - 1))], 1, MAX_ALPHABET // 2 - 1))
+    shape = (num_channels, FINE_BINS, NUM_PHASES, 2 * reach + 3)
+    edges = []
+    bins = np.zeros_like(activity)
+    for c in range(num_channels):
+        here = channels == c
+        cuts = np.unique(np.quantile(activity[here], np.linspace(0, 1, FINE_BINS + 1)[1:-1], method="higher"))
+        cuts = cuts[cuts > 0].astype(np.int64)
+        cuts = np.append(cuts, np.full(FINE_BINS - 1 - len(cuts), cuts[-1] if len(cuts) else 1))
+        bins[here] = np.searchsorted(cuts, activity[here], side="right")
+        edges.append(cuts)
+    symbol = np.clip(rest, -reach - 1, reach + 1) + reach + 1
+    flat = np.ravel_multi_index((channels, bins, phase, symbol), shape)
+    return np.bincount(flat, minlength=int(np.prod(shape))).reshape(shape), edges
+
+
+def merge(counts: Integers, groups: int) -> list[list[int]]:
+    """Neighbouring bins, with their counts (bins, S), put together until few are left, at the least cost in bits."""
+
+    def bits(rows: Integers) -> float:
+        total = rows.sum()
+        some = rows[rows > 0]
+        return float((some * np.log2(total / some)).sum()) if total else 0.0
+
+    parts = [[i] for i in range(len(counts))]
+    sums = list(counts)
+    alone = [bits(s) for s in sums]
+    while len(parts) > groups:
+        cost = [bits(a + b) - x - y for a, b, x, y in zip(sums, sums[1:], alone, alone[1:], strict=False)]
+        i = int(np.argmin(cost))
+        parts[i] += parts.pop(i + 1)
+        sums[i] = sums[i] + sums.pop(i + 1)
+        alone[i] = bits(sums[i])
+        alone.pop(i + 1)
+    return parts
+
+
+def normalise(counts: Integers, channel: Integers) -> Integers:
+    """Counts of a table by phase (phases, 2 reach + 3), and those of its whole channel -> frequencies, escape first.
+
+    A rest that is too rare for a frequency of 1 is left to the escape.
+    """
+    smooth = counts + PRIOR_COUNT * channel / max(channel.sum(), 1)
+    escape = smooth[:, [0]] + smooth[:, [-1]]
+    rows = np.concatenate([escape, smooth[:, 1:-1]], axis=1)
+    rows /= rows.sum(axis=1, keepdims=True)
+    rare = rows * TOTAL < 0.5
+    rare[:, 0] = False
+    rows[:, 0] += np.where(rare, rows, 0).sum(axis=1)
+    rows[rare] = 0
+    return np.stack([to_total(row) for row in rows])
+
+
+def to_total(shares: Floats) -> Integers:
+    """Shares -> frequencies with the sum 2^12: at least 1 for the escape (the first) and for what has a share."""
+    wanted = shares * TOTAL
+    frequencies = np.where(shares > 0, np.maximum(np.rint(wanted), 1), 0).astype(np.int64)
+    frequencies[0] = max(frequencies[0], 1)
+    while (missing := TOTAL - int(frequencies.sum())) != 0:
+        step = 1 if missing > 0 else -1
+        open_ = frequencies > (0 if step > 0 else 1)
+        gain = np.where(open_, step * shares / np.maximum(frequencies, 1), -np.inf)
+        best = np.argsort(-gain, kind="stable")[: min(abs(missing), int(open_.sum()))]
+        frequencies[best] += step
+    return frequencies

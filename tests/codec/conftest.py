@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.fitting import fit_tables
+from ldm_vae.data.sources import open_source
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+
+
+def make_vae(channels: int = 3, seed: int = 0) -> PatchAutoencoderKL:
+    """Untrained, with a posterior that is sharp beside its means, so that there is something to code."""
+    torch.manual_seed(seed)
+    vae = PatchAutoencoderKL(
+        in_channels=channels,
+        latent_channels=4,
+        patch_size=4,
+        block_out_channels=(16,),
+        encoder_layers_per_block=(1,),
+        decoder_layers_per_block=(1,),
+    )
+    with torch.no_grad():
+        vae.encoder.conv_out.bias[4:] = -5.0
+    return vae.eval()
+
+
+@pytest.fixture(scope="session")
+def codec() -> LatentCodec:
+    vae = make_vae()
+    source = open_source("procedural:dead-leaves", channels=3, resolution=96)
+    return LatentCodec(vae, fit_tables(vae, source, num_images=6, qualities=(0.5, 1, 2)))
+
+
+@pytest.fixture(scope="session")
+def photo() -> np.ndarray:
+    """Pixels uint8 (80, 120, 3) with edges, smooth parts and texture."""
+    y, x = np.mgrid[:80, :120]
+    smooth = np.stack([y * 2, x * 2, 255 - x - y], axis=2)
+    noise = np.random.default_rng(0).integers(0, 60, size=(80, 120, 3))
+    return np.where((x > 60)[:, :, None], smooth, (smooth + noise * (y % 16 < 8)[:, :, None])).clip(0, 255).astype(np.uint8)

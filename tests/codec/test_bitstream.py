@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import dataclasses
+from zlib import crc32
+
+import numpy as np
+import pytest
+
+from ldm_vae.codec import bitstream
+from ldm_vae.codec.bitstream import ALPHA, EXIF, Header, Limits, Varints, pack, unpack, varint
+from ldm_vae.errors import (
+    CompressedFileError,
+    CorruptError,
+    LimitExceededError,
+    NotThisFormatError,
+    TruncatedError,
+    UnsupportedVersionError,
+)
+
+HEADER = Header(
+    width=700,
+    height=300,
+    colours=3,
+    depth=8,
+    log2_stride=3,
+    channels=4,
+    log2_tile=4,
+    log2_lanes=2,
+    quality=256,
+    tables=b"12345678",
+    weights=b"abcdefgh",
+)
+TILES = [bytes([i]) * (i % 5) for i in range(18)]  # 38 x 88 latents: 3 x 6 tiles
+FILE = pack(HEADER, {ALPHA: b"alpha", EXIF: b""}, TILES)
+
+
+def with_header(**changes: int) -> bytes:
+    return pack(dataclasses.replace(HEADER, **changes), {}, TILES)
+
+
+def test_a_file_gives_back_what_was_packed() -> None:
+    contents = unpack(FILE)
+    assert contents.header == HEADER
+    assert contents.header.grid == (3, 6)
+    assert [contents.read(t) for t in contents.tiles] == TILES
+    assert {k: contents.read(p) for k, p in contents.sections.items()} == {ALPHA: b"alpha", EXIF: b""}
+
+
+def test_the_fields_lie_where_the_specification_says() -> None:
+    """docs/file-format.md, by hand."""
+    head = FILE[:43]
+    assert head[:8] == b"\x89LDI\r\n\x1a\n"
+    assert head[8:11] == bytes([1, 3, 8])
+    assert head[11:19] == (700).to_bytes(4, "little") + (300).to_bytes(4, "little")
+    assert head[19:24] == bytes([3, 4, 0, 4, 2])
+    assert head[24:26] == b"\x00\x01"
+    assert head[26:42] == b"12345678abcdefgh"
+    assert head[42] == 2
+    assert FILE[43:49] == bytes([ALPHA, 5]) + crc32(b"alpha").to_bytes(4, "little")
+
+
+def test_tiles_cover_the_latents_once() -> None:
+    covered = np.zeros(HEADER.latent_size, int)
+    for i in range(18):
+        top, left, bottom, right = HEADER.tile_box(i)
+        covered[top:bottom, left:right] += 1
+    assert (covered == 1).all()
+
+
+def test_a_cut_anywhere_is_an_error() -> None:
+    for length in range(len(FILE)):
+        with pytest.raises((TruncatedError, NotThisFormatError)):
+            unpack(FILE[:length])
+
+
+def test_any_flipped_bit_is_an_error() -> None:
+    for bit in range(8 * len(FILE)):
+        damaged = bytearray(FILE)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CompressedFileError):
+            contents = unpack(bytes(damaged))
+            for part in (*contents.sections.values(), *contents.tiles):
+                contents.read(part)
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"", NotThisFormatError),
+        (b"\xff\xd8\xff\xe0 JPEG", NotThisFormatError),
+        (FILE.replace(b"\r\n", b"\n", 1), NotThisFormatError),
+        (FILE[:8] + b"\x02" + FILE[9:], UnsupportedVersionError),
+        (FILE + b"\0", CorruptError),
+        (with_header(width=2**15 + 1, height=1), LimitExceededError),
+        (with_header(width=2**15, height=2**15), LimitExceededError),
+        (with_header(width=2**32 - 1, height=2**32 - 1), LimitExceededError),
+        (with_header(width=2**14, height=2**14), TruncatedError),  # thousands of tiles are announced, 18 are there
+        (with_header(width=0), CorruptError),
+        (with_header(depth=9), CorruptError),
+        (with_header(log2_lanes=11), CorruptError),
+        (with_header(log2_tile=3), CorruptError),
+        (with_header(quality=0), CorruptError),
+    ],
+)
+def test_what_is_wrong_is_named(data: bytes, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        unpack(data)
+
+
+def test_limits_can_be_set() -> None:
+    with pytest.raises(LimitExceededError, match="700x300"):
+        unpack(FILE, limits=Limits(max_side=699))
+    with pytest.raises(LimitExceededError, match="209999"):
+        unpack(FILE, limits=Limits(max_pixels=209_999))
+
+
+def test_a_lying_table_of_contents_is_an_error() -> None:
+    """Lengths that contradict the file's, with a CRC that is right."""
+    first = 43 + 2 * 6
+    for length in (2, 4, 2**40):
+        end = unpack(FILE).tiles[0].begin - 5  # the header's CRC and the sections' 5 bytes before the tiles
+        head = FILE[:first] + varint(length) + FILE[first + 1 : end - 4]
+        with pytest.raises((TruncatedError, CorruptError)):
+            unpack(head + crc32(head).to_bytes(4, "little") + FILE[end:])
+
+
+def test_salvage_reads_what_is_there() -> None:
+    contents = unpack(FILE[:-3], salvage=True)
+    assert [contents.read(t) for t in contents.tiles[:16]] == TILES[:16]
+    with pytest.raises(TruncatedError, match="tile 17"):
+        contents.read(contents.tiles[17])
+
+
+@pytest.mark.parametrize("value", [0, 1, 127, 128, 300, 2**42 - 1])
+def test_numbers_come_back(value: int) -> None:
+    assert Varints(varint(value)).next() == value
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80", b"\x80\x00", b"\xff" * 7, varint(2**42)])
+def test_numbers_that_are_not_the_shortest_are_refused(data: bytes) -> None:
+    with pytest.raises(CorruptError):
+        Varints(data).next()
+
+
+def test_the_header_costs_little() -> None:
+    one = dataclasses.replace(HEADER, width=768, height=512, log2_tile=7)
+    assert len(pack(one, {}, [bytes(20_000)])) - 20_000 == 43 + 3 + 4 + 4
+    assert bitstream.FIXED.size == 43
