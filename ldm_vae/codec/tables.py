@@ -91,7 +91,7 @@ class Tables:
     def save(self, folder: Path) -> None:
         """Writes config.json and tables.safetensors into an existing folder."""
         save_file(self.arrays(), folder / "tables.safetensors")
-        write_json(folder / "config.json", self.config())
+        write_json(folder / "config.json", self.config() | {"digest": self.digest.hex()})
 
 
 def load_tables(folder: Path) -> Tables:
@@ -102,7 +102,10 @@ def load_tables(folder: Path) -> Tables:
         config = json.loads((folder / "config.json").read_text())
         if config["format_version"] != 1:
             raise ModelError(f"{folder} has tables of version {config['format_version']}: a later ldm-vae made them")
-        return tables_from(config, load_file(folder / "tables.safetensors"))
+        tables = tables_from(config, load_file(folder / "tables.safetensors"))
+        if tables.digest.hex() != config["digest"]:
+            raise ModelError(f"{folder} is damaged: its digest differs")
+        return tables
     except ModelError:
         raise
     except Exception as error:  # damaged files raise many kinds

@@ -1,0 +1,158 @@
+"""Mutate compressed files and decode them: an error of ours, or what the bytes say; never a crash, hang or large memory.
+
+python benchmarks/fuzz_codec.py [--count 100000 --seed 0]
+
+Half of the mutations leave the checksums wrong: each must be refused, or have changed nothing. The other half come with
+checksums that are right, as a hostile writer would make them: they must be refused, or decode to a picture of the size
+that the header says. With an untrained network, which changes nothing about the bytes.
+"""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+
+from ldm_vae.codec import bitstream
+from ldm_vae.codec.bitstream import Limits
+from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.fitting import fit_tables
+from ldm_vae.codec.picture import Picture
+from ldm_vae.config import parse_flags
+from ldm_vae.data.images import Pixels
+from ldm_vae.data.sources import open_source
+from ldm_vae.errors import CompressedFileError, one_line_errors
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+
+LIMITS = Limits(max_pixels=1 << 16, max_side=1 << 10)
+SLOW = 10.0
+"""Seconds that no file within the limits may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of the fuzzer."""
+
+    count: int = 100_000
+    seed: int = 0
+
+
+def mutate(data: bytes, others: list[bytes], rng: np.random.Generator) -> bytes:
+    """Bits flipped, bytes set, parts cut out, doubled, moved, or taken from another file."""
+    out = bytearray(data)
+    for _ in range(int(rng.integers(1, 4))):
+        if not out:
+            break
+        at = int(rng.integers(len(out)))
+        if rng.random() < 0.4:
+            at = int(rng.integers(min(len(out), bitstream.FIXED.size + 8)))  # the header is small and matters
+        length = int(rng.integers(1, 20))
+        match rng.integers(7):
+            case 0:
+                out[at] ^= 1 << int(rng.integers(8))
+            case 1:
+                out[at] = int(rng.choice([0, 1, 127, 128, 255]))
+            case 2:
+                del out[at:]
+            case 3:
+                del out[at : at + length]
+            case 4:
+                out[at:at] = out[at : at + length]
+            case 5:
+                out[at : at + length] = rng.bytes(length)
+            case 6:
+                other = others[int(rng.integers(len(others)))]
+                out[at:] = other[at:]
+    return bytes(out)
+
+
+def mutate_inside(data: bytes, rng: np.random.Generator) -> bytes:
+    """A field, section or tile changed, and every checksum made right again."""
+    contents = bitstream.unpack(data)
+    parts = {k: bytearray(contents.read(p)) for k, p in contents.sections.items()}
+    tiles = [bytearray(contents.read(p)) for p in contents.tiles]
+    header = bytearray(data[: bitstream.FIXED.size - 1])
+    target = int(rng.integers(4))
+    if target == 0:
+        header[int(rng.integers(9, len(header)))] = int(rng.integers(256))
+    elif target == 1 and parts:
+        part = parts[int(rng.choice(list(parts)))]
+        part[:] = mutate(bytes(part), [bytes(part)], rng)
+    else:
+        tile = tiles[int(rng.integers(len(tiles)))]
+        tile[:] = mutate(bytes(tile), [bytes(t) for t in tiles], rng)
+    head = bytes(header) + bytes([len(parts)])
+    for kind, part in sorted(parts.items()):
+        head += bytes([kind]) + bitstream.varint(len(part)) + crc32(part).to_bytes(4, "little")
+    for tile in tiles:
+        head += bitstream.varint(len(tile)) + crc32(tile).to_bytes(4, "little")
+    return b"".join([head, crc32(head).to_bytes(4, "little"), *(p for _, p in sorted(parts.items())), *tiles])
+
+
+def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[str, Any]:
+    """What became of `count` mutated files; lists of what must be empty hold the files themselves."""
+    rng = np.random.default_rng(seed)
+    alpha = np.ascontiguousarray(photo[:, :, 0])
+    files = [
+        codec.compress(photo, quality=0.5),
+        codec.compress(photo[:24, :40, :1], quality=1),
+        codec.compress(Picture(pixels=photo, alpha=alpha, icc=b"profile" * 30, exif=b"II*\0\x08\0\0\0\0\0"), quality=2),
+    ]
+    whole = [codec.decompress_picture(f) for f in files]
+    outcome: dict[str, Any] = {"wrong": [], "crashed": [], "slow": [], "refused": 0, "past the checksums": 0}
+    reasons: Counter[str] = Counter()
+    for i in range(count):
+        which = int(rng.integers(len(files)))
+        honest = bool(rng.random() < 0.5)  # checksums as they were
+        data = mutate(files[which], files, rng) if honest else mutate_inside(files[which], rng)
+        outcome["past the checksums"] += not honest and data != files[which]
+        began = time.perf_counter()
+        try:
+            found = codec.decompress_picture(data, limits=LIMITS)
+            header = bitstream.unpack(data).header
+            right = found.pixels.shape == (header.height, header.width, header.colours)
+            if honest:
+                right = any(np.array_equal(found.whole(), w.whole()) for w in whole)
+            if not right:
+                outcome["wrong"].append(data)
+        except CompressedFileError as error:
+            outcome["refused"] += 1
+            reasons[type(error).__name__] += 1
+        except Exception as error:
+            outcome["crashed"].append((data, repr(error)))
+        if time.perf_counter() - began > SLOW:
+            outcome["slow"].append(data)
+    return outcome | {"reasons": dict(reasons)}
+
+
+def main(config: Config) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    vae = PatchAutoencoderKL(
+        **{"latent_channels": 4, "patch_size": 4, "block_out_channels": (16,)},
+        **{"encoder_layers_per_block": (1,), "decoder_layers_per_block": (1,)},
+    )
+    with torch.no_grad():
+        vae.encoder.conv_out.bias[4:] = -5.0
+    source = open_source("procedural:dead-leaves", resolution=96)
+    codec = LatentCodec(vae, fit_tables(vae, source, num_images=6, qualities=(0.5, 1, 2)))
+    tracemalloc.start()
+    outcome = fuzz(codec, source[0].pixels[:80], count=config.count, seed=config.seed)
+    _, peak = tracemalloc.get_traced_memory()
+    for name, found in outcome.items():
+        print(f"{name}: {len(found) if isinstance(found, list) else found}")
+    print(f"peak memory in Python and NumPy: {peak / 2**20:.0f} MiB")
+    if outcome["crashed"]:
+        print(outcome["crashed"][0])
+    raise SystemExit(bool(outcome["wrong"] or outcome["crashed"] or outcome["slow"]))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_flags(Config, description="Mutate compressed files and decode them."))

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_vae.codec.picture import (
+    Picture,
+    as_picture,
+    encode_picture,
+    inflate,
+    pack_alpha,
+    png_bytes,
+    read_picture,
+    unpack_alpha,
+)
+from ldm_vae.errors import BadImageError, ConfigError, CorruptError
+
+
+def pixels_of(channels: int, dtype: type = np.uint8) -> np.ndarray:
+    top = np.iinfo(dtype).max
+    return np.random.default_rng(channels).integers(top, size=(9, 14, channels), dtype=dtype, endpoint=True)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_png_holds_every_picture_whole(channels: int, dtype: type) -> None:
+    values = pixels_of(channels, dtype)
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    given = Picture(
+        pixels=values[:, :, : channels - 1] if channels in (2, 4) else values,
+        alpha=values[:, :, -1] if channels in (2, 4) else None,
+        icc=b"a profile" * 50,
+        exif=exif.tobytes().removeprefix(b"Exif\0\0"),
+    )
+    found = read_picture(png_bytes(given))
+    assert np.array_equal(found.whole(), given.whole())
+    assert found.whole().dtype == dtype
+    assert (found.icc, found.exif) == (given.icc, given.exif)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1", "CMYK", "I;16"])
+def test_any_mode_of_pil_becomes_a_picture(mode: str) -> None:
+    image = Image.fromarray(pixels_of(3)).convert("I" if mode == "I;16" else mode)
+    image = image.convert(mode)
+    found = as_picture(image)
+    reference = image.convert("RGB") if mode in ("P", "CMYK") else image.convert("L") if mode == "1" else image
+    assert np.array_equal(found.whole().squeeze(), np.asarray(reference).squeeze())
+    assert (found.alpha is not None) == (mode in ("LA", "RGBA"))
+
+
+def test_the_orientation_is_applied_and_no_longer_said() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "kept"
+    file = io.BytesIO()
+    Image.fromarray(pixels_of(3)).save(file, "PNG", exif=exif)
+    found = read_picture(file.getvalue())
+    assert np.array_equal(found.pixels, np.rot90(pixels_of(3), -1))
+    kept = Image.Exif()
+    kept.load(found.exif)
+    assert dict(kept) == {0x010E: "kept"}
+
+
+def test_other_extensions_hold_what_they_can() -> None:
+    given = Picture(pixels=pixels_of(3))
+    for extension in (".bmp", ".tif", ".npy", ".png"):
+        found = read_picture(encode_picture(given, extension))
+        assert np.array_equal(found.pixels, given.pixels)
+    for extension in ("", ".txt", ".xyz"):
+        with pytest.raises(ConfigError, match="image file"):
+            encode_picture(given, extension)
+    with pytest.raises(ConfigError, match=r"\.png"):
+        encode_picture(Picture(pixels=pixels_of(3), alpha=pixels_of(1)[:, :, 0]), ".jpg")
+    with pytest.raises(ConfigError, match="16 bits"):
+        encode_picture(Picture(pixels=pixels_of(3, np.uint16)), ".bmp")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_alpha_comes_back_or_is_refused(dtype: type) -> None:
+    alpha = pixels_of(1, dtype)[:, :, 0]
+    packed = pack_alpha(alpha)
+    assert np.array_equal(unpack_alpha(packed, 9, 14, np.dtype(dtype)), alpha)
+    for damaged, height in ((packed, 10), (packed[:40], 9), (b"", 9), (b"x" * 60, 9)):
+        with pytest.raises(CorruptError, match="alpha"):
+            unpack_alpha(damaged, height, 14, np.dtype(dtype))
+
+
+def test_metadata_that_would_grow_without_end_is_refused() -> None:
+    import zlib
+
+    assert inflate(zlib.compress(bytes(1000)), limit=1000, name="EXIF") == bytes(1000)
+    for data in (zlib.compress(bytes(10**7)), zlib.compress(b"x") + b"more", b"", b"nonsense", zlib.compress(b"x")[:-1]):
+        with pytest.raises(CorruptError, match="EXIF"):
+            inflate(data, limit=1000, name="EXIF")
+
+
+def test_what_is_no_picture_is_refused() -> None:
+    for values in (np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), np.zeros((2, 2, 2, 2), np.uint8)):
+        with pytest.raises(BadImageError, match="uint8 or uint16"):
+            as_picture(values)
