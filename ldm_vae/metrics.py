@@ -5,14 +5,17 @@ No figure depends on a batch: those of one image see it alone, those of sets are
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytorch_msssim
 import torch
 from PIL import Image
+from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
 
 from ldm_vae.data.images import Pixels
@@ -83,6 +86,46 @@ def bootstrap_interval(values: np.ndarray, *, seed: int = 0, resamples: int = 20
     means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def bjontegaard_rate(
+    rates: Sequence[float],
+    fidelities: Sequence[float],
+    reference_rates: Sequence[float],
+    reference_fidelities: Sequence[float],
+    *,
+    between: tuple[float, float] = (0.0, math.inf),
+) -> float:
+    """Mean difference in rate at equal fidelity, in percent: -40 is 40 % fewer bits than the reference.
+
+    Bjøntegaard 2001 (VCEG-M33), with piecewise cubic Hermite curves of log-rate over fidelity, as in ITU-T's later
+    spreadsheets: they do not overshoot. NaN where the curves share no fidelity.
+
+    Args:
+        rates, fidelities: points of a curve, in any order; fidelity rises with the rate.
+        between: bits per pixel. Only fidelities count that both curves reach at a rate within.
+    """
+    curves = []
+    for r, f in ((rates, fidelities), (reference_rates, reference_fidelities)):
+        order = np.argsort(f)
+        x, y = np.asarray(f, float)[order], np.log(np.asarray(r, float)[order])
+        if len(x) < 2 or (np.diff(x) <= 0).any():
+            return math.nan
+        curves.append((x, y, PchipInterpolator(x, y)))
+    lows, highs = [], []
+    for x, y, curve in curves:
+        grid = np.linspace(x[0], x[-1], 4001)
+        rate = np.exp(curve(grid))
+        inside = grid[(rate >= between[0]) & (rate <= between[1])]
+        if not len(inside):
+            return math.nan
+        lows.append(inside[0])
+        highs.append(inside[-1])
+    low, high = max(lows), min(highs)
+    if low >= high:
+        return math.nan
+    means = [curve.integrate(low, high) / (high - low) for _, _, curve in curves]
+    return float(100 * (math.exp(means[0] - means[1]) - 1))
 
 
 class GivenFeatures(nn.Module):

@@ -1,0 +1,210 @@
+"""What makes an autoencoder compressible: variants of its training at equal time, judged by the codec's own files.
+
+python benchmarks/ablation_codec.py --train ../shared/data/photos-train --val ../shared/data/photos-val --output DIR
+
+Each variant trains for --seconds on random crops, then the codec's tables are fitted to training images, and held-out
+photos are compressed at every quality. Bjøntegaard differences against JPEG (4:2:0, optimised) on the same photos, over
+0.15 to 0.6 bits per pixel. Evaluated: the averaged weights.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor
+
+from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.fitting import fit_tables
+from ldm_vae.codec.search import psnr_of
+from ldm_vae.config import parse_flags
+from ldm_vae.data.images import Pixels, to_images
+from ldm_vae.data.sources import open_source
+from ldm_vae.errors import one_line_errors
+from ldm_vae.files import check_writable, write_json
+from ldm_vae.metrics import bjontegaard_rate
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.models.prior import STEP_LOGVAR, CausalPrior
+from ldm_vae.objectives.losses import kl_per_pixel
+from ldm_vae.models.pretrained import encode_moments, posterior_of
+from ldm_vae.timing import describe_machine
+
+QUALITIES = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
+BASE: dict[str, Any] = {
+    "latent_channels": 32,
+    "patch_size": 4,
+    "block_out_channels": (64, 128),
+    "encoder_layers_per_block": (0, 1),
+    "decoder_layers_per_block": (1, 2),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to train."""
+
+    prior: str = "causal"
+    """normal: Gaussian posterior and KL to N(0, 1); factorised, causal: uniform noise and the prior's rate."""
+    qualities: tuple[float, float] = (1.0, 1.0)
+    weight: float = 0.008
+    """Times nats per pixel, beside the mean squared error on [-1, 1]."""
+    crop: int = 64
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    network: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = {
+    "gaussian, normal prior": Variant(prior="normal"),
+    "uniform, factorised": Variant(prior="factorised"),
+    "uniform, causal": Variant(),
+    "uniform, causal, quality .5-4": Variant(qualities=(0.5, 4.0)),
+    "uniform, causal, quality .7-2.8": Variant(qualities=(0.7, 2.8)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of the ablation."""
+
+    train: Path
+    val: Path
+    output: Path
+    seconds: float = 300.0
+    variants: tuple[str, ...] = ()
+    """Names, all unless given."""
+    num_val: int = 24
+    num_fit: int = 100
+    seed: int = 0
+
+
+class Trainee(torch.nn.Module):
+    """A VAE, and the prior that it is trained with."""
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        self.variant = variant
+        self.vae = PatchAutoencoderKL(**BASE | variant.network)
+        self.channels = self.vae.config.latent_channels
+        self.prior = None
+        if variant.prior != "normal":
+            self.prior = CausalPrior(self.channels, neighbours=variant.prior == "causal")
+            with torch.no_grad():  # the deviation is the same everywhere, and never trained
+                self.vae.encoder.conv_out.weight[self.channels :] = 0
+                self.vae.encoder.conv_out.bias[self.channels :] = STEP_LOGVAR
+
+    def forward(self, images: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction, and nats per pixel (B,)."""
+        moments = encode_moments(self.vae, images).float()
+        mean = moments[:, : self.channels]
+        num_pixels = images.shape[2] * images.shape[3]
+        if self.prior is None:
+            posterior = posterior_of(moments)
+            latents = mean + posterior.std * torch.randn_like(mean)
+            nats = kl_per_pixel(posterior, num_pixels).expand(len(images))
+        else:
+            step = quality[:, None, None, None]
+            latents = mean + step * (torch.rand_like(mean) - 0.5)
+            nats = self.prior(latents / step, quality).sum(dim=(1, 2, 3)) / num_pixels
+        return self.vae.decode(latents).sample, nats
+
+
+def crops(photos: list[Pixels], variant: Variant, rng: np.random.Generator) -> Tensor:
+    batch = []
+    for _ in range(variant.batch_size):
+        photo = photos[rng.integers(len(photos))]
+        y, x = (int(rng.integers(n - variant.crop + 1)) for n in photo.shape[:2])
+        crop = photo[y : y + variant.crop, x : x + variant.crop]
+        batch.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
+    return to_images(np.stack(batch)).to(memory_format=torch.channels_last)
+
+
+def train(variant: Variant, photos: list[Pixels], seconds: float, seed: int) -> tuple[PatchAutoencoderKL, int]:
+    """The averaged network after `seconds`, and its steps; the learning rate follows a cosine of the time."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    trainee = Trainee(variant).to(memory_format=torch.channels_last).train()
+    parameters = [p for p in trainee.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, variant.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    ema = EMAModel(trainee.vae.parameters(), decay=0.998, foreach=True)
+    low, high = (math.log(q) for q in variant.qualities)
+    began, steps = time.perf_counter(), 0
+    while (share := (time.perf_counter() - began) / seconds) < 1:
+        images = crops(photos, variant, rng)
+        quality = torch.from_numpy(np.exp(rng.uniform(low, high, size=len(images)))).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            reconstruction, nats = trainee(images, quality)
+        error = (reconstruction.float() - images).square().mean(dim=(1, 2, 3))
+        loss = (error / quality + variant.weight * quality * nats).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = variant.learning_rate * min(1, (steps + 1) / 100) * 0.5 * (1 + math.cos(math.pi * share))
+        optimizer.step()
+        ema.step(trainee.vae.parameters())
+        steps += 1
+        if steps % 500 == 0:
+            bits = float(nats.mean()) / math.log(2)
+            print(f"  {steps} {share:.0%}: mse {float(error.mean()):.5f}, {bits:.3f} bits per pixel", flush=True)
+    ema.copy_to(trainee.vae.parameters())
+    return trainee.vae.eval(), steps
+
+
+def curve_of(codec: LatentCodec, photos: list[Pixels]) -> dict[str, list[float]]:
+    """Mean bits per pixel of whole files, and mean PSNR, at each quality; and without the quantiser."""
+    curve: dict[str, list[float]] = {"bpp": [], "psnr": []}
+    for quality in QUALITIES:
+        files = [codec.compress(p, quality=quality) for p in photos]
+        curve["bpp"].append(np.mean([8 * len(f) / p[:, :, 0].size for f, p in zip(files, photos, strict=True)]))
+        decoded = [codec.decompress_picture(f).pixels for f in files]
+        curve["psnr"].append(np.mean([psnr_of(p, d) for p, d in zip(photos, decoded, strict=True)]))
+    return curve
+
+
+def jpeg_curve(photos: list[Pixels]) -> dict[str, list[float]]:
+    curve: dict[str, list[float]] = {"bpp": [], "psnr": []}
+    for quality in (5, 8, 12, 17, 23, 30, 40, 50, 60, 70):
+        rates, fidelities = [], []
+        for photo in photos:
+            file = io.BytesIO()
+            Image.fromarray(photo).save(file, "JPEG", quality=quality, optimize=True, subsampling=2)
+            rates.append(8 * len(file.getvalue()) / photo[:, :, 0].size)
+            fidelities.append(psnr_of(photo, np.asarray(Image.open(file))))
+        curve["bpp"].append(np.mean(rates))
+        curve["psnr"].append(np.mean(fidelities))
+    return curve
+
+
+def main(config: Config) -> None:
+    check_writable(config.output)
+    source, val = open_source(str(config.train)), open_source(str(config.val))
+    photos = [source[i].pixels for i in range(len(source))]
+    held_out = [val[i].pixels for i in range(0, len(val), max(len(val) // config.num_val, 1))][: config.num_val]
+    jpeg = jpeg_curve(held_out)
+    file = config.output / "ablation_codec.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    for name in config.variants or VARIANTS:
+        print(name, flush=True)
+        vae, steps = train(VARIANTS[name], photos, config.seconds, config.seed)
+        codec = LatentCodec(vae, fit_tables(vae, source, num_images=config.num_fit, qualities=QUALITIES))
+        curve = curve_of(codec, held_out)
+        gain = bjontegaard_rate(curve["bpp"], curve["psnr"], jpeg["bpp"], jpeg["psnr"], between=(0.15, 0.6))
+        points = "  ".join(f"{r:.3f}:{p:.2f}" for r, p in zip(curve["bpp"], curve["psnr"], strict=True))
+        print(f"  {steps} steps, {len(codec.tables.channels)} channels, against JPEG {gain:+.1f} %; {points}", flush=True)
+        rows.append({"variant": name, "steps": steps, "rate_against_jpeg": gain, **curve})
+        write_json(file, {"machine": describe_machine(torch.device("cpu")), "seconds": config.seconds, "rows": rows})
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_flags(Config, description="What makes an autoencoder compressible."))

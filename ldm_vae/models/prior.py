@@ -1,0 +1,65 @@
+"""The density that training assumes of quantised latents: what the codec's contexts will be, in differentiable form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LEAST_PROBABILITY = 1e-9
+"""Of an interval, so that what the prior rules out costs 30 bits and not infinitely many."""
+
+
+class CausalPrior(nn.Module):
+    """Each value is logistic around a linear prediction, as wide as its neighbours are large.
+
+    The neighbours are those that `ldm_vae.codec.contexts` decodes before it: W, N, NW and NE in its own channel, and
+    3 x 3 in each channel before. So training lowers the rate that the codec will have, and not that of a code without
+    contexts (Ballé et al. 2018, "Variational image compression with a scale hyperprior", equations 4 and 6, with
+    decoded neighbours in place of a hyperprior as in Minnen et al. 2018).
+
+    Args:
+        channels: C, latent channels, in the order of coding.
+        neighbours: False for a prior that knows each channel's mean and scale alone (Ballé et al. 2017).
+    """
+
+    def __init__(self, channels: int, *, neighbours: bool = True) -> None:
+        super().__init__()
+        self.neighbours = neighbours
+        self.mean = nn.Conv2d(channels, channels, 3, padding=1)
+        self.scale = nn.Conv2d(channels, channels, 3, padding=1)
+        self.scale_by_quality = nn.Parameter(torch.zeros(channels))
+        before = torch.tril(torch.ones(channels, channels), -1)[:, :, None, None].expand(-1, -1, 3, 3)
+        own = torch.eye(channels)[:, :, None, None] * torch.tensor([[1.0, 1, 1], [1, 0, 0], [0, 0, 0]])
+        self.register_buffer("mask", (before + own) * neighbours, persistent=False)
+        for convolution in (self.mean, self.scale):
+            nn.init.zeros_(convolution.weight)
+            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+
+    def forward(self, values: Tensor, quality: Tensor) -> Tensor:
+        """Nats (B, C, h, w) that it takes to code `values` rounded, from values with uniform noise in their place.
+
+        Args:
+            values: (B, C, h, w) latents in units of the quantiser's step.
+            quality: (B,) by which that step was multiplied.
+        """
+        with torch.autocast(values.device.type, enabled=False):
+            v = values.float()
+            width = self.scale.bias + self.scale_by_quality * quality.float().log()[:, None]
+            mean = functional.conv2d(v, self.mean.weight * self.mask, self.mean.bias, padding=1)
+            spread = functional.conv2d(v.abs(), self.scale.weight * self.mask, None, padding=1)
+            scale = functional.softplus(spread + width[:, :, None, None]) + 0.02
+            return interval_nats(v - mean, scale)
+
+
+def interval_nats(distance: Tensor, scale: Tensor) -> Tensor:
+    """-log of a logistic density's integral over [distance - 1/2, distance + 1/2]."""
+    near = -distance.abs()  # the tail where both sides of the difference are small, and so exact
+    probability = torch.sigmoid((near + 0.5) / scale) - torch.sigmoid((near - 0.5) / scale)
+    return -probability.clamp(min=LEAST_PROBABILITY).log()
+
+
+STEP_LOGVAR = -math.log(12.0)
+"""Log-variance of uniform noise of width 1: the posterior's, where the quantiser's step is 1."""

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm_vae import cli
+from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.tables import load_tables
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
+    """A run directory with a VAE, and with tables that the command made."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(
+        latent_channels=4, block_out_channels=(16,), encoder_layers_per_block=(1,), decoder_layers_per_block=(1,)
+    )
+    with torch.no_grad():
+        vae.encoder.conv_out.bias[4:] = -5.0
+    vae.save_pretrained(folder / "vae")
+    cli.main(["fit-codec", "--vae", str(folder), "--data", str(photos), "--num-images", "5", "--qualities", "0.5", "1"])
+    return folder
+
+
+@pytest.fixture
+def image(photos: Path) -> Path:
+    return sorted(photos.rglob("*.png"))[0]
+
+
+def run(*words: object) -> None:
+    cli.main([str(w) for w in words])
+
+
+def fails(capsys: pytest.CaptureFixture, *words: object) -> str:
+    """The one line that a command which cannot work prints, with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run(*words)
+    assert exit_.value.code == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    return said[0]
+
+
+def test_a_file_goes_there_and_back(model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    small, back = tmp_path / "a.ldi", tmp_path / "a.png"
+    run("compress", image, small, "--model", model, "--quality", 0.5)
+    run("decompress", small, back, "--model", model)
+    codec = LatentCodec.from_pretrained(str(model))
+    expected = codec.decompress(codec.compress(Image.open(image), quality=0.5))
+    assert np.array_equal(np.asarray(Image.open(back)), np.asarray(expected))
+    run("decompress", small, tmp_path / "part.bmp", "--model", model, "--region", 3, 4, 20, 10)
+    assert Image.open(tmp_path / "part.bmp").size == (20, 10)
+    capsys.readouterr()
+    run("info", small)
+    said = capsys.readouterr().out
+    assert "72 x 60 pixels" in said
+    assert f"({small.stat().st_size} bytes)" in said
+    assert codec.weights.hex() in said
+
+
+def test_tables_are_written_beside_the_model_or_with_a_copy_of_it(model: Path, photos: Path, tmp_path: Path) -> None:
+    assert load_tables(model / "codec").qualities == (128, 256)
+    run("fit-codec", "--vae", model, "--data", photos, "--output", tmp_path / "copy", "--num-images", 2)
+    assert len(load_tables(tmp_path / "copy" / "codec").qualities) == 7
+    LatentCodec.from_pretrained(str(tmp_path / "copy"))
+
+
+def test_targets_are_met(model: Path, image: Path, tmp_path: Path) -> None:
+    run("compress", image, tmp_path / "fine.ldi", "--model", model, "--quality", 0.6)
+    bpp = 8 * (tmp_path / "fine.ldi").stat().st_size / (72 * 60)
+    run("compress", image, tmp_path / "met.ldi", "--model", model, "--target-bpp", bpp)
+    assert (tmp_path / "met.ldi").stat().st_size <= (tmp_path / "fine.ldi").stat().st_size
+
+
+def test_a_folder_goes_there_and_back_on_two_workers(model: Path, photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "in")
+    first = sorted((tmp_path / "in").rglob("*.png"))[0]
+    shutil.copy(first, first.with_suffix(".bmp"))  # differs from another in its extension alone
+    command = [sys.executable, "-m", "ldm_vae.cli"]
+    there = ["compress", tmp_path / "in", tmp_path / "small", "--model", model, "--workers", "2"]
+    done = subprocess.run([*command, *map(str, there)], capture_output=True, text=True, check=True)
+    assert "13 of 13 files done" in done.stderr
+    run("compress", tmp_path / "in", tmp_path / "alone", "--model", model, "--workers", 1)
+    files = sorted(p.relative_to(tmp_path / "small") for p in (tmp_path / "small").rglob("*.ldi"))
+    assert len(files) == 13
+    assert {f"{first.name}.ldi", f"{first.stem}.bmp.ldi"} <= {f.name for f in files}
+    for file in files:
+        assert (tmp_path / "small" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+    run("decompress", tmp_path / "small", tmp_path / "back", "--model", model, "--workers", 1)
+    assert len(list((tmp_path / "back").rglob("*.png"))) == 13
+
+
+def test_a_folder_goes_on_where_it_stopped_and_past_bad_files(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(photos, tmp_path / "in")
+    (tmp_path / "in" / "bad.jpg").write_bytes(b"nothing")
+    words = ("compress", tmp_path / "in", tmp_path / "out", "--model", model, "--workers", 1)
+    assert "1 of 13 files could not be done" in fails(capsys, *words)
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.ldi")}
+    assert len(times) == 12
+    assert "1 of 1 files" in fails(capsys, *words)  # the others are there
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+
+
+def test_standard_input_and_output(model: Path, image: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ldm_vae.cli"]
+    words = ["--model", str(model)]
+    made = subprocess.run(
+        [*command, "compress", "-", "-", *words], input=image.read_bytes(), capture_output=True, check=True
+    )
+    back = subprocess.run([*command, "decompress", "-", "-", *words], input=made.stdout, capture_output=True, check=True)
+    run("compress", image, tmp_path / "a.ldi", *words)
+    assert made.stdout == (tmp_path / "a.ldi").read_bytes()
+    assert back.stdout.startswith(b"\x89PNG")
+
+
+def test_salvage_writes_what_is_whole_and_says_the_rest(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    Image.new("RGB", (530, 40), (200, 100, 50)).save(tmp_path / "a.png")
+    run("compress", tmp_path / "a.png", tmp_path / "a.ldi", "--model", model)
+    (tmp_path / "a.ldi").write_bytes((tmp_path / "a.ldi").read_bytes()[:-1])
+    words = ("decompress", tmp_path / "a.ldi", tmp_path / "b.png", "--model", model)
+    assert "ends after" in fails(capsys, *words)
+    assert not (tmp_path / "b.png").exists()
+    assert "tile 1" in fails(capsys, *words, "--salvage")
+    assert Image.open(tmp_path / "b.png").getpixel((520, 10)) == (255, 0, 255)
+
+
+def test_what_cannot_work_is_said_in_one_line(
+    model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LDM_VAE_MODEL", raising=False)
+    out = tmp_path / "x.ldi"
+    compress = ("compress", image, out)
+    assert "no --model" in fails(capsys, *compress, "--model", "")
+    assert "no such model" in fails(capsys, *compress, "--model", tmp_path / "nowhere")
+    bare = tmp_path / "bare"
+    shutil.copytree(model / "vae", bare)
+    assert "fit-codec" in fails(capsys, *compress, "--model", bare)
+    with_model = ("--model", model)
+    assert "No such file" in fails(capsys, "compress", tmp_path / "no.png", out, *with_model)
+    assert "give one of" in fails(capsys, *compress, *with_model, "--target-bpp", 1, "--target-psnr", 30)
+    assert "cannot be reached" in fails(capsys, *compress, *with_model, "--target-psnr", 99)
+    assert "quality" in fails(capsys, *compress, *with_model, "--quality", 0)
+    assert "no folder" in fails(capsys, "compress", image, tmp_path / "no" / "x.ldi", *with_model)
+    assert "is a folder" in fails(capsys, "compress", image, tmp_path, *with_model)
+    assert "workers" in fails(capsys, *compress, *with_model, "--workers", -1)
+    assert not out.exists()
+    run(*compress, *with_model)
+    assert "there already" in fails(capsys, *compress, *with_model)
+    assert "begins otherwise" in fails(capsys, "decompress", image, tmp_path / "y.png", *with_model)
+    assert "begins otherwise" in fails(capsys, "info", image)
+    assert "not within" in fails(capsys, "decompress", out, tmp_path / "y.png", *with_model, "--region", 0, 0, 99, 9)
+    assert "limit" in fails(capsys, "decompress", out, tmp_path / "y.png", *with_model, "--max-side", 10)
+    assert "name an image file" in fails(capsys, "decompress", out, tmp_path / "y", *with_model)
+    assert "no such files" in fails(capsys, "decompress", image.parent, tmp_path / "z", *with_model)
+    assert "inside the input" in fails(capsys, "compress", image.parent, image.parent / "z", *with_model)
+    assert "standard output" in fails(capsys, "compress", image.parent, "-", *with_model)
+    fit = ("fit-codec", "--vae", model, "--data", image.parent)
+    assert "num-images" in fails(capsys, *fit, "--num-images", 0)
+    assert "--output" in fails(capsys, "fit-codec", "--vae", "owner/name", "--data", image.parent)
+    assert not (tmp_path / "y.png").exists()
