@@ -160,3 +160,29 @@ def test_precision_and_recall_do_not_depend_on_how_many_rows_go_at_once(monkeypa
     assert 0 < whole[0] < 1
     monkeypatch.setattr(metrics, "DISTANCE_ROWS", 7)
     assert metrics.precision_recall(a, b) == whole
+
+
+def test_bjontegaard_rate_of_curves_that_are_a_factor_apart() -> None:
+    rates, fidelities = np.array([0.1, 0.2, 0.4, 0.8]), np.array([26.0, 28.5, 31.0, 34.0])
+    assert metrics.bjontegaard_rate(0.6 * rates, fidelities, rates, fidelities) == pytest.approx(-40)
+    assert metrics.bjontegaard_rate(1.25 * rates[::-1], fidelities[::-1], rates, fidelities) == pytest.approx(25)
+    within = metrics.bjontegaard_rate(0.6 * rates, fidelities, rates, fidelities, between=(0.15, 0.6))
+    assert within == pytest.approx(-40)
+
+
+def test_bjontegaard_rate_is_the_mean_over_the_fidelities_that_both_reach() -> None:
+    """Straight lines of log-rate: their mean distance, by hand."""
+    fidelities = np.linspace(20, 30, 6)
+    reference = np.exp(0.2 * fidelities)
+    steeper = np.exp(0.25 * fidelities - 1.0)
+    assert metrics.bjontegaard_rate(steeper, fidelities, reference, fidelities) == pytest.approx(100 * (np.exp(0.25) - 1), rel=1e-3)
+    low, high = float(np.exp(0.2 * 22)), float(np.exp(0.2 * 26))
+    limited = metrics.bjontegaard_rate(steeper, fidelities, reference, fidelities, between=(low, high))
+    first, last = max(22, (np.log(low) + 1) / 0.25), min(26, (np.log(high) + 1) / 0.25)
+    expected = 0.05 * (first + last) / 2 - 1
+    assert limited == pytest.approx(100 * (np.exp(expected) - 1), abs=0.1)
+
+
+def test_bjontegaard_rate_of_curves_that_share_nothing_is_not_a_number() -> None:
+    assert np.isnan(metrics.bjontegaard_rate([1, 2], [20, 21], [1, 2], [30, 31]))
+    assert np.isnan(metrics.bjontegaard_rate([1], [20], [1, 2], [20, 31]))
