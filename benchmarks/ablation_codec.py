@@ -33,9 +33,9 @@ from ldm_vae.errors import one_line_errors
 from ldm_vae.files import check_writable, write_json
 from ldm_vae.metrics import bjontegaard_rate
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.models.pretrained import encode_moments, posterior_of
 from ldm_vae.models.prior import STEP_LOGVAR, CausalPrior
 from ldm_vae.objectives.losses import kl_per_pixel
-from ldm_vae.models.pretrained import encode_moments, posterior_of
 from ldm_vae.timing import describe_machine
 
 QUALITIES = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
@@ -165,9 +165,9 @@ def curve_of(codec: LatentCodec, photos: list[Pixels]) -> dict[str, list[float]]
     curve: dict[str, list[float]] = {"bpp": [], "psnr": []}
     for quality in QUALITIES:
         files = [codec.compress(p, quality=quality) for p in photos]
-        curve["bpp"].append(np.mean([8 * len(f) / p[:, :, 0].size for f, p in zip(files, photos, strict=True)]))
+        curve["bpp"].append(float(np.mean([8 * len(f) / p[:, :, 0].size for f, p in zip(files, photos, strict=True)])))
         decoded = [codec.decompress_picture(f).pixels for f in files]
-        curve["psnr"].append(np.mean([psnr_of(p, d) for p, d in zip(photos, decoded, strict=True)]))
+        curve["psnr"].append(float(np.mean([psnr_of(p, d) for p, d in zip(photos, decoded, strict=True)])))
     return curve
 
 
@@ -180,8 +180,8 @@ def jpeg_curve(photos: list[Pixels]) -> dict[str, list[float]]:
             Image.fromarray(photo).save(file, "JPEG", quality=quality, optimize=True, subsampling=2)
             rates.append(8 * len(file.getvalue()) / photo[:, :, 0].size)
             fidelities.append(psnr_of(photo, np.asarray(Image.open(file))))
-        curve["bpp"].append(np.mean(rates))
-        curve["psnr"].append(np.mean(fidelities))
+        curve["bpp"].append(float(np.mean(rates)))
+        curve["psnr"].append(float(np.mean(fidelities)))
     return curve
 
 
@@ -200,7 +200,9 @@ def main(config: Config) -> None:
         curve = curve_of(codec, held_out)
         gain = bjontegaard_rate(curve["bpp"], curve["psnr"], jpeg["bpp"], jpeg["psnr"], between=(0.15, 0.6))
         points = "  ".join(f"{r:.3f}:{p:.2f}" for r, p in zip(curve["bpp"], curve["psnr"], strict=True))
-        print(f"  {steps} steps, {len(codec.tables.channels)} channels, against JPEG {gain:+.1f} %; {points}", flush=True)
+        print(
+            f"  {steps} steps, {len(codec.tables.channels)} channels, against JPEG {gain:+.1f} %; {points}", flush=True
+        )
         rows.append({"variant": name, "steps": steps, "rate_against_jpeg": gain, **curve})
         write_json(file, {"machine": describe_machine(torch.device("cpu")), "seconds": config.seconds, "rows": rows})
 

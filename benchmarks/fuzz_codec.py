@@ -1,4 +1,4 @@
-"""Mutate compressed files and decode them: an error of ours, or what the bytes say; never a crash, hang or large memory.
+"""Mutate compressed files and decode them: an error of ours, or what the bytes say; never a crash or a hang.
 
 python benchmarks/fuzz_codec.py [--count 100000 --seed 0]
 
@@ -107,7 +107,7 @@ def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[st
     whole = [codec.decompress_picture(f) for f in files]
     outcome: dict[str, Any] = {"wrong": [], "crashed": [], "slow": [], "refused": 0, "past the checksums": 0}
     reasons: Counter[str] = Counter()
-    for i in range(count):
+    for _ in range(count):
         which = int(rng.integers(len(files)))
         honest = bool(rng.random() < 0.5)  # checksums as they were
         data = mutate(files[which], files, rng) if honest else mutate_inside(files[which], rng)

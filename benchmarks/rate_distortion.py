@@ -2,8 +2,8 @@
 
 python benchmarks/rate_distortion.py --codec RUN_OR_MODEL [--codec ...] --data PATH --output DIR
 
-Every codec compresses every image, as uint8 RGB at its own size, at each of its settings. Bits per pixel are those of the
-whole file, container and all. PSNR is over all RGB values of an image. Curves are means over images; Bjøntegaard
+Every codec compresses every image, as uint8 RGB at its own size, at each of its settings. Bits per pixel are those of
+the whole file, container and all. PSNR is over all RGB values of an image. Curves are means over images; Bjøntegaard
 differences are given for the mean curve, and as the mean over images with its 95 % interval.
 """
 
@@ -38,9 +38,22 @@ from ldm_vae.timing import describe_machine, peak_memory_of
 
 Row = dict[str, Any]
 Other = Literal[
-    "jpeg-420", "jpeg-444", "webp", "avif-420", "avif-444", "avif-420-slowest", "avif-444-slowest", "jpeg2000", "jpeg-xl"
+    "jpeg-420",
+    "jpeg-444",
+    "webp",
+    "avif-420",
+    "avif-444",
+    "avif-420-slowest",
+    "avif-444-slowest",
+    "jpeg2000",
+    "jpeg-xl",
 ]
-METRICS = {"psnr": "PSNR (dB)", "ms_ssim_db": "MS-SSIM (dB)", "ssimulacra2": "SSIMULACRA2", "lpips_alex": "LPIPS (AlexNet)"}
+METRICS = {
+    "psnr": "PSNR (dB)",
+    "ms_ssim_db": "MS-SSIM (dB)",
+    "ssimulacra2": "SSIMULACRA2",
+    "lpips_alex": "LPIPS (AlexNet)",
+}
 """ms_ssim_db: -10 log10(1 - MS-SSIM), which spreads the values near 1."""
 
 
@@ -90,7 +103,8 @@ def pillow_codec(name: str) -> Codec | None:
     """None for one that this Pillow cannot write."""
     jpeg = (5, 8, 12, 17, 23, 30, 40, 50, 60, 70, 80)
     avif = (20, 30, 38, 45, 52, 60, 68, 76)
-    kind, options = name.split("-")[0], {}
+    kind = name.split("-")[0]
+    options: dict[str, Any] = {}
     settings: Sequence[Any] = jpeg
     key = "quality"
     match kind:
@@ -114,7 +128,7 @@ def pillow_codec(name: str) -> Codec | None:
     available = {"webp": "webp", "avif": "avif", "jpeg2000": "jpg_2000"}.get(kind)
     if available and not features.check(available):
         return None
-    encode = partial(by_pillow, kind=kind.upper(), key=key, **options)
+    encode: Callable[[Pixels, Any], bytes] = partial(by_pillow, kind=kind.upper(), key=key, **options)
     return Codec(name=name, settings=settings, encode=encode, decode=open_by_pillow)
 
 
@@ -215,7 +229,9 @@ def table(rows: dict[str, list[Row]], differences: dict[str, dict[str, dict[str,
         for reference in references:
             for metric in metrics:
                 d = found[reference][metric]
-                cells.append("-" if name == reference else f"{d['of_means']:+.1f} % [{d['low']:+.0f}, {d['high']:+.0f}]")
+                cells.append(
+                    "-" if name == reference else f"{d['of_means']:+.1f} % [{d['low']:+.0f}, {d['high']:+.0f}]"
+                )
         for key in ("encode_seconds", "decode_seconds"):
             cells.append(f"{1e3 * float(np.median([r[key] for r in rows[name]])):.0f}")
         peak = memory[name]
@@ -282,6 +298,11 @@ def gallery(codecs: list[Codec], images: dict[str, Pixels], rows: dict[str, list
     return labelled_rows(lines)
 
 
+def there_and_back(codec: Codec, pixels: Pixels) -> Pixels:
+    """At the middle setting."""
+    return codec.decode(codec.encode(pixels, codec.settings[len(codec.settings) // 2]))
+
+
 def find_lpips() -> PerceptualLoss | None:
     """LPIPS with its pretrained backbone, when that is at hand."""
     try:
@@ -303,14 +324,9 @@ def main(config: Config) -> None:
     images, lpips = load_images(config), find_lpips()
     rows = {codec.name: measure(codec, images, lpips) for codec in codecs}
     largest = max(images.values(), key=lambda p: p.size)
-    memory = {
-        c.name: peak_memory_of(
-            lambda c=c: c.decode(c.encode(largest, c.settings[len(c.settings) // 2])), device=torch.device("cpu")
-        )
-        for c in codecs
-    }
+    memory = {c.name: peak_memory_of(partial(there_and_back, c, largest), device=torch.device("cpu")) for c in codecs}
     metrics = [m for m in METRICS if m != "lpips_alex" or lpips is not None]
-    references = [r for r in ("jpeg-420", "webp", "avif-420") if r in rows] or [codecs[0].name]
+    references: list[str] = [r for r in ("jpeg-420", "webp", "avif-420") if r in rows] or [codecs[0].name]
     differences = {
         name: {r: {m: difference(found, rows[r], m, config.between) for m in metrics} for r in references}
         for name, found in rows.items()

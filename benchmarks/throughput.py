@@ -99,6 +99,7 @@ def training_state(vae: Any, objective: Objective, accelerator: Accelerator) -> 
         ema=EMAModel(vae.parameters(), foreach=True),
         optimizers=optimizers,
         adaptive_weight=torch.ones((), device=accelerator.device),
+        kl_weight=torch.tensor(objective.kl_weight, device=accelerator.device),
         bare=bare,
     )
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -191,7 +191,7 @@ def outcomes(
     """Each job with what went wrong, None for nothing, as they are done."""
     if workers <= 1:
         for job in jobs:
-            yield job, said_by(lambda job=job: act(job))  # type: ignore[misc]
+            yield job, said_by(partial(act, job))
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures: dict[Future[str | None], Command] = {pool.submit(in_worker, act, job): job for job in jobs}
@@ -223,7 +223,9 @@ def pairs_of(source: Path, target: Path, *, inputs: Callable[[str], bool], exten
     ]
 
 
-def transfer(act: Callable[[Any], str | None], command: Command, *, inputs: Callable[[str], bool], extension: str) -> None:
+def transfer(
+    act: Callable[[Any], str | None], command: Command, *, inputs: Callable[[str], bool], extension: str
+) -> None:
     if command.workers < 0:
         raise ConfigError(f"--workers is {command.workers}: it must not be negative")
     if command.input != STREAM and Path(command.input).is_dir():

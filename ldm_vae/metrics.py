@@ -111,9 +111,9 @@ def bjontegaard_rate(
         x, y = np.asarray(f, float)[order], np.log(np.asarray(r, float)[order])
         if len(x) < 2 or (np.diff(x) <= 0).any():
             return math.nan
-        curves.append((x, y, PchipInterpolator(x, y)))
+        curves.append((x, PchipInterpolator(x, y)))
     lows, highs = [], []
-    for x, y, curve in curves:
+    for x, curve in curves:
         grid = np.linspace(x[0], x[-1], 4001)
         rate = np.exp(curve(grid))
         inside = grid[(rate >= between[0]) & (rate <= between[1])]
@@ -124,7 +124,7 @@ def bjontegaard_rate(
     low, high = max(lows), min(highs)
     if low >= high:
         return math.nan
-    means = [curve.integrate(low, high) / (high - low) for _, _, curve in curves]
+    means = [curve.integrate(low, high) / (high - low) for _, curve in curves]
     return float(100 * (math.exp(means[0] - means[1]) - 1))
 
 

@@ -45,6 +45,7 @@ class LdiImageFile(ImageFile.ImageFile):
     format, format_description = FORMAT, "Latents of an autoencoder"
 
     def _open(self) -> None:
+        assert self.fp is not None
         self.data = self.fp.read()
         try:
             header = (contents := bitstream.unpack(self.data)).header

@@ -119,7 +119,9 @@ def test_standard_input_and_output(model: Path, image: Path, tmp_path: Path) -> 
     made = subprocess.run(
         [*command, "compress", "-", "-", *words], input=image.read_bytes(), capture_output=True, check=True
     )
-    back = subprocess.run([*command, "decompress", "-", "-", *words], input=made.stdout, capture_output=True, check=True)
+    back = subprocess.run(
+        [*command, "decompress", "-", "-", *words], input=made.stdout, capture_output=True, check=True
+    )
     run("compress", image, tmp_path / "a.ldi", *words)
     assert made.stdout == (tmp_path / "a.ldi").read_bytes()
     assert back.stdout.startswith(b"\x89PNG")

@@ -175,7 +175,9 @@ def test_bjontegaard_rate_is_the_mean_over_the_fidelities_that_both_reach() -> N
     fidelities = np.linspace(20, 30, 6)
     reference = np.exp(0.2 * fidelities)
     steeper = np.exp(0.25 * fidelities - 1.0)
-    assert metrics.bjontegaard_rate(steeper, fidelities, reference, fidelities) == pytest.approx(100 * (np.exp(0.25) - 1), rel=1e-3)
+    assert metrics.bjontegaard_rate(steeper, fidelities, reference, fidelities) == pytest.approx(
+        100 * (np.exp(0.25) - 1), rel=1e-3
+    )
     low, high = float(np.exp(0.2 * 22)), float(np.exp(0.2 * 26))
     limited = metrics.bjontegaard_rate(steeper, fidelities, reference, fidelities, between=(low, high))
     first, last = max(22, (np.log(low) + 1) / 0.25), min(26, (np.log(high) + 1) / 0.25)

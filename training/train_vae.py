@@ -34,10 +34,12 @@ from ldm_vae.models.pretrained import (
     channels_of,
     check_resolution,
     is_variational,
+    latent_channels_of,
     load_autoencoder,
     reconstruct,
     stride_of,
 )
+from ldm_vae.models.prior import CausalPrior
 from ldm_vae.objectives import perceptual
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
 from ldm_vae.pictures import reconstruction_grid, validation_images
@@ -77,6 +79,22 @@ def preset(architecture: str, **changes: Any) -> Config:
     return Config(architecture=architecture, **changes)
 
 
+def codec_preset(architecture: str, *, target_bpp: float) -> Config:
+    """Squared error and rate alone: what the codec's curves are measured by."""
+    return preset(
+        architecture,
+        prior="causal",
+        reconstruction="l2",
+        kl_weight=0.008,
+        target_bpp=target_bpp,
+        perceptual="none",
+        adversarial="none",
+        resolution=64,
+        batch_size=16,
+        learning_rate=1e-3,
+    )
+
+
 PRESETS = {
     "demo": (
         "minutes on two CPU cores, every loss on",
@@ -102,6 +120,12 @@ PRESETS = {
     "f8c8": ("stride 8, 8 channels", preset("f8c8")),
     "f16c16": ("stride 16, 16 channels", preset("f16c16")),
     "f4c3": ("stride 4, 3 channels: near-lossless latents", preset("f4c3")),
+    "f8c8-codec": ("8 channels for the codec, low rates", codec_preset("f8c8-codec", target_bpp=0.12)),
+    "f8c32-codec": (
+        "32 channels for the codec, 0.15 to 0.8 bits per pixel",
+        codec_preset("f8c32-codec", target_bpp=0.3),
+    ),
+    "f16c64-codec": ("stride 16, 64 channels for the codec", codec_preset("f16c64-codec", target_bpp=0.2)),
     "f8c4-large": (
         "stride 8, 4 channels, about the parameters of Stable Diffusion's VAE, for GPUs",
         preset("f8c4-large", learning_rate=1e-4, disc_learning_rate=1e-4),
@@ -117,6 +141,12 @@ def validate(config: Config, num_processes: int) -> None:
         at_least_1=("resolution", "shorter_side", "channels"),
         at_least_0=("cache_gib", "disc_start", "kl_weight", "lpips_weight", "adversarial_weight"),
     )
+    if config.target_bpp is not None and (config.target_bpp <= 0 or config.kl_weight <= 0):
+        raise ConfigError("--target-bpp steers --kl-weight: both must be more than 0")
+    if not 0 < config.quality_range[0] <= config.quality_range[1] < math.inf:
+        raise ConfigError(f"--quality-range is {config.quality_range}: it must be two ascending numbers above 0")
+    if config.prior == "causal" and config.kl_weight <= 0:
+        raise ConfigError("--prior causal needs a rate that counts: add --kl-weight, such as 0.008")
     if not 0 < config.disc_learning_rate < math.inf:
         raise ConfigError(f"--disc-learning-rate is {config.disc_learning_rate}: it must be more than 0")
     if config.perceptual != "none" and config.resolution < perceptual.SMALLEST_IMAGE[config.lpips_backbone]:
@@ -157,7 +187,13 @@ def build(config: Config, accelerator: Accelerator) -> State:
             parameter.requires_grad_(not name.startswith(("encoder.", "quant_conv.")))
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    bare = TrainableVAE(vae, config.learned_logvar).to(accelerator.device).to(memory_format=torch.channels_last).train()
+    prior = None
+    if config.prior == "causal":
+        if not isinstance(vae, PatchAutoencoderKL) or config.train == "decoder":
+            raise ConfigError("--prior causal trains the whole of a PatchAutoencoderKL: leave out --init or --train")
+        prior = CausalPrior(latent_channels_of(vae))
+    bare = TrainableVAE(vae, config.learned_logvar, prior)
+    bare = bare.to(accelerator.device).to(memory_format=torch.channels_last).train()
     if config.compile:
         vae.compile_repeated_blocks()
     discriminator = lpips = None
@@ -189,6 +225,7 @@ def build(config: Config, accelerator: Accelerator) -> State:
         ema=EMAModel(vae.parameters(), decay=config.ema_decay, foreach=True),
         optimizers=optimizers,
         adaptive_weight=torch.zeros((), device=accelerator.device),
+        kl_weight=torch.tensor(config.kl_weight, device=accelerator.device),
         bare=bare,
     )
 
@@ -261,7 +298,8 @@ def main(config: Config) -> None:
             loop.finish(healthy=result.healthy, waited=result.waited, bad_images=result.bad_images)
             if loop.logging:
                 present = {"adaptive_weight": float(state.adaptive_weight), "learning_rate": rates["vae"]}
-                loop.log_step(result.metrics(accelerator) | present)
+                present |= {"kl_weight": float(state.kl_weight)}
+                loop.log_step(result.metrics(accelerator, fixed_deviation=config.prior == "causal") | present)
             if loop.drawing and run.main:
                 metrics = draw(run, state, val_images, step=loop.step, accelerator=accelerator)
                 loop.log(metrics | {"seconds": loop.facts["seconds"]})

@@ -1,7 +1,7 @@
 """LatentCodec: pictures to bytes and back through an autoencoder, and how its tables are fitted.
 
-compress: picture -> posterior mean -> int32 symbols -> tiles of bytes -> file; decompress goes the same way back. Floats
-end at `quantise`: which bytes are written for given symbols, and read for given bytes, is integers alone.
+compress: picture -> posterior mean -> int32 symbols -> tiles of bytes -> file; decompress goes the same way back.
+Floats end at `quantise`: which bytes are written for given symbols, and read for given bytes, is integers alone.
 """
 
 from __future__ import annotations

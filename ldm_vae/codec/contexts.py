@@ -2,7 +2,7 @@
 
 A symbol is predicted by a linear combination of its taps, decoded neighbours in its own channel and in those before it;
 a second combination, of their magnitudes, says how far off the prediction may be (the idea of CALIC, Wu & Memon 1997).
-What is coded is the rest, by the table of (channel, activity, phase of the prediction). docs/file-format.md specifies it.
+What is coded is the rest, by the table of (channel, activity, phase of the prediction). docs/file-format.md has it all.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def choose_taps(volumes: Sequence[Integers]) -> list[tuple[Integers, Integers, I
     for volume in volumes:
         rows = shifted(np.clip(volume, -MAGNITUDE, MAGNITUDE))
         off = np.stack([predicted(rows, c, *means[c]) for c in range(channels)]) - rows[:, 0]
-        large = np.concatenate([np.abs(rows).reshape(channels * width, -1), np.ones((1, rows.shape[2]), np.float32)])
+        large = np.concatenate([np.abs(rows).reshape(channels * width, -1), np.ones((1, rows.shape[-1]), np.float32)])
         magnitudes += large @ large.T
         distances += large @ np.abs(off).T
     chosen = []

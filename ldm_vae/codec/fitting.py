@@ -57,7 +57,9 @@ def fit_tables(
     def symbols(channels: Sequence[int], quality: int) -> list[np.ndarray[Any, Any]]:
         steps = quality / QUALITY_ONE * math.sqrt(12) * sigma[list(channels)]
         centre = latents_mean[list(channels)]
-        return [np.rint((m[list(channels)] - centre[:, None, None]) / steps[:, None, None]).astype(np.int64) for m in means]
+        return [
+            np.rint((m[list(channels)] - centre[:, None, None]) / steps[:, None, None]).astype(np.int64) for m in means
+        ]
 
     every = range(len(sigma))
     finest = np.concatenate([s.reshape(len(s), -1) for s in symbols(every, fixed[0])], axis=1)

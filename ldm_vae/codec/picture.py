@@ -36,7 +36,7 @@ class Picture:
         """L, LA, RGB, RGBA, or I;16. Raises ConfigError for what PIL has no mode for: then take `whole()`."""
         values = self.whole()
         channels = values.shape[2]
-        if values.dtype == np.uint16 and channels > 1 or channels > 4:
+        if (values.dtype == np.uint16 and channels > 1) or channels > 4:
             raise ConfigError(f"PIL has no images of {channels} channels with {values.dtype.itemsize * 8} bits")
         image = Image.fromarray(values[:, :, 0] if channels == 1 else values)
         image.info |= {k: v for k, v in (("icc_profile", self.icc), ("exif", self.exif)) if v}

@@ -116,7 +116,8 @@ def tables_from(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, 
     contexts = []
     for quality in config["qualities"]:
         given = {name: arrays[f"{quality}.{name}"].astype(np.int64) for name in ARRAYS}
-        contexts.append(Contexts(**given | {"frequencies": Frequencies(given["frequencies"])}))
+        frequencies = Frequencies(given.pop("frequencies"))
+        contexts.append(Contexts(**given, frequencies=frequencies))
     return Tables(
         vae=config["vae"],
         sigma=np.array(config["sigma"]),

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     FLIP = 6
     LABEL = 7
     VALIDATION = 8
+    QUALITY = 9
 
 
 def mix(value: int) -> int:

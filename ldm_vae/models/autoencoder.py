@@ -245,6 +245,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "decoder_layers_per_block": (1, 1, 2),
     },
     "f4c3": {"latent_channels": 3, "patch_size": 2},
+    "f8c8-codec": {"latent_channels": 8},
+    "f8c32-codec": {"latent_channels": 32},
+    "f16c64-codec": {
+        "latent_channels": 64,
+        "block_out_channels": (64, 128, 256),
+        "encoder_layers_per_block": (0, 1, 1),
+        "decoder_layers_per_block": (1, 1, 2),
+    },
     "f8c4-large": {
         "latent_channels": 4,
         "patch_size": 2,

@@ -12,6 +12,11 @@ LEAST_PROBABILITY = 1e-9
 """Of an interval, so that what the prior rules out costs 30 bits and not infinitely many."""
 
 
+LEAST_SCALE = 0.02
+STEP_LOGVAR = -math.log(12.0)
+"""Log-variance of uniform noise of width 1: the posterior's, where the quantiser's step is 1."""
+
+
 class CausalPrior(nn.Module):
     """Each value is logistic around a linear prediction, as wide as its neighbours are large.
 
@@ -25,18 +30,18 @@ class CausalPrior(nn.Module):
         neighbours: False for a prior that knows each channel's mean and scale alone (Ballé et al. 2017).
     """
 
+    mask: Tensor
+
     def __init__(self, channels: int, *, neighbours: bool = True) -> None:
         super().__init__()
         self.neighbours = neighbours
-        self.mean = nn.Conv2d(channels, channels, 3, padding=1)
-        self.scale = nn.Conv2d(channels, channels, 3, padding=1)
-        self.scale_by_quality = nn.Parameter(torch.zeros(channels))
+        self.mean_weight, self.spread_weight = (nn.Parameter(torch.zeros(channels, channels, 3, 3)) for _ in range(2))
+        self.mean_bias, self.spread_bias, self.spread_by_quality = (
+            nn.Parameter(torch.zeros(channels)) for _ in range(3)
+        )
         before = torch.tril(torch.ones(channels, channels), -1)[:, :, None, None].expand(-1, -1, 3, 3)
         own = torch.eye(channels)[:, :, None, None] * torch.tensor([[1.0, 1, 1], [1, 0, 0], [0, 0, 0]])
         self.register_buffer("mask", (before + own) * neighbours, persistent=False)
-        for convolution in (self.mean, self.scale):
-            nn.init.zeros_(convolution.weight)
-            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
 
     def forward(self, values: Tensor, quality: Tensor) -> Tensor:
         """Nats (B, C, h, w) that it takes to code `values` rounded, from values with uniform noise in their place.
@@ -47,10 +52,10 @@ class CausalPrior(nn.Module):
         """
         with torch.autocast(values.device.type, enabled=False):
             v = values.float()
-            width = self.scale.bias + self.scale_by_quality * quality.float().log()[:, None]
-            mean = functional.conv2d(v, self.mean.weight * self.mask, self.mean.bias, padding=1)
-            spread = functional.conv2d(v.abs(), self.scale.weight * self.mask, None, padding=1)
-            scale = functional.softplus(spread + width[:, :, None, None]) + 0.02
+            mean = functional.conv2d(v, self.mean_weight * self.mask, self.mean_bias, padding=1)
+            spread = functional.conv2d(v.abs(), self.spread_weight * self.mask, self.spread_bias, padding=1)
+            by_quality = self.spread_by_quality * quality.float().log()[:, None]  # (B, C)
+            scale = functional.softplus(spread + by_quality[:, :, None, None]) + LEAST_SCALE
             return interval_nats(v - mean, scale)
 
 
@@ -59,7 +64,3 @@ def interval_nats(distance: Tensor, scale: Tensor) -> Tensor:
     near = -distance.abs()  # the tail where both sides of the difference are small, and so exact
     probability = torch.sigmoid((near + 0.5) / scale) - torch.sigmoid((near - 0.5) / scale)
     return -probability.clamp(min=LEAST_PROBABILITY).log()
-
-
-STEP_LOGVAR = -math.log(12.0)
-"""Log-variance of uniform noise of width 1: the posterior's, where the quantiser's step is 1."""

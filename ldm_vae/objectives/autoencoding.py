@@ -15,8 +15,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ldm_vae.data.loader import Batch
-from ldm_vae.data.order import Stream, noise_at
+from ldm_vae.data.order import Stream, generator_at, noise_at
 from ldm_vae.models.pretrained import encode_moments, last_layer, latent_channels_of, posterior_of, stride_of
+from ldm_vae.models.prior import STEP_LOGVAR, CausalPrior
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.perceptual import Backbone
 from ldm_vae.objectives.step import StepConfig, averaged, parameters_of, set_learning_rate
@@ -42,22 +43,48 @@ class Objective(StepConfig):
     """The step from which the discriminator trains and counts."""
     learned_logvar: bool = False
     """Learn the scale of the reconstruction error instead of fixing it at 1."""
+    prior: Literal["normal", "causal"] = "normal"
+    """causal trains for the codec: the quantiser's noise for the posterior's, and the codec's rate for the KL."""
+    quality_range: tuple[float, float] = (0.5, 4.0)
+    """With the causal prior: qualities that a model is trained for, one drawn for each image."""
+    target_bpp: float | None = None
+    """Steer the weight of the rate (or KL) to so many bits per pixel, from --kl-weight on."""
 
 
 class TrainableVAE(nn.Module):
-    """The one forward pass that DDP wraps: encode, sample, decode, with the scale of the error beside it."""
+    """The one forward pass that DDP wraps: encode, sample, decode, with the scale of the error and the rate beside it.
 
-    def __init__(self, vae: Any, learned_logvar: bool) -> None:
+    With a prior, the posterior's deviation is that of uniform noise of width 1, everywhere and for good: a latent's
+    scale says how exactly it is kept.
+    """
+
+    def __init__(self, vae: Any, learned_logvar: bool, prior: CausalPrior | None = None) -> None:
         super().__init__()
         self.vae: Any = vae
+        self.prior = prior
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=learned_logvar)
+        if prior is not None:
+            channels = latent_channels_of(vae)
+            with torch.no_grad():  # no gradient reaches them, as only the mean is used
+                vae.encoder.conv_out.weight[channels:] = 0
+                vae.encoder.conv_out.bias[channels:] = STEP_LOGVAR
 
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, C, H, W), noise (B, c, h, w) -> reconstruction, moments (B, 2c, h, w), logvar."""
+    def forward(self, images: Tensor, noise: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W), normal noise (B, c, h, w), qualities (B,) -> reconstruction, moments, logvar, nats.
+
+        nats (B,): per pixel, of the posterior's KL, or of what the prior says to the codec's symbols.
+        """
         moments = encode_moments(self.vae, images)
         posterior = posterior_of(moments)
-        latents = posterior.mean + posterior.std * noise
-        return self.vae.decode(latents).sample, moments, self.logvar * 1
+        if self.prior is None:
+            latents = posterior.mean + posterior.std * noise
+            nats = posterior.kl()
+        else:
+            step = quality[:, None, None, None]
+            latents = posterior.mean + step * 0.5 * torch.erf(noise / math.sqrt(2))  # uniform in -step/2..step/2
+            nats = self.prior(latents / step, quality).sum(dim=(1, 2, 3))
+        nats_per_pixel = nats / (images.shape[-2] * images.shape[-1])
+        return self.vae.decode(latents).sample, moments, self.logvar * 1, nats_per_pixel
 
 
 @dataclass(kw_only=True)
@@ -70,11 +97,16 @@ class State:
     ema: EMAModel
     optimizers: dict[str, torch.optim.Optimizer]
     adaptive_weight: Tensor
+    kl_weight: Tensor
+    """Of the KL or rate; it changes where a rate is asked for."""
     bare: TrainableVAE
 
     def parts(self) -> dict[str, Any]:
         """Everything that a checkpoint holds."""
-        networks = {"vae": self.bare, "ema": self.ema, "adaptive_weight": self.adaptive_weight}
+        networks = {
+            **{"vae": self.bare, "ema": self.ema},
+            **{"adaptive_weight": self.adaptive_weight, "kl_weight": self.kl_weight},
+        }
         if self.discriminator is not None:
             networks["discriminator"] = getattr(self.discriminator, "module", self.discriminator)
         return networks | {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
@@ -91,6 +123,7 @@ class GeneratorStep:
     terms: dict[str, Tensor]
     reconstruction: Tensor
     moments: Tensor
+    nats_per_pixel: Tensor
     adversarial_gradient: Tensor | None
     """Of the adversarial loss, unweighted, at the decoder's last layer; None before `disc_start`."""
 
@@ -98,6 +131,7 @@ class GeneratorStep:
 def generator_step(
     images: Tensor,
     noise: Tensor,
+    quality: Tensor,
     state: State,
     config: Objective,
     *,
@@ -105,23 +139,26 @@ def generator_step(
     first: bool,
     accelerator: Accelerator,
 ) -> GeneratorStep:
-    """One forward of the wrapped VAE and its named loss terms. images: (B, C, H, W) in [-1, 1].
+    """One forward of the wrapped VAE and its named loss terms. images: (B, C, H, W) in [-1, 1], quality: (B,).
+
+    A step q times as wide makes q^2 times the error and has q^2 times the price of a bit (for squared errors at high
+    rates). Both terms are divided by q, so that no quality outweighs the others.
 
     `first`: whether this is the step's first micro-batch. Only then is the discriminator in training mode, in which
     spectral norm's power iteration advances: once a step, before anything is judged, however the batch is split.
     """
-    reconstruction, moments, logvar = state.vae(images, noise)
+    reconstruction, moments, logvar, nats = state.vae(images, noise, quality)
     scale = torch.exp(-logvar)
     terms: dict[str, Tensor] = {}
-    terms[config.reconstruction] = scale * losses.reconstruction_loss(reconstruction, images, config.reconstruction)
+    error = losses.reconstruction_loss(reconstruction, images, config.reconstruction, 1 / quality)
+    terms[config.reconstruction] = scale * error
     if state.lpips is not None:
         with accelerator.autocast():
             terms["lpips"] = scale * config.lpips_weight * state.lpips(reconstruction, images)
     if config.learned_logvar:
         terms["logvar"] = logvar
     if config.kl_weight > 0:
-        num_pixels = images.shape[-2] * images.shape[-1]
-        terms["kl"] = config.kl_weight * losses.kl_per_pixel(posterior_of(moments), num_pixels)
+        terms["kl"] = state.kl_weight * (quality * nats).mean()
     gradient = None
     if adversarial:
         assert state.discriminator is not None
@@ -131,7 +168,13 @@ def generator_step(
         judge.requires_grad_(True)
         gradient = torch.autograd.grad(loss, last_layer(state.bare.vae), retain_graph=True)[0]
         terms["adversarial"] = config.adversarial_weight * state.adaptive_weight * loss
-    return GeneratorStep(terms=terms, reconstruction=reconstruction, moments=moments, adversarial_gradient=gradient)
+    return GeneratorStep(
+        terms=terms,
+        reconstruction=reconstruction,
+        moments=moments,
+        nats_per_pixel=nats.detach().mean(),
+        adversarial_gradient=gradient,
+    )
 
 
 def discriminator_step(
@@ -160,13 +203,16 @@ class StepResult:
     def average(self, count: int) -> None:
         self.terms = {name: value / count for name, value in self.terms.items()}
 
-    def metrics(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over all processes; per-channel figures come from this step's last micro-batch."""
+    def metrics(self, accelerator: Accelerator, *, fixed_deviation: bool = False) -> dict[str, float]:
+        """Means over all processes; per-channel figures come from this step's last micro-batch.
+
+        `fixed_deviation`: the posterior's says nothing of how many bits a channel has.
+        """
         assert self.moments is not None
         posterior = posterior_of(self.moments)
         latents = posterior.mean.transpose(0, 1).flatten(1)  # (c, B * h * w)
         vectors = {"latents_mean": latents.mean(dim=1), "latents_square": latents.square().mean(dim=1)}
-        if "kl" in self.terms:
+        if "kl" in self.terms and not fixed_deviation:
             vectors["kl_bits"] = losses.kl_bits_per_channel(posterior)
         names = list(self.terms)
         values = torch.cat([torch.stack([self.terms[n].float() for n in names]), *vectors.values()])
@@ -210,12 +256,21 @@ def train_step(
         images = batch.images.to(accelerator.device, memory_format=torch.channels_last, non_blocking=True)
         shape = (latent_channels_of(vae), images.shape[-2] // stride_of(vae), images.shape[-1] // stride_of(vae))
         noise = torch.from_numpy(noise_at(config.seed, batch.positions, shape, Stream.POSTERIOR)).to(images.device)
+        quality = qualities_at(batch.positions, config).to(images.device)
         with accelerator.accumulate(*networks):
             done = generator_step(
-                images, noise, state, config, adversarial=adversarial, first=micro == 0, accelerator=accelerator
+                images,
+                noise,
+                quality,
+                state,
+                config,
+                adversarial=adversarial,
+                first=micro == 0,
+                accelerator=accelerator,
             )
             accelerator.backward(sum(done.terms.values()))
             result.add(done.terms)
+            result.add({"bits_per_pixel": done.nats_per_pixel / math.log(2)})
             result.moments = done.moments.detach()
             if adversarial:
                 assert done.adversarial_gradient is not None
@@ -246,4 +301,25 @@ def train_step(
         state.ema.step(state.bare.vae.parameters())
         if adversarial:
             state.adaptive_weight.copy_(adaptive_weight)
+        if config.target_bpp is not None:
+            rate = accelerator.reduce(result.terms["bits_per_pixel"], "mean")
+            state.kl_weight.mul_(steering(rate, config.target_bpp))
     return result
+
+
+STEERING = 0.01
+"""How much a weight changes in a step, at most: it takes some hundred steps to find its place, and then is still."""
+
+
+def steering(rate: Tensor, target: float) -> Tensor:
+    """By what to multiply the rate's weight: more than 1 where the rate is above its target."""
+    return torch.exp(STEERING * torch.log(rate / target).clamp(-1, 1))
+
+
+def qualities_at(positions: list[int], config: Objective) -> Tensor:
+    """The quality of each image (B,): log-uniform in the range, by (seed, position); 1 without the causal prior."""
+    if config.prior == "normal":
+        return torch.ones(len(positions))
+    shares = [generator_at(config.seed, p, Stream.QUALITY).random() for p in positions]
+    low, high = (math.log(q) for q in config.quality_range)
+    return torch.tensor([math.exp(low + (high - low) * s) for s in shares])

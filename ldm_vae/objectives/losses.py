@@ -13,16 +13,22 @@ ReconstructionLoss = Literal["l1", "l2", "charbonnier"]
 AdversarialLoss = Literal["hinge", "non-saturating"]
 
 
-def reconstruction_loss(reconstruction: Tensor, images: Tensor, kind: ReconstructionLoss) -> Tensor:
-    """Mean over all values of images (B, C, H, W) in [-1, 1]; Charbonnier is sqrt(d^2 + 1e-6) (Lai et al. 2017)."""
+def reconstruction_loss(
+    reconstruction: Tensor, images: Tensor, kind: ReconstructionLoss, weights: Tensor | None = None
+) -> Tensor:
+    """Mean over all values of images (B, C, H, W) in [-1, 1]; Charbonnier is sqrt(d^2 + 1e-6) (Lai et al. 2017).
+
+    `weights` (B,) multiply the error of each image; 1 unless given.
+    """
     difference = reconstruction.float() - images.float()
     match kind:
         case "l1":
-            return difference.abs().mean()
+            errors = difference.abs()
         case "l2":
-            return difference.square().mean()
+            errors = difference.square()
         case "charbonnier":
-            return (difference.square() + 1e-6).sqrt().mean()
+            errors = (difference.square() + 1e-6).sqrt()
+    return errors.mean() if weights is None else (weights[:, None, None, None] * errors).mean()
 
 
 def kl_per_pixel(posterior: DiagonalGaussianDistribution, num_pixels: int) -> Tensor:

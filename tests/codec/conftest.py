@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from small_vae import make_vae
 
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.fitting import fit_tables
 from ldm_vae.data.sources import open_source
-from small_vae import make_vae
 
 
 @pytest.fixture(scope="session")
@@ -22,4 +22,8 @@ def photo() -> np.ndarray:
     y, x = np.mgrid[:80, :120]
     smooth = np.stack([y * 2, x * 2, 255 - x - y], axis=2)
     noise = np.random.default_rng(0).integers(0, 60, size=(80, 120, 3))
-    return np.where((x > 60)[:, :, None], smooth, (smooth + noise * (y % 16 < 8)[:, :, None])).clip(0, 255).astype(np.uint8)
+    return (
+        np.where((x > 60)[:, :, None], smooth, (smooth + noise * (y % 16 < 8)[:, :, None]))
+        .clip(0, 255)
+        .astype(np.uint8)
+    )

@@ -73,14 +73,17 @@ def test_a_cut_anywhere_is_an_error() -> None:
             unpack(FILE[:length])
 
 
+def read_all(data: bytes) -> list[bytes]:
+    contents = unpack(data)
+    return [contents.read(part) for part in (*contents.sections.values(), *contents.tiles)]
+
+
 def test_any_flipped_bit_is_an_error() -> None:
     for bit in range(8 * len(FILE)):
         damaged = bytearray(FILE)
         damaged[bit // 8] ^= 1 << bit % 8
         with pytest.raises(CompressedFileError):
-            contents = unpack(bytes(damaged))
-            for part in (*contents.sections.values(), *contents.tiles):
-                contents.read(part)
+            read_all(bytes(damaged))
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def large(codec: LatentCodec) -> tuple[np.ndarray, bytes]:
 
 
 def test_a_region_is_the_crop_of_the_whole(codec: LatentCodec, large) -> None:
-    pixels, data = large
+    _, data = large
     assert len(bitstream.unpack(data).tiles) == 6
     whole = codec.decompress_picture(data).pixels
     for left, top, width, height in ((0, 0, 1, 1), (500, 500, 37, 29), (1099, 599, 1, 1), (3, 0, 1000, 64)):

@@ -89,9 +89,7 @@ def test_predictions_are_those_of_a_loop_over_symbols(fitted: Contexts) -> None:
     rests, tables = rests_of(symbols, fitted)
     expected = []
     height, width = symbols.shape[1:]
-    order = sorted(
-        ((x + 2 * y + 4 * c, c, y, x) for c in range(CHANNELS) for y in range(height) for x in range(width))
-    )
+    order = sorted((x + 2 * y + 4 * c, c, y, x) for c in range(CHANNELS) for y in range(height) for x in range(width))
     for _, c, y, x in order:
         mean = activity = 0
         for (dc, dy, dx), a, b in zip(
@@ -135,7 +133,7 @@ def test_a_tap_that_is_not_decoded_yet_is_refused(fitted: Contexts) -> None:
 
 
 def test_damaged_payloads_are_found_or_decode_to_something_else(fitted: Contexts) -> None:
-    """Without the CRC of the file around them: nothing but CorruptError, and never more work than the shape asks for."""
+    """Without the CRC of the file around them: nothing but CorruptError, and no more work than the shape asks for."""
     symbols = natural(np.random.default_rng(4), 12, 12)
     symbols[1, 2, 3] = 10**9
     payload = encode_symbols(symbols, fitted, lanes=4)

@@ -92,7 +92,13 @@ def test_metadata_that_would_grow_without_end_is_refused() -> None:
     import zlib
 
     assert inflate(zlib.compress(bytes(1000)), limit=1000, name="EXIF") == bytes(1000)
-    for data in (zlib.compress(bytes(10**7)), zlib.compress(b"x") + b"more", b"", b"nonsense", zlib.compress(b"x")[:-1]):
+    for data in (
+        zlib.compress(bytes(10**7)),
+        zlib.compress(b"x") + b"more",
+        b"",
+        b"nonsense",
+        zlib.compress(b"x")[:-1],
+    ):
         with pytest.raises(CorruptError, match="EXIF"):
             inflate(data, limit=1000, name="EXIF")
 

@@ -24,7 +24,9 @@ CASES = {"small": (1, 1), "odd": (9, 23), "tiles": (20, 35), "escapes": (6, 6)}
 def symbols_of(name: str) -> np.ndarray:
     rng = np.random.default_rng(len(name))
     height, width = CASES[name]
-    values = np.rint(rng.laplace(size=(3, height, width)) * [[[4]], [[1]], [[0.3]]] + rng.normal(size=(1, 1, width)) * 5)
+    values = np.rint(
+        rng.laplace(size=(3, height, width)) * [[[4]], [[1]], [[0.3]]] + rng.normal(size=(1, 1, width)) * 5
+    )
     if name == "escapes":
         values = rng.integers(-(2**31), 2**31, size=values.shape)
     return values.astype(np.int32)

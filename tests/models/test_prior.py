@@ -55,7 +55,7 @@ def test_nats_are_those_of_a_logistic_distribution() -> None:
 
 def test_without_neighbours_each_value_stands_alone() -> None:
     prior = CausalPrior(2, neighbours=False)
-    torch.nn.init.normal_(prior.mean.weight)
+    torch.nn.init.normal_(prior.mean_weight)
     values = torch.randn(1, 2, 4, 4)
     changed = values.clone()
     changed[0, 0, 1, 1] += 3
@@ -66,7 +66,7 @@ def test_without_neighbours_each_value_stands_alone() -> None:
 def test_the_scale_follows_the_quality() -> None:
     prior = CausalPrior(1)
     with torch.no_grad():
-        prior.scale_by_quality.fill_(-1.0)
+        prior.spread_by_quality.fill_(-1.0)
     values = torch.zeros(2, 1, 1, 1)
     fine, coarse = prior(values, torch.tensor([0.5, 2.0])).flatten().tolist()
     assert fine > coarse

@@ -30,6 +30,7 @@ from ldm_vae.objectives.perceptual import PerceptualLoss
 RATES = {"vae": 1e-4, "discriminator": 1e-4}
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 NOISE = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+QUALITY = torch.ones(4)
 
 
 def make_state(objective: Objective, spectral_norm: bool = False) -> State:
@@ -49,6 +50,7 @@ def make_state(objective: Objective, spectral_norm: bool = False) -> State:
         ema=EMAModel(bare.vae.parameters(), decay=0.9),
         optimizers=optimizers,
         adaptive_weight=torch.tensor(0.7),
+        kl_weight=torch.tensor(objective.kl_weight),
         bare=bare,
     )
 
@@ -65,7 +67,9 @@ def gradient_size(module: torch.nn.Module) -> float:
 def test_lpips_alone_gives_the_decoder_a_gradient() -> None:
     objective = Objective(perceptual="random", kl_weight=0.0)
     state = make_state(objective)
-    done = generator_step(IMAGES, NOISE, state, objective, adversarial=False, first=True, accelerator=Accelerator())
+    done = generator_step(
+        IMAGES, NOISE, QUALITY, state, objective, adversarial=False, first=True, accelerator=Accelerator()
+    )
     done.terms["lpips"].backward()
     assert gradient_size(state.bare.vae.decoder) > 0
     assert gradient_size(state.bare.vae.encoder) > 0
@@ -75,7 +79,9 @@ def test_each_network_has_no_gradient_from_the_others_step() -> None:
     objective = Objective(perceptual="random")
     state = make_state(objective)
     assert state.discriminator is not None
-    done = generator_step(IMAGES, NOISE, state, objective, adversarial=True, first=True, accelerator=Accelerator())
+    done = generator_step(
+        IMAGES, NOISE, QUALITY, state, objective, adversarial=True, first=True, accelerator=Accelerator()
+    )
     sum(done.terms.values()).backward()
     assert gradient_size(state.discriminator) == 0
     assert gradient_size(state.bare.vae) > 0
@@ -116,7 +122,9 @@ def test_the_adaptive_weight_is_that_of_separate_gradients_over_the_whole_batch(
     other = make_state(objective)
     accelerator = Accelerator(gradient_accumulation_steps=2)
     noise = torch.from_numpy(noise_at(0, [0, 1, 2, 3], (4, 4, 4), Stream.POSTERIOR))
-    done = generator_step(IMAGES, noise, other, objective, adversarial=True, first=True, accelerator=accelerator)
+    done = generator_step(
+        IMAGES, noise, QUALITY, other, objective, adversarial=True, first=True, accelerator=accelerator
+    )
     last = last_layer(other.bare.vae)
     plain = sum(v for k, v in done.terms.items() if k != "adversarial")
     expected = losses.adaptive_weight(
