@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "LatentCodec": "ldm_vae.codec.codec",
     "LatentDiffusionPipeline": "ldm_vae.pipeline",
     "LdmVaeError": "ldm_vae.errors",
     "PatchAutoencoderKL": "ldm_vae.models.autoencoder",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +18,7 @@ from ldm_vae.data.order import Stream, noise_at
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.discriminator import PatchDiscriminator
 from ldm_vae.models.pretrained import last_layer
+from ldm_vae.models.prior import CausalPrior
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.autoencoding import (
     Objective,
@@ -23,6 +26,8 @@ from ldm_vae.objectives.autoencoding import (
     TrainableVAE,
     discriminator_step,
     generator_step,
+    qualities_at,
+    steering,
     train_step,
 )
 from ldm_vae.objectives.perceptual import PerceptualLoss
@@ -197,3 +202,95 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: float) -> None:
     assert train_step(
         micro_batches(IMAGES, 1), state, objective, step=1, learning_rates=RATES, accelerator=accelerator
     ).healthy
+
+
+def codec_state(objective: Objective) -> State:
+    state = make_state(objective)
+    torch.manual_seed(0)
+    bare = TrainableVAE(PatchAutoencoderKL(block_out_channels=(8, 16)), False, CausalPrior(4))
+    trained = [p for p in bare.parameters() if p.requires_grad]
+    optimizers = {"vae": torch.optim.AdamW(trained, weight_decay=0.0)}
+    ema = EMAModel(bare.vae.parameters(), decay=0.9)
+    return dataclasses.replace(state, vae=bare, bare=bare, discriminator=None, optimizers=optimizers, ema=ema)
+
+
+CODEC = Objective(perceptual="none", adversarial="none", reconstruction="l2", prior="causal", kl_weight=0.01)
+
+
+def test_the_codecs_noise_is_as_wide_as_its_step_and_its_deviation_stays() -> None:
+    state = codec_state(CODEC)
+    seen = []
+    state.bare.vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    noise = torch.randn(4, 4, 64, 64, generator=torch.Generator().manual_seed(1))
+    quality = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    images = IMAGES.repeat(1, 1, 16, 16)
+    _, moments, _, nats = state.vae(images, noise, quality)
+    mean, logvar = moments.chunk(2, dim=1)
+    added = (seen[0] - mean).flatten(1)
+    assert torch.allclose(added.abs().amax(dim=1), quality / 2, rtol=1e-2)
+    assert torch.allclose(added.std(dim=1), quality / 12**0.5, rtol=1e-2)
+    assert torch.allclose(logvar, torch.tensor(1 / 12).log())
+    assert nats.shape == (4,)
+    before = state.bare.vae.encoder.conv_out.weight[4:].clone()
+    for step in range(3):
+        train_step(
+            micro_batches(IMAGES, 1),
+            state,
+            CODEC,
+            step=step,
+            learning_rates=RATES | {"vae": 0.1},
+            accelerator=Accelerator(),
+        )
+    assert torch.equal(state.bare.vae.encoder.conv_out.weight[4:], before)
+    assert (before == 0).all()
+
+
+def test_the_codecs_rate_is_that_of_its_prior_for_the_noisy_latents() -> None:
+    state = codec_state(CODEC)
+    quality = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    _, moments, _, nats = state.vae(IMAGES, NOISE, quality)
+    step = quality[:, None, None, None]
+    uniform = torch.special.ndtr(NOISE) - 0.5
+    values = moments[:, :4] / step + uniform
+    expected = state.bare.prior(values, quality).sum(dim=(1, 2, 3)) / 32**2
+    assert torch.allclose(nats, expected, rtol=1e-4)
+
+
+def test_the_rates_weight_is_steered_to_its_target() -> None:
+    for target, sign in ((1e-3, 1), (1e3, -1)):
+        objective = dataclasses.replace(CODEC, target_bpp=target)
+        state = codec_state(objective)
+        for step in range(3):
+            train_step(
+                micro_batches(IMAGES, 1), state, objective, step=step, learning_rates=RATES, accelerator=Accelerator()
+            )
+        assert float(state.kl_weight) == pytest.approx(0.01 * math.exp(sign * 3 * 0.01))
+    assert float(steering(torch.tensor(0.3), 0.3)) == 1
+
+
+def test_a_codecs_step_does_not_depend_on_how_its_batch_is_split() -> None:
+    results = []
+    for count in (1, 2, 4):
+        GradientState._reset_state()
+        objective = dataclasses.replace(CODEC, gradient_accumulation_steps=count, target_bpp=0.1)
+        state = codec_state(objective)
+        accelerator = Accelerator(gradient_accumulation_steps=count)
+        for step in range(2):
+            train_step(
+                micro_batches(IMAGES, count), state, objective, step=step, learning_rates=RATES, accelerator=accelerator
+            )
+        results.append((state.kl_weight.clone(), [p.detach().clone() for p in state.bare.parameters()]))
+    for weight, parameters in results[1:]:
+        assert float(weight) == pytest.approx(float(results[0][0]), rel=1e-6)
+        for a, b in zip(parameters, results[0][1], strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_qualities_are_log_uniform_and_belong_to_positions() -> None:
+    objective = dataclasses.replace(CODEC, quality_range=(0.5, 4.0))
+    found = qualities_at(list(range(4000)), objective)
+    assert found.min() >= 0.5
+    assert found.max() <= 4
+    assert float(found.log2().mean()) == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(qualities_at([7, 5], objective), found[[7, 5]])
+    assert (qualities_at([1, 2], Objective()) == 1).all()
