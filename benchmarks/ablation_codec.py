@@ -61,6 +61,8 @@ class Variant:
     batch_size: int = 16
     learning_rate: float = 1e-3
     network: dict[str, Any] = field(default_factory=dict)
+    quality_channel: bool = False
+    """The decoder gets log2 of the quality as one more channel."""
 
 
 VARIANTS = {
@@ -69,6 +71,13 @@ VARIANTS = {
     "uniform, causal": Variant(),
     "uniform, causal, quality .5-4": Variant(qualities=(0.5, 4.0)),
     "uniform, causal, quality .7-2.8": Variant(qualities=(0.7, 2.8)),
+    "quality .5-4, crops of 128": Variant(qualities=(0.5, 4.0), crop=128, batch_size=4),
+    "quality .5-4, learning rate 2e-3": Variant(qualities=(0.5, 4.0), learning_rate=2e-3),
+    "quality .5-4, wider": Variant(qualities=(0.5, 4.0), network={"block_out_channels": (96, 192)}),
+    "quality .5-4, deeper": Variant(
+        qualities=(0.5, 4.0), network={"encoder_layers_per_block": (1, 2), "decoder_layers_per_block": (1, 4)}
+    ),
+    "quality .5-4, decoder knows it": Variant(qualities=(0.5, 4.0), quality_channel=True),
 }
 
 
@@ -101,6 +110,9 @@ class Trainee(torch.nn.Module):
             with torch.no_grad():  # the deviation is the same everywhere, and never trained
                 self.vae.encoder.conv_out.weight[self.channels :] = 0
                 self.vae.encoder.conv_out.bias[self.channels :] = STEP_LOGVAR
+                if variant.quality_channel:  # the last channel's mean is 0
+                    self.vae.encoder.conv_out.weight[self.channels - 1] = 0
+                    self.vae.encoder.conv_out.bias[self.channels - 1] = 0
 
     def forward(self, images: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction, and nats per pixel (B,)."""
@@ -114,8 +126,22 @@ class Trainee(torch.nn.Module):
         else:
             step = quality[:, None, None, None]
             latents = mean + step * (torch.rand_like(mean) - 0.5)
-            nats = self.prior(latents / step, quality).sum(dim=(1, 2, 3)) / num_pixels
+            nats = self.prior(latents / step, quality)
+            if self.variant.quality_channel:
+                level = step.log2().expand(-1, 1, *latents.shape[2:])
+                latents = torch.cat([latents[:, :-1], level], dim=1)
+                nats = nats[:, :-1]
+            nats = nats.sum(dim=(1, 2, 3)) / num_pixels
         return self.vae.decode(latents).sample, nats
+
+
+class QualityCodec(LatentCodec):
+    """Its last latent channel is log2 of the quality."""
+
+    def dequantise(self, symbols: np.ndarray[Any, Any], quality: int) -> np.ndarray[Any, Any]:
+        latents = super().dequantise(symbols, quality)
+        latents[-1] = math.log2(quality / 256)
+        return latents
 
 
 def crops(photos: list[Pixels], variant: Variant, rng: np.random.Generator) -> Tensor:
@@ -196,7 +222,8 @@ def main(config: Config) -> None:
     for name in config.variants or VARIANTS:
         print(name, flush=True)
         vae, steps = train(VARIANTS[name], photos, config.seconds, config.seed)
-        codec = LatentCodec(vae, fit_tables(vae, source, num_images=config.num_fit, qualities=QUALITIES))
+        make = QualityCodec if VARIANTS[name].quality_channel else LatentCodec
+        codec = make(vae, fit_tables(vae, source, num_images=config.num_fit, qualities=QUALITIES))
         curve = curve_of(codec, held_out)
         gain = bjontegaard_rate(curve["bpp"], curve["psnr"], jpeg["bpp"], jpeg["psnr"], between=(0.15, 0.6))
         points = "  ".join(f"{r:.3f}:{p:.2f}" for r, p in zip(curve["bpp"], curve["psnr"], strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
+from ldm_vae import cli
 from ldm_vae.config import parse_config, parse_flags
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,7 @@ SMALLER = {
     "generate": "--steps 2",
     "train_classifier": "--epochs 1 --batch-size 8",
     "generation": "--num-images 4",
+    "rate_distortion": "--others jpeg-420 webp --num-images 2 --qualities 0.5 1 2",
 }
 
 
@@ -46,16 +48,22 @@ def run(words: list[str]) -> None:
         script.main(parse_flags(script.Config, description="", args=args))
 
 
-def test_the_commands_of_the_readme_run_one_after_the_other(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def here(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a folder of photos, enough of them to be held out and compared, and a photo.png."""
     monkeypatch.chdir(tmp_path)
-    for i, file in enumerate(sorted(photos.rglob("*.png")) * 4):  # enough of them to be held out and compared
+    for i, file in enumerate(sorted(photos.rglob("*.png")) * 4):
         copy = tmp_path / "photos" / file.parent.name / f"{i}.png"
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes())
+    (tmp_path / "photo.png").write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def run_commands(page: str) -> int:
+    """How many there were."""
     ran = 0
-    for line in "\n".join(blocks(README, "bash")).splitlines():
+    for line in "\n".join(blocks(page, "bash")).splitlines():
         words = shlex.split(line)
         if not words:
             continue
@@ -64,9 +72,25 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
             continue  # `make demo` is what it runs, and this is `make test`
         while words[0] in ("accelerate", "launch", "python"):
             words.pop(0)
-        run(words)
+        if words[0] == "ldm-vae":
+            cli.main(words[1:])
+        else:
+            run(words)
         ran += 1
-    assert ran == 11
+    return ran
+
+
+def test_the_commands_of_the_guide_to_compression_run(here: Path) -> None:
+    page = (ROOT / "docs" / "compression.md").read_text()
+    assert run_commands(page) == 6
+    for example in blocks(page, "python"):
+        exec(example, {})
+    assert (here / "restored.png").exists()
+    assert (here / "runs" / "rates" / "psnr.png").exists()
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(here: Path) -> None:
+    assert run_commands(README) == 15
     scope: dict[str, Any] = {}
     for example in blocks(README, "python"):
         exec(example.replace("256, 256", "64, 64").replace("=2.0)", "=2.0, num_inference_steps=2)"), scope)
