@@ -181,7 +181,7 @@ def measure(codec: Codec, images: dict[str, Pixels], lpips: PerceptualLoss | Non
                 "bpp": 8 * len(data) / (pixels.shape[0] * pixels.shape[1]),
                 "psnr": float(psnr(pixels[None], decoded[None])[0]),
                 "ms_ssim": structure,
-                "ms_ssim_db": -10 * math.log10(max(1 - structure, 1e-6)),
+                "ms_ssim_db": -10 * math.log10(max(1 - structure, 1e-6)),  # NaN stays NaN
                 "ssimulacra2": ssimulacra2(pixels, decoded),
                 "encode_seconds": encoded - began,
                 "decode_seconds": done - encoded,
@@ -316,23 +316,26 @@ def main(config: Config) -> None:
     if not config.codec and not config.others:
         raise ConfigError("no codec is given: add --codec, or --others")
     check_writable(config.output)
-    found = [pillow_codec(name) for name in config.others]
-    for name, codec in zip(config.others, found, strict=True):
+    codecs = [our_codec(path, config) for path in dict.fromkeys(config.codec)]
+    for name in dict.fromkeys(config.others):
+        codec = pillow_codec(name)
         if codec is None:
             print(f"left out: {name} is not installed")
-    codecs = [our_codec(path, config) for path in dict.fromkeys(config.codec)] + [c for c in found if c is not None]
+        else:
+            codecs.append(codec)
     images, lpips = load_images(config), find_lpips()
     rows = {codec.name: measure(codec, images, lpips) for codec in codecs}
     largest = max(images.values(), key=lambda p: p.size)
     memory = {c.name: peak_memory_of(partial(there_and_back, c, largest), device=torch.device("cpu")) for c in codecs}
-    metrics = [m for m in METRICS if m != "lpips_alex" or lpips is not None]
+    every = [r for found in rows.values() for r in found]
+    metrics = [m for m in METRICS if all(math.isfinite(r.get(m, math.nan)) for r in every)]  # small images have not all
     references: list[str] = [r for r in ("jpeg-420", "webp", "avif-420") if r in rows] or [codecs[0].name]
     differences = {
         name: {r: {m: difference(found, rows[r], m, config.between) for m in metrics} for r in references}
         for name, found in rows.items()
     }
     text = table(rows, differences, memory)
-    write_csv(config.output / "per_image.csv", [r for found in rows.values() for r in found])
+    write_csv(config.output / "per_image.csv", every)
     write_json(
         config.output / "results.json",
         {

@@ -109,7 +109,7 @@ def bjontegaard_rate(
     for r, f in ((rates, fidelities), (reference_rates, reference_fidelities)):
         order = np.argsort(f)
         x, y = np.asarray(f, float)[order], np.log(np.asarray(r, float)[order])
-        if len(x) < 2 or (np.diff(x) <= 0).any():
+        if len(x) < 2 or not (np.isfinite(x).all() and (np.diff(x) > 0).all()):
             return math.nan
         curves.append((x, PchipInterpolator(x, y)))
     lows, highs = [], []
