@@ -62,11 +62,8 @@ def fit_tables(
         ]
 
     every = range(len(sigma))
-    finest = np.concatenate([s.reshape(len(s), -1) for s in symbols(every, fixed[0])], axis=1)
-    used = (finest != 0).mean(axis=1)
-    energy = finest.std(axis=1)
-    channels = tuple(sorted((c for c in every if used[c] >= RAREST), key=lambda c: -energy[c])) or (0,)
-    del finest
+    used = np.concatenate([s.reshape(len(s), -1) != 0 for s in symbols(every, fixed[0])], axis=1).mean(axis=1)
+    channels = tuple(c for c in every if used[c] >= RAREST) or (0,)  # in the order that a causal prior trained them in
     return Tables(
         vae=fingerprint(vae),
         sigma=sigma,
