@@ -63,6 +63,8 @@ class Variant:
     network: dict[str, Any] = field(default_factory=dict)
     quality_channel: bool = False
     """The decoder gets log2 of the quality as one more channel."""
+    rounded: bool = False
+    """The decoder gets rounded latents, with the gradient passed straight through (Minnen & Singh 2020, section 3.3)."""
 
 
 VARIANTS = {
@@ -78,6 +80,7 @@ VARIANTS = {
         qualities=(0.5, 4.0), network={"encoder_layers_per_block": (1, 2), "decoder_layers_per_block": (1, 4)}
     ),
     "quality .5-4, decoder knows it": Variant(qualities=(0.5, 4.0), quality_channel=True),
+    "quality .5-4, decoder sees rounded": Variant(qualities=(0.5, 4.0), rounded=True),
 }
 
 
@@ -127,6 +130,8 @@ class Trainee(torch.nn.Module):
             step = quality[:, None, None, None]
             latents = mean + step * (torch.rand_like(mean) - 0.5)
             nats = self.prior(latents / step, quality)
+            if self.variant.rounded:
+                latents = mean + (step * (mean / step).round() - mean).detach()
             if self.variant.quality_channel:
                 level = step.log2().expand(-1, 1, *latents.shape[2:])
                 latents = torch.cat([latents[:, :-1], level], dim=1)
