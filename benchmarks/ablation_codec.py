@@ -64,7 +64,7 @@ class Variant:
     quality_channel: bool = False
     """The decoder gets log2 of the quality as one more channel."""
     rounded: bool = False
-    """The decoder gets rounded latents, with the gradient passed straight through (Minnen & Singh 2020, section 3.3)."""
+    """The decoder gets rounded latents, the gradient passes straight through (Minnen & Singh 2020, section 3.3)."""
 
 
 VARIANTS = {

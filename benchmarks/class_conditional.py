@@ -195,6 +195,8 @@ def judge(config: Config, data: str, test: str) -> None:
 def remember(config: Config) -> None:
     """Writes the configuration, or compares it: what was made by another one is not judged as this one's."""
     file = config.output / "config.json"
+    if not file.exists() and (config.output / "seconds.json").exists():
+        raise RunError(f"{config.output} was made with settings that are not known: choose another --output")
     if file.exists():
         changed = differences(json.loads(file.read_text()), config, free=("output", "data"))
         if changed:

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.rate_distortion import Config, difference, main, mean_curve, pillow_codec
+from ldm_vae.errors import ConfigError, DataError
+
+
+def pixels_of() -> np.ndarray:
+    y, x = np.mgrid[:64, :96]
+    return np.stack([(x * 2) % 256, (y * 4) % 256, (x + y) % 256], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", ["jpeg-420", "jpeg-444", "webp", "avif-420", "avif-444", "jpeg2000"])
+def test_each_codec_gives_back_nearly_the_image_and_less_for_less(name: str) -> None:
+    codec = pillow_codec(name)
+    if codec is None:
+        pytest.skip("not in this Pillow")
+    files = [codec.encode(pixels_of(), s) for s in codec.settings]
+    errors = [np.square(codec.decode(f).astype(float) - pixels_of()).mean() for f in files]
+    assert len(files[0]) < len(files[-1])
+    assert errors[0] > errors[-1]
+    assert codec.decode(files[-1]).shape == (64, 96, 3)
+
+
+def test_chroma_is_subsampled_where_the_name_says_so() -> None:
+    for name, layers in (("jpeg-420", (2, 2)), ("jpeg-444", (1, 1))):
+        codec = pillow_codec(name)
+        assert codec is not None
+        image = Image.open(io.BytesIO(codec.encode(pixels_of(), 50)))
+        assert image.layer[0][1:3] == layers
+
+
+def rows_of(factor: float) -> list[dict]:
+    return [
+        {"setting": s, "image": i, "bpp": factor * 0.1 * 2**s * (1 + 0.1 * i), "psnr": 25.0 + 3 * s + i}
+        for s in range(4)
+        for i in range(3)
+    ]
+
+
+def test_differences_are_those_of_the_means_and_of_each_image() -> None:
+    found = difference(rows_of(0.7), rows_of(1.0), "psnr", (0.0, 10.0))
+    assert found["images"] == 3
+    for key in ("of_means", "mean", "low", "high"):
+        assert found[key] == pytest.approx(-30)
+    rates, values = mean_curve(rows_of(1.0), "psnr")
+    assert rates == pytest.approx([0.11, 0.22, 0.44, 0.88])
+    assert values == pytest.approx([26, 29, 32, 35])
+
+
+def test_a_table_plots_and_the_bytes_of_whole_files(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels_of()).save(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "bad.png").write_bytes(b"nothing")
+    published = tmp_path / "published.csv"
+    published.write_text("codec,bits_per_pixel,psnr_rgb_db,source\nX,0.1,30,paper\nX,0.5,35,paper\n")
+    main(Config(data=str(tmp_path / "in"), output=tmp_path / "out", others=("jpeg-420", "webp"), published=published))
+    rows = list(csv.DictReader((tmp_path / "out" / "per_image.csv").open()))
+    jpeg = pillow_codec("jpeg-420")
+    assert jpeg is not None
+    for row in rows:
+        if row["codec"] == "jpeg-420":
+            data = jpeg.encode(pixels_of(), int(row["setting"]))
+            assert int(row["bytes"]) == len(data)
+            assert float(row["bpp"]) == pytest.approx(8 * len(data) / (64 * 96))
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["differences"]["jpeg-420"]["jpeg-420"]["psnr"]["of_means"] == pytest.approx(0, abs=1e-9)
+    for name in ("table.md", "psnr.png", "ssimulacra2.png", "gallery.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_what_cannot_work_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no codec"):
+        main(Config(data=str(tmp_path), output=tmp_path / "out", others=()))
+    with pytest.raises(DataError):
+        main(Config(data=str(tmp_path / "nowhere"), output=tmp_path / "out"))
