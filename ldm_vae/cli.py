@@ -38,7 +38,7 @@ class Transfer:
     """Run directory, model folder or hub id with fitted tables; $LDM_VAE_MODEL unless given."""
     device: str = "cpu"
     workers: int = 0
-    """Processes for a folder; 0: one a core."""
+    """Processes for a folder's files, or for the tiles of one large image; 0: one a core."""
     overwrite: bool = False
     """Replace files that are there; without it, a folder's are skipped, and a single one is an error."""
 
@@ -98,12 +98,12 @@ class FitCodec:
 
 
 @cache
-def load_codec(model: str, device: str) -> Any:
+def load_codec(model: str, device: str, workers: int = 1) -> Any:
     from ldm_vae.codec.codec import LatentCodec
 
     if not model:
         raise ConfigError(f"no --model given, and ${MODEL_VARIABLE} is not set")
-    return LatentCodec.from_pretrained(model, device=device)
+    return LatentCodec.from_pretrained(model, device=device, workers=workers)
 
 
 def read(name: str) -> bytes:
@@ -127,7 +127,7 @@ def compress_file(command: Compress) -> str | None:
     from ldm_vae.codec.search import compress_to
 
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours
-    codec = load_codec(command.model, command.device)
+    codec = load_codec(command.model, command.device, command.workers)
     limits = Limits()
     given = read_picture(read(command.input), max_pixels=limits.max_pixels)
     limits.check(given.pixels.shape[1], given.pixels.shape[0])
@@ -143,7 +143,7 @@ def compress_file(command: Compress) -> str | None:
 def decompress_file(command: Decompress) -> str | None:
     from ldm_vae.codec.picture import encode_picture
 
-    codec = load_codec(command.model, command.device)
+    codec = load_codec(command.model, command.device, command.workers)
     damage: list[str] | None = [] if command.salvage else None
     limits = Limits(max_pixels=command.max_pixels, max_side=command.max_side)
     found = codec.decompress_picture(read(command.input), region=command.region, limits=limits, damage=damage)
@@ -170,7 +170,7 @@ def transfer_folder(act: Callable[[Any], str | None], command: Command, pairs: S
     for source, target in pairs:
         if command.overwrite or not target.exists():
             check_writable(target.parent)
-            jobs.append(replace(command, input=str(source), output=str(target)))
+            jobs.append(replace(command, input=str(source), output=str(target), workers=1))
     failed = 0
     workers = min(command.workers or os.cpu_count() or 1, len(jobs))
     with tqdm(total=len(jobs), unit="file") as bar:
@@ -241,7 +241,7 @@ def transfer(
             raise ConfigError(f"{target} is there already: add --overwrite to replace it")
         if not target.parent.is_dir():
             raise ConfigError(f"there is no folder {target.parent}")
-    warning = act(command)
+    warning = act(replace(command, workers=command.workers or os.cpu_count() or 1))
     if warning:
         raise DataError(f"{warning}; the rest was written")
     return None

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ldm_vae.codec import bitstream, picture
 from ldm_vae.codec.bitstream import Contents, Header, Limits
-from ldm_vae.codec.contexts import INT32, decode_symbols, encode_symbols
+from ldm_vae.codec.contexts import INT32
 from ldm_vae.codec.picture import Picture, as_picture
 from ldm_vae.codec.tables import DIGEST_BYTES, QUALITY_ONE, Tables, load_tables
+from ldm_vae.codec.tiles import CodedTile, decode_tiles, encode_tiles
 from ldm_vae.data.images import Pixels, to_images, to_pixels
 from ldm_vae.errors import CompressedFileError, ConfigError, CorruptError, ModelError, ModelMismatchError
 from ldm_vae.files import is_hub_id
@@ -48,13 +49,14 @@ class LatentCodec:
     Args:
         vae: any diffusers autoencoder with a posterior.
         tables: fitted for it, see `fitting.fit_tables`.
+        workers: processes for the tiles of one large picture (1024 x 1024 pixels each, at stride 8).
 
     Raises:
         ModelMismatchError: the tables were fitted for another autoencoder.
     """
 
-    def __init__(self, vae: Any, tables: Tables) -> None:
-        self.vae, self.tables = vae.eval(), tables
+    def __init__(self, vae: Any, tables: Tables, *, workers: int = 1) -> None:
+        self.vae, self.tables, self.workers = vae.eval(), tables, workers
         found = fingerprint(vae)
         if found != tables.vae:
             raise ModelMismatchError(
@@ -66,14 +68,14 @@ class LatentCodec:
         self.exact = hasattr(vae, "decoder_halo")  # it sees only so far: tiles give what the whole gives
 
     @classmethod
-    def from_pretrained(cls, path: str, *, device: str | torch.device = "cpu") -> LatentCodec:
+    def from_pretrained(cls, path: str, *, device: str | torch.device = "cpu", workers: int = 1) -> LatentCodec:
         """The codec of a run directory, a model folder or a hub id: its VAE, and its tables in `codec/`.
 
         Raises:
             ModelError: there is no such model, or it has no tables.
         """
         vae = load_autoencoder(path).to(device)
-        return cls(vae, load_tables(tables_folder(path)))
+        return cls(vae, load_tables(tables_folder(path)), workers=workers)
 
     def compress(self, image: Image.Image | Pixels | Picture, *, quality: float = 1.0, strip: bool = False) -> bytes:
         """A file's bytes.
@@ -202,11 +204,13 @@ class LatentCodec:
             tables=self.tables.digest,
             weights=self.weights,
         )
-        contexts = self.tables.contexts_of(quality)
-        tiles = [
-            encode_symbols(symbols[:, top:bottom, left:right], contexts, lanes=header.lanes)
-            for top, left, bottom, right in map(header.tile_box, range(header.grid[0] * header.grid[1]))
-        ]
+        boxes = map(header.tile_box, range(header.grid[0] * header.grid[1]))
+        tiles = encode_tiles(
+            [symbols[:, top:bottom, left:right] for top, left, bottom, right in boxes],
+            self.tables.contexts_of(quality),
+            lanes=header.lanes,
+            workers=self.workers,
+        )
         sections = {}
         if given.alpha is not None:
             sections[bitstream.ALPHA] = picture.pack_alpha(given.alpha)
@@ -263,25 +267,30 @@ class LatentCodec:
 
     def read_latents(self, contents: Contents, box: Box, damage: list[str] | None) -> tuple[Floats, list[Box]]:
         """The latents of a box, and the tiles in it that are damaged."""
-        header, bad = contents.header, []
-        contexts = self.tables.contexts_of(header.quality)
-        symbols = np.zeros((header.channels, box[2] - box[0], box[3] - box[1]), np.int32)
+        header = contents.header
+        names, boxes, coded, bad = [], [], [], []
         for index, part in enumerate(contents.tiles):
             tile = top, left, bottom, right = header.tile_box(index)
-            inside = max(top, box[0]), max(left, box[1]), min(bottom, box[2]), min(right, box[3])
-            if inside[0] >= inside[2] or inside[1] >= inside[3]:
+            if max(top, box[0]) >= min(bottom, box[2]) or max(left, box[1]) >= min(right, box[3]):
                 continue
             try:
-                shape = (header.channels, bottom - top, right - left)
-                found = decode_symbols(contents.read(part), shape, contexts, lanes=header.lanes)
+                payload = contents.read(part)
             except CompressedFileError as error:
-                if damage is None:
-                    raise type(error)(f"{part.name}: {error}") from None
-                damage.append(f"{part.name}: {error}")
+                report(error, part.name, damage)
                 bad.append(tile)
                 continue
-            cut = found[:, inside[0] - top : inside[2] - top, inside[1] - left : inside[3] - left]
-            symbols[:, inside[0] - box[0] : inside[2] - box[0], inside[1] - box[1] : inside[3] - box[1]] = cut
+            names.append(part.name)
+            boxes.append(tile)
+            shape = (header.channels, bottom - top, right - left)
+            coded.append(CodedTile(payload=payload, shape=shape, lanes=header.lanes))
+        symbols = np.zeros((header.channels, box[2] - box[0], box[3] - box[1]), np.int32)
+        decoded = decode_tiles(coded, self.tables.contexts_of(header.quality), workers=self.workers)
+        for name, tile, found in zip(names, boxes, decoded, strict=True):
+            if isinstance(found, CompressedFileError):
+                report(found, name, damage)
+                bad.append(tile)
+            else:
+                put(symbols, box, found, tile)
         return self.dequantise(symbols, header.quality), bad
 
     def read_sections(self, contents: Contents, damage: list[str] | None) -> tuple[Pixels | None, bytes, bytes]:
@@ -301,6 +310,20 @@ class LatentCodec:
                     raise
                 damage.append(str(error))
         return found.get(bitstream.ALPHA), found.get(bitstream.ICC, b""), found.get(bitstream.EXIF, b"")
+
+
+def report(error: CompressedFileError, name: str, damage: list[str] | None) -> None:
+    """Notes what is wrong with a part, or raises it when nobody takes notes."""
+    if damage is None:
+        raise type(error)(f"{name}: {error}") from None
+    damage.append(f"{name}: {error}")
+
+
+def put(symbols: np.ndarray[Any, Any], box: Box, found: np.ndarray[Any, Any], tile: Box) -> None:
+    """Writes what a tile and a box share into the box's symbols."""
+    top, left, bottom, right = max(tile[0], box[0]), max(tile[1], box[1]), min(tile[2], box[2]), min(tile[3], box[3])
+    shared = found[:, top - tile[0] : bottom - tile[0], left - tile[1] : right - tile[1]]
+    symbols[:, top - box[0] : bottom - box[0], left - box[1] : right - box[1]] = shared
 
 
 def fixed_point(quality: float) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -122,6 +123,25 @@ def test_a_region_is_the_crop_of_the_whole(codec: LatentCodec, large) -> None:
         part = codec.decompress_picture(data, region=(left, top, width, height)).pixels.astype(int)
         assert np.abs(part - whole[top : top + height, left : left + width]).max() <= 1  # rounding
         assert (part != whole[top : top + height, left : left + width]).mean() < 1e-3
+
+
+def test_several_processes_write_and_read_the_same(codec: LatentCodec, large) -> None:
+    pixels, data = large
+    parallel = LatentCodec(codec.vae, codec.tables, workers=2)
+    assert parallel.compress(pixels) == data
+    assert np.array_equal(parallel.decompress_picture(data).pixels, codec.decompress_picture(data).pixels)
+    damaged = bytearray(data)
+    part = bitstream.unpack(data).tiles[3]
+    payload = bytearray(data[part.begin : part.end])
+    payload[-1] ^= 1
+    damaged[part.begin : part.end] = payload
+    at = bytes(damaged).index(part.crc.to_bytes(4, "little"))
+    damaged[at : at + 4] = crc32(payload).to_bytes(4, "little")
+    end = bitstream.unpack(data).tiles[0].begin - 4
+    damaged[end : end + 4] = crc32(damaged[:end]).to_bytes(4, "little")
+    for either in (codec, parallel):  # the checksums are right: the coder itself finds it
+        with pytest.raises(CorruptError, match="tile 3"):
+            either.decompress_picture(bytes(damaged))
 
 
 def test_a_region_reads_its_own_tiles_alone(codec: LatentCodec, large) -> None:
