@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm_vae.codec.codec import LatentCodec, fixed_point, log2_lanes
+from ldm_vae.codec.codec import LatentCodec, log2_lanes
 from ldm_vae.codec.contexts import decode_symbols, encode_symbols
-from ldm_vae.codec.fitting import fit_tables
-from ldm_vae.codec.picture import Picture
+from ldm_vae.codec.fit import fit_contexts
+from ldm_vae.codec.picture import as_picture
 from ldm_vae.config import as_json, parse_flags
+from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import check_finite, open_source
 from ldm_vae.errors import one_line_errors
 from ldm_vae.files import write_json
@@ -39,7 +40,7 @@ class Config:
     fit_data: str
     data: str
     quality: float = 1.0
-    num_fit: int = 200
+    num_fit: int = 400
     num_images: int | None = None
     output: Path | None = None
 
@@ -60,19 +61,21 @@ def main(config: Config) -> None:
     codec = LatentCodec.from_pretrained(config.codec)
     fit_source, source = open_source(config.fit_data), open_source(config.data)
     check_finite(source, config.data, config.num_images)
-    static_tables = fit_tables(
-        codec.vae, fit_source, num_images=config.num_fit, qualities=(config.quality,), contexts=False
-    )
-    static = LatentCodec(codec.vae, static_tables)
-    quality = fixed_point(config.quality)
-    contexts, plain = codec.tables.contexts_of(quality), static.tables.contexts_of(quality)
+    quality = codec.fixed_quality(config.quality)
+    contexts = codec.tables.contexts_of(quality)
+    fitted = [
+        codec.quantise(
+            codec.latents_of(as_picture(fit_source[index_at(i, size=len(fit_source), seed=0)].pixels)), quality
+        )
+        for i in range(min(config.num_fit, len(fit_source)))
+    ]
+    static = fit_contexts(fitted, taps=False)
     rows = []
     for i in range(min(len(source), config.num_images or len(source))):
-        latents = codec.latents_of(Picture(pixels=source[i].pixels))
-        symbols = codec.quantise(latents, quality)
+        symbols = codec.quantise(codec.latents_of(as_picture(source[i].pixels)), quality)
         lanes = 1 << log2_lanes(symbols.size)
         payload = encode_symbols(symbols, contexts, lanes=lanes)
-        without = encode_symbols(static.quantise(latents, quality), plain, lanes=lanes)
+        without = encode_symbols(symbols, static, lanes=lanes)
         rows.append(
             {
                 "image": source.name(i),

@@ -21,18 +21,21 @@ import torch
 
 from ldm_vae.codec import bitstream
 from ldm_vae.codec.bitstream import Limits
-from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.codec import LOG2_TILE, LatentCodec
 from ldm_vae.codec.fitting import fit_tables
-from ldm_vae.codec.picture import Picture
+from ldm_vae.codec.picture import Picture, encode_picture
 from ldm_vae.config import parse_flags
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.sources import open_source
-from ldm_vae.errors import CompressedFileError, one_line_errors
+from ldm_vae.errors import CompressedFileError, ConfigError, one_line_errors
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 
 LIMITS = Limits(max_pixels=1 << 16, max_side=1 << 10)
+EXTENSIONS = (".png", ".jpg", ".tif", ".npy")
 SLOW = 10.0
 """Seconds that no file within the limits may take."""
+MOST_MEMORY = 1 << 29
+"""Bytes that Python and NumPy may hold at a time, whatever the files say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +81,18 @@ def mutate_inside(data: bytes, rng: np.random.Generator) -> bytes:
     parts = {k: bytearray(contents.read(p)) for k, p in contents.sections.items()}
     tiles = [bytearray(contents.read(p)) for p in contents.tiles]
     header = bytearray(data[: bitstream.FIXED.size - 1])
-    target = int(rng.integers(4))
+    target = int(rng.integers(5))
     if target == 0:
         header[int(rng.integers(9, len(header)))] = int(rng.integers(256))
-    elif target == 1 and parts:
+    elif target == 1 and len(tiles) > 1:  # a contents table that lies
+        match rng.integers(3):
+            case 0:
+                tiles.pop(int(rng.integers(len(tiles))))
+            case 1:
+                tiles.append(bytearray(tiles[0]))
+            case 2:
+                tiles[0], tiles[-1] = tiles[-1], tiles[0]
+    elif target == 2 and parts:
         part = parts[int(rng.choice(list(parts)))]
         part[:] = mutate(bytes(part), [bytes(part)], rng)
     else:
@@ -95,11 +106,19 @@ def mutate_inside(data: bytes, rng: np.random.Generator) -> bytes:
     return b"".join([head, crc32(head).to_bytes(4, "little"), *(p for _, p in sorted(parts.items())), *tiles])
 
 
+def same(picture: Picture, other: Picture) -> bool:
+    return np.array_equal(picture.whole(), other.whole()) and (picture.icc, picture.exif) == (other.icc, other.exif)
+
+
 def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[str, Any]:
     """What became of `count` mutated files; lists of what must be empty hold the files themselves."""
     rng = np.random.default_rng(seed)
     alpha = np.ascontiguousarray(photo[:, :, 0])
+    codec.log2_tile = 4  # the smallest: several tiles in a small picture
+    several = codec.compress(photo, quality=1)
+    codec.log2_tile = LOG2_TILE
     files = [
+        several,
         codec.compress(photo, quality=0.5),
         codec.compress(photo[:24, :40, :1], quality=1),
         codec.compress(Picture(pixels=photo, alpha=alpha, icc=b"profile" * 30, exif=b"II*\0\x08\0\0\0\0\0"), quality=2),
@@ -118,12 +137,20 @@ def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[st
             header = bitstream.unpack(data).header
             right = found.pixels.shape == (header.height, header.width, header.colours)
             if honest:
-                right = any(np.array_equal(found.whole(), w.whole()) for w in whole)
+                right = any(same(found, w) for w in whole)
             if not right:
                 outcome["wrong"].append(data)
+            try:
+                encode_picture(found, EXTENSIONS[int(rng.integers(len(EXTENSIONS)))])
+            except ConfigError:
+                pass  # metadata that a format cannot hold
         except CompressedFileError as error:
             outcome["refused"] += 1
             reasons[type(error).__name__] += 1
+            try:
+                codec.decompress_picture(data, limits=LIMITS, damage=[])  # salvage
+            except CompressedFileError:
+                pass
         except Exception as error:
             outcome["crashed"].append((data, repr(error)))
         if time.perf_counter() - began > SLOW:
@@ -150,7 +177,8 @@ def main(config: Config) -> None:
     print(f"peak memory in Python and NumPy: {peak / 2**20:.0f} MiB")
     if outcome["crashed"]:
         print(outcome["crashed"][0])
-    raise SystemExit(bool(outcome["wrong"] or outcome["crashed"] or outcome["slow"]))
+    too_much = peak > MOST_MEMORY
+    raise SystemExit(bool(outcome["wrong"] or outcome["crashed"] or outcome["slow"] or too_much))
 
 
 if __name__ == "__main__":

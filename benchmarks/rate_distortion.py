@@ -101,7 +101,7 @@ def open_by_pillow(data: bytes) -> Pixels:
 
 def pillow_codec(name: str) -> Codec | None:
     """None for one that this Pillow cannot write."""
-    jpeg = (5, 8, 12, 17, 23, 30, 40, 50, 60, 70, 80)
+    jpeg = (1, 3, 5, 8, 12, 17, 23, 30, 40, 50, 60, 70, 80)
     avif = (20, 30, 38, 45, 52, 60, 68, 76)
     kind = name.split("-")[0]
     options: dict[str, Any] = {}
@@ -229,9 +229,9 @@ def table(rows: dict[str, list[Row]], differences: dict[str, dict[str, dict[str,
         for reference in references:
             for metric in metrics:
                 d = found[reference][metric]
-                cells.append(
-                    "-" if name == reference else f"{d['of_means']:+.1f} % [{d['low']:+.0f}, {d['high']:+.0f}]"
-                )
+                figure = f"{d['of_means']:+.1f} % [{d['low']:+.0f}, {d['high']:+.0f}]"
+                fewer = f", {d['images']} images" if d["images"] < len({r["image"] for r in rows[name]}) else ""
+                cells.append("-" if name == reference else figure + fewer)
         for key in ("encode_seconds", "decode_seconds"):
             cells.append(f"{1e3 * float(np.median([r[key] for r in rows[name]])):.0f}")
         peak = memory[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from tyro.conf import Positional
 from ldm_vae.codec import bitstream
 from ldm_vae.codec.bitstream import Limits
 from ldm_vae.config import tyro_errors
-from ldm_vae.errors import ConfigError, DataError, LdmVaeError, one_line_errors
+from ldm_vae.errors import CompressedFileError, ConfigError, DataError, LdmVaeError, one_line_errors
 from ldm_vae.files import atomic, check_writable, is_hub_id
 
 EXTENSION = ".ldi"
@@ -41,6 +42,11 @@ class Transfer:
     """Processes for a folder's files, or for the tiles of one large image; 0: one a core."""
     overwrite: bool = False
     """Replace files that are there; without it, a folder's are skipped, and a single one is an error."""
+    max_pixels: int = Limits().max_pixels
+    max_side: int = Limits().max_side
+
+    def limits(self) -> Limits:
+        return Limits(max_pixels=self.max_pixels, max_side=self.max_side)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +73,6 @@ class Decompress(Transfer):
     """Decode what is whole of a damaged file, and mark the rest."""
     extension: str = ".png"
     """Of a folder's images, and of standard output."""
-    max_pixels: int = Limits().max_pixels
-    max_side: int = Limits().max_side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,8 @@ class FitCodec:
     num_images: int = 400
     qualities: tuple[float, ...] | None = None
     """At which tables are fitted; 0.5 to 4 unless given."""
+    overwrite: bool = False
+    """Replace tables that are there: files that were written with them cannot be read any more."""
     device: str = "cpu"
 
 
@@ -98,7 +104,7 @@ class FitCodec:
 
 
 @cache
-def load_codec(model: str, device: str, workers: int = 1) -> Any:
+def load_codec(model: str, device: str, workers: int) -> Any:
     from ldm_vae.codec.codec import LatentCodec
 
     if not model:
@@ -125,12 +131,13 @@ def compress_file(command: Compress) -> str | None:
 
     from ldm_vae.codec.picture import read_picture
     from ldm_vae.codec.search import compress_to
+    from ldm_vae.models.pretrained import channels_of
 
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours
     codec = load_codec(command.model, command.device, command.workers)
-    limits = Limits()
-    given = read_picture(read(command.input), max_pixels=limits.max_pixels)
-    limits.check(given.pixels.shape[1], given.pixels.shape[0])
+    channels = channels_of(codec.vae)
+    given = read_picture(read(command.input), channels=channels, max_pixels=command.max_pixels)
+    command.limits().check(given.pixels.shape[1], given.pixels.shape[0])
     if command.target_bpp is None and command.target_psnr is None:
         data = codec.compress(given, quality=command.quality, strip=command.strip)
     else:
@@ -141,15 +148,16 @@ def compress_file(command: Compress) -> str | None:
 
 
 def decompress_file(command: Decompress) -> str | None:
-    from ldm_vae.codec.picture import encode_picture
+    from ldm_vae.codec.picture import check_extension, encode_picture
 
+    extension = command.extension if command.output == STREAM else Path(command.output).suffix.lower()
+    check_extension(extension)
     codec = load_codec(command.model, command.device, command.workers)
     damage: list[str] | None = [] if command.salvage else None
-    limits = Limits(max_pixels=command.max_pixels, max_side=command.max_side)
-    found = codec.decompress_picture(read(command.input), region=command.region, limits=limits, damage=damage)
-    extension = command.extension if command.output == STREAM else Path(command.output).suffix.lower()
+    data = read(command.input)
+    found = codec.decompress_picture(data, region=command.region, limits=command.limits(), damage=damage)
     write(command.output, encode_picture(found, extension))
-    return f"{command.input}: {'; '.join(damage)}" if damage else None
+    return "; ".join(damage) if damage else None
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
@@ -165,7 +173,7 @@ def in_worker(act: Callable[[Any], str | None], command: Any) -> str | None:
 
 def transfer_folder(act: Callable[[Any], str | None], command: Command, pairs: Sequence[tuple[Path, Path]]) -> None:
     """Every pair of files on all workers, with progress. Raises DataError at the end when some could not be done."""
-    load_codec(command.model, command.device)  # what is wrong with it is said once
+    load_codec(command.model, command.device, 1)  # what is wrong with it is said once
     jobs = []
     for source, target in pairs:
         if command.overwrite or not target.exists():
@@ -193,34 +201,50 @@ def outcomes(
         for job in jobs:
             yield job, said_by(partial(act, job))
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
         futures: dict[Future[str | None], Command] = {pool.submit(in_worker, act, job): job for job in jobs}
         for future in as_completed(futures):
             yield futures[future], said_by(future.result)
+    finally:
+        pool.shutdown(cancel_futures=True)  # what has not begun when somebody stops it does not begin
 
 
 def said_by(call: Callable[[], str | None]) -> str | None:
+    """What went wrong with one file, whatever it was: the others go on."""
     try:
         return call()
     except (LdmVaeError, ValueError, OSError) as error:
         return " ".join(str(error).split())
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def pairs_of(source: Path, target: Path, *, inputs: Callable[[str], bool], extension: str) -> list[tuple[Path, Path]]:
-    """Every file below a folder with its counterpart below another, hidden ones left out.
+    """Every file below a folder with its counterpart below another, hidden files and folders left out.
 
     Two that differ in their extension alone keep it: a.jpg.ldi beside a.png.ldi.
+
+    Raises:
+        DataError: no files, or two that would become one.
+        ConfigError: an output within the input.
     """
     if target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"the output {target} is inside the input {source}: choose another one")
-    files = sorted(p for p in source.rglob("*") if p.is_file() and inputs(p.suffix.lower()) and p.name[0] != ".")
+    found = sorted(p for p in source.rglob("*") if inputs(p.suffix.lower()) and p.is_file())
+    files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(source).parts)]
     if not files:
         raise DataError(f"{source} has no such files")
     short = [p.relative_to(source).with_suffix(extension) for p in files]
-    return [
-        (p, target / (s if short.count(s) == 1 else p.relative_to(source).with_name(p.name + extension)))
+    times = Counter(short)
+    names = [
+        s if times[s] == 1 else p.relative_to(source).with_name(p.name + extension)
         for p, s in zip(files, short, strict=True)
     ]
+    twice = [str(n) for n, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"two files of {source} would both become {twice[0]}: rename one of them")
+    return [(p, target / n) for p, n in zip(files, names, strict=True)]
 
 
 def transfer(
@@ -228,6 +252,8 @@ def transfer(
 ) -> None:
     if command.workers < 0:
         raise ConfigError(f"--workers is {command.workers}: it must not be negative")
+    if min(command.max_pixels, command.max_side) < 1:
+        raise ConfigError("--max-pixels and --max-side must be at least 1")
     if command.input != STREAM and Path(command.input).is_dir():
         if command.output == STREAM:
             raise ConfigError("a folder cannot go to standard output")
@@ -243,7 +269,7 @@ def transfer(
             raise ConfigError(f"there is no folder {target.parent}")
     warning = act(replace(command, workers=command.workers or os.cpu_count() or 1))
     if warning:
-        raise DataError(f"{warning}; the rest was written")
+        raise DataError(f"{command.input}: {warning}; the rest was written")
     return None
 
 
@@ -260,6 +286,9 @@ def compress(command: Compress) -> None:
 
 
 def decompress(command: Decompress) -> None:
+    from ldm_vae.codec.picture import check_extension
+
+    check_extension(command.extension)
     transfer(decompress_file, command, inputs=lambda e: e == EXTENSION, extension=command.extension)
 
 
@@ -267,7 +296,10 @@ def info(command: Info) -> None:
     data = read(command.file)
     contents = bitstream.unpack(data, limits=Limits(max_pixels=1 << 64, max_side=1 << 32))
     for part in (*contents.sections.values(), *contents.tiles):
-        contents.read(part)  # raises for a damaged one
+        try:
+            contents.read(part)
+        except CompressedFileError as error:
+            raise type(error)(f"{part.name}: {error}") from None
     header = contents.header
     facts = {
         "size": f"{header.width} x {header.height} pixels, {header.colours} channels of {header.depth} bits",
@@ -293,8 +325,14 @@ def fit_codec(command: FitCodec) -> None:
         raise ConfigError(f"--num-images is {command.num_images}: it must be at least 1")
     if command.output is None and is_hub_id(command.vae) and not Path(command.vae).is_dir():
         raise ConfigError(f"{command.vae} is on the hub: add --output, a folder for a copy of it with its tables")
-    vae = load_autoencoder(command.vae).to(command.device)
     target = command.output or Path(command.vae)
+    for folder in (target / "codec", *([target / "vae"] if command.output is not None else [])):
+        if folder.exists() and not command.overwrite:
+            raise ConfigError(
+                f"{folder} is there: files that were compressed with it need it. Add --overwrite to replace it, or "
+                "choose another --output"
+            )
+    vae = load_autoencoder(command.vae).to(command.device)
     check_writable(target)
     source = open_source(command.data, channels=channels_of(vae))
     check_finite(source, command.data, command.num_images)
@@ -302,7 +340,8 @@ def fit_codec(command: FitCodec) -> None:
         vae, source, num_images=command.num_images, qualities=command.qualities or QUALITIES, progress=True
     )
     if command.output is not None:
-        vae.cpu().save_pretrained(target / "vae")
+        with staged_directory(target / "vae") as staging:
+            vae.cpu().save_pretrained(staging)
     with staged_directory(target / "codec") as staging:
         tables.save(staging)
     print(f"{len(tables.channels)} of {len(tables.sigma)} channels are coded; tables are in {target / 'codec'}")

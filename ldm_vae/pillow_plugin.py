@@ -6,15 +6,19 @@ Pillow finds plugins by import alone: `import ldm_vae.pillow_plugin` is enough w
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import IO, Any
 
 from PIL import Image, ImageFile
 
+from ldm_vae.cli import EXTENSION, MODEL_VARIABLE
 from ldm_vae.codec import bitstream
-from ldm_vae.errors import CompressedFileError, ConfigError
+from ldm_vae.codec.codec import MAX_METADATA, LatentCodec
+from ldm_vae.codec.picture import EXIF_PREFIX, as_picture, inflate
+from ldm_vae.errors import ConfigError
+from ldm_vae.models.pretrained import channels_of
 
-FORMAT, EXTENSION = "LDI", ".ldi"
-MODEL_VARIABLE = "LDM_VAE_MODEL"
+FORMAT = "LDI"
 MODES = {(1, 8, False): "L", (1, 8, True): "LA", (3, 8, False): "RGB", (3, 8, True): "RGBA", (1, 16, False): "I;16"}
 """By colours, depth and whether there is alpha."""
 state: dict[str, Any] = {}
@@ -30,8 +34,6 @@ def register(model: str | None = None) -> None:
 def codec() -> Any:
     """The codec, loaded when it is needed. Raises ConfigError when no model is named."""
     if "codec" not in state:
-        from ldm_vae.codec.codec import LatentCodec
-
         model = state.get("model") or os.environ.get(MODEL_VARIABLE)
         if not model:
             raise ConfigError(f"no model for {EXTENSION} files: call register(model), or set ${MODEL_VARIABLE}")
@@ -45,31 +47,47 @@ class LdiImageFile(ImageFile.ImageFile):
     format, format_description = FORMAT, "Latents of an autoencoder"
 
     def _open(self) -> None:
+        """Raises CompressedFileError for a file that begins like ours and is not whole."""
         assert self.fp is not None
         self.data = self.fp.read()
-        try:
-            header = (contents := bitstream.unpack(self.data)).header
-        except CompressedFileError as error:
-            raise SyntaxError(str(error)) from None  # what Pillow expects of a plugin
+        contents = bitstream.unpack(self.data)
+        header = contents.header
         self._size = header.width, header.height
         try:
             self._mode = MODES[header.colours, header.depth, bitstream.ALPHA in contents.sections]
         except KeyError:
-            raise SyntaxError(f"Pillow has no mode for {header.colours} channels of {header.depth} bits") from None
+            raise ConfigError(f"Pillow has no mode for {header.colours} channels of {header.depth} bits") from None
+        self.info |= metadata_in(contents)
 
     def load(self) -> Any:
-        if self.tile or not hasattr(self, "data"):
-            return super().load()
-        image = codec().decompress(self.data)
-        del self.data
-        self.im, self._mode, self.info = image.im, image.mode, {**self.info, **image.info}
+        if hasattr(self, "data"):
+            image = codec().decompress(self.data)
+            del self.data
+            self.im, self._mode = image.im, image.mode
         return super().load()
 
 
+def metadata_in(contents: bitstream.Contents) -> dict[str, bytes]:
+    """ICC profile and EXIF, as Pillow names them; no model is needed for these."""
+    names = {bitstream.ICC: ("icc_profile", b""), bitstream.EXIF: ("exif", EXIF_PREFIX)}
+    found = {}
+    for kind, (name, prefix) in names.items():
+        if kind in contents.sections:
+            found[name] = prefix + inflate(contents.read(contents.sections[kind]), limit=MAX_METADATA)
+    return found
+
+
 def save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
-    """`image.save(file, quality=1.0, strip=False)`."""
-    options = {k: v for k, v in image.encoderinfo.items() if k in ("quality", "strip")}
-    file.write(codec().compress(image, **options))
+    """`image.save(file, quality=1.0, strip=False, icc_profile=..., exif=...)`; quality is a step, not a percentage."""
+    given = image.encoderinfo
+    picture = as_picture(image, channels=channels_of(codec().vae))
+    if "icc_profile" in given:
+        picture = replace(picture, icc=given["icc_profile"] or b"")
+    if "exif" in given:
+        exif = given["exif"].tobytes() if isinstance(given["exif"], Image.Exif) else given["exif"] or b""
+        picture = replace(picture, exif=exif.removeprefix(EXIF_PREFIX))
+    options = {k: v for k, v in given.items() if k in ("quality", "strip")}
+    file.write(codec().compress(picture, **options))
 
 
 def accepts(prefix: bytes) -> bool:

@@ -79,7 +79,9 @@ def test_targets_are_met(model: Path, image: Path, tmp_path: Path) -> None:
     run("compress", image, tmp_path / "fine.ldi", "--model", model, "--quality", 0.6)
     bpp = 8 * (tmp_path / "fine.ldi").stat().st_size / (72 * 60)
     run("compress", image, tmp_path / "met.ldi", "--model", model, "--target-bpp", bpp)
-    assert (tmp_path / "met.ldi").stat().st_size <= (tmp_path / "fine.ldi").stat().st_size
+    run("compress", image, tmp_path / "coarse.ldi", "--model", model, "--quality", 1)
+    sizes = [(tmp_path / f"{name}.ldi").stat().st_size for name in ("coarse", "met", "fine")]
+    assert sizes[0] < sizes[1] <= sizes[2]
 
 
 def test_a_folder_goes_there_and_back_on_two_workers(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -111,6 +113,22 @@ def test_a_folder_goes_on_where_it_stopped_and_past_bad_files(
     assert len(times) == 12
     assert "1 of 1 files" in fails(capsys, *words)  # the others are there
     assert {p: p.stat().st_mtime_ns for p in times} == times
+
+
+def test_names_that_would_become_one_are_refused(
+    model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "in" / ".hidden").mkdir(parents=True)
+    for name in ("a.png", "a.bmp", "a.png.png", ".hidden/b.png"):
+        shutil.copy(image, tmp_path / "in" / name)
+    words = ("compress", tmp_path / "in", tmp_path / "out", "--model", model, "--workers", 1)
+    assert "would both become a.png.ldi" in fails(capsys, *words)
+    (tmp_path / "in" / "a.png.png").unlink()
+    run(*words)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.bmp.ldi", "a.png.ldi"]
+    old = (tmp_path / "out" / "a.png.ldi").read_bytes()
+    run(*words, "--overwrite", "--quality", 0.5)
+    assert (tmp_path / "out" / "a.png.ldi").read_bytes() != old
 
 
 def test_standard_input_and_output(model: Path, image: Path, tmp_path: Path) -> None:
@@ -173,4 +191,9 @@ def test_what_cannot_work_is_said_in_one_line(
     fit = ("fit-codec", "--vae", model, "--data", image.parent)
     assert "num-images" in fails(capsys, *fit, "--num-images", 0)
     assert "--output" in fails(capsys, "fit-codec", "--vae", "owner/name", "--data", image.parent)
+    before = load_tables(model / "codec").digest
+    assert "--overwrite" in fails(capsys, *fit)
+    assert load_tables(model / "codec").digest == before
+    assert "limit" in fails(capsys, "compress", image, tmp_path / "y.ldi", *with_model, "--max-side", 10)
+    assert "name an image file" in fails(capsys, "decompress", image.parent, tmp_path / "z", "--extension", "png")
     assert not (tmp_path / "y.png").exists()

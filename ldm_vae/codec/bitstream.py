@@ -112,12 +112,12 @@ class Contents:
     data: bytes
 
     def read(self, part: Part) -> bytes:
-        """The bytes of a part. Raises TruncatedError or CorruptError."""
+        """The bytes of a part. Raises TruncatedError or CorruptError, which leave its name to the caller."""
         if part.end > len(self.data):
-            raise TruncatedError(f"the file ends within {part.name}")
+            raise TruncatedError("the file ends within it")
         found = self.data[part.begin : part.end]
         if crc32(found) != part.crc:
-            raise CorruptError(f"{part.name} is damaged: its CRC-32 differs")
+            raise CorruptError("it is damaged: its CRC-32 differs")
         return found
 
 
@@ -187,7 +187,7 @@ def check_fields(header: Header) -> None:
         "colour": header.colours < 1,
         "depth": header.depth not in (8, 16),
         "stride": header.log2_stride > 8,
-        "tile size": not 4 <= header.log2_tile <= 12,
+        "tile size": not 4 <= header.log2_tile <= 8,  # what decoding a tile takes is bounded by it
         "number of lanes": header.log2_lanes > 10,
         "quality": header.quality < 1,
     }

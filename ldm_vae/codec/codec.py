@@ -7,7 +7,7 @@ Floats end at `quantise`: which bytes are written for given symbols, and read fo
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,15 @@ from ldm_vae.codec.picture import Picture, as_picture
 from ldm_vae.codec.tables import DIGEST_BYTES, QUALITY_ONE, Tables, load_tables
 from ldm_vae.codec.tiles import CodedTile, decode_tiles, encode_tiles
 from ldm_vae.data.images import Pixels, to_images, to_pixels
-from ldm_vae.errors import CompressedFileError, ConfigError, CorruptError, ModelError, ModelMismatchError
+from ldm_vae.errors import BadImageError, CompressedFileError, ConfigError, CorruptError, ModelError, ModelMismatchError
 from ldm_vae.files import is_hub_id
 from ldm_vae.models.pretrained import channels_of, encode_moments, fingerprint, load_autoencoder, stride_of
-from ldm_vae.models.tiling import in_tiles
+from ldm_vae.models.tiling import TILE, spans
 
 LOG2_TILE = 7
 """Tiles of 128 x 128 latents: each is coded by itself."""
-TILE = 64
-"""Latents a side that the network sees at once, beside its halo."""
+FAR = 8
+"""A quality by so much finer or coarser than any that tables were fitted at is a mistake."""
 MAX_METADATA = 1 << 24
 """Bytes of an ICC profile or of EXIF."""
 MARK = (255, 0, 255)
@@ -50,12 +50,13 @@ class LatentCodec:
         vae: any diffusers autoencoder with a posterior.
         tables: fitted for it, see `fitting.fit_tables`.
         workers: processes for the tiles of one large picture (1024 x 1024 pixels each, at stride 8).
+        dtype: of the network. Files are the same but for how its rounding moves a symbol now and then; any reads all.
 
     Raises:
         ModelMismatchError: the tables were fitted for another autoencoder.
     """
 
-    def __init__(self, vae: Any, tables: Tables, *, workers: int = 1) -> None:
+    def __init__(self, vae: Any, tables: Tables, *, workers: int = 1, dtype: torch.dtype = torch.float32) -> None:
         self.vae, self.tables, self.workers = vae.eval(), tables, workers
         found = fingerprint(vae)
         if found != tables.vae:
@@ -64,18 +65,22 @@ class LatentCodec:
                 "fit them anew with `ldm-vae fit-codec`"
             )
         self.weights = bytes.fromhex(found)[:DIGEST_BYTES]
+        self.log2_tile = LOG2_TILE
+        vae.to(dtype)
         self.stride = stride_of(vae)
         self.exact = hasattr(vae, "decoder_halo")  # it sees only so far: tiles give what the whole gives
 
     @classmethod
-    def from_pretrained(cls, path: str, *, device: str | torch.device = "cpu", workers: int = 1) -> LatentCodec:
+    def from_pretrained(
+        cls, path: str, *, device: str | torch.device = "cpu", workers: int = 1, dtype: torch.dtype = torch.float32
+    ) -> LatentCodec:
         """The codec of a run directory, a model folder or a hub id: its VAE, and its tables in `codec/`.
 
         Raises:
             ModelError: there is no such model, or it has no tables.
         """
         vae = load_autoencoder(path).to(device)
-        return cls(vae, load_tables(tables_folder(path)), workers=workers)
+        return cls(vae, load_tables(tables_folder(path)), workers=workers, dtype=dtype)
 
     def compress(self, image: Image.Image | Pixels | Picture, *, quality: float = 1.0, strip: bool = False) -> bytes:
         """A file's bytes.
@@ -89,8 +94,19 @@ class LatentCodec:
             ConfigError: a quality that a file cannot hold.
             BadImageError, ModelError: an image that cannot be compressed, or not with this model.
         """
-        given = as_picture(image)
-        return self.pack(given, self.latents_of(given), fixed_point(quality), strip=strip)
+        given = as_picture(image, channels=channels_of(self.vae))
+        return self.pack(given, self.latents_of(given), self.fixed_quality(quality), strip=strip)
+
+    def fixed_quality(self, quality: float) -> int:
+        """As files hold it. Raises ConfigError for one far from those that the tables were fitted at."""
+        fixed = fixed_point(quality)
+        low, high = self.tables.qualities[0], self.tables.qualities[-1]
+        if not low / FAR <= fixed <= high * FAR:
+            raise ConfigError(
+                f"quality {quality:g} is a step in units of the posterior's deviation, and far from those that the "
+                f"tables were fitted at, {low / QUALITY_ONE:g} to {high / QUALITY_ONE:g}: more is coarser"
+            )
+        return fixed
 
     def decompress(self, data: bytes) -> Image.Image:
         """The image of a file's bytes, as PIL's. See `decompress_picture` for errors and for what PIL cannot hold."""
@@ -126,10 +142,14 @@ class LatentCodec:
                 f"the region {left} {top} {width} {height} is not within the picture's {header.width}x{header.height}"
             )
         box = self.latents_for(header, left, top, width, height)
-        latents, bad_tiles = self.read_latents(contents, box, damage)
-        pixels = self.pixels_of(latents, header)  # of the whole box
+        symbols, bad_tiles = self.read_symbols(contents, box, damage)
+        pixels = self.pixels_of(symbols, header)  # of the whole box
         for tile in bad_tiles:
-            mark(pixels, [self.stride * (tile[i] - box[i % 2]) for i in range(4)])
+            reach = self.vae.decoder_halo if self.exact else 0  # what it made wrong around it
+            grown = (tile[0] - reach, tile[1] - reach, tile[2] + reach, tile[3] + reach)
+            mark(pixels, [self.stride * (grown[i] - box[i % 2]) for i in range(4)])
+        if bad_tiles and damage is not None and not self.exact:
+            damage.append("this autoencoder sees the whole image: what is not marked may differ, too")
         y, x = top - box[0] * self.stride, left - box[1] * self.stride
         alpha, icc, exif = self.read_sections(contents, damage)
         return Picture(
@@ -146,37 +166,43 @@ class LatentCodec:
         """The posterior's mean, float32 (c, h, w). What is missing to the stride continues the last row and column."""
         pixels = self.in_model_channels(given.pixels)
         height, width = pixels.shape[:2]
-        padding = ((0, -height % self.stride), (0, -width % self.stride), (0, 0))
-        values = torch.from_numpy(np.moveaxis(np.pad(pixels, padding, mode="edge"), 2, 0)[None].astype(np.int32))
-        device = next(self.vae.parameters()).device
-
-        def encode(part: Tensor) -> Tensor:
-            images = to_images(np.moveaxis(part[0].numpy(), 0, 2).astype(pixels.dtype))[None]
-            return encode_moments(self.vae, images.to(device)).chunk(2, dim=1)[0].float().cpu()
-
-        if not self.exact:
-            return encode(values)[0].numpy()
-        halo = -(-self.vae.encoder_halo // self.stride)
-        return in_tiles(encode, values, tile=TILE, halo=halo, unit_in=self.stride, unit_out=1)[0].numpy()
+        f = self.stride
+        padded = np.pad(pixels, ((0, -height % f), (0, -width % f), (0, 0)), mode="edge")
+        halo = -(-self.vae.encoder_halo // f) if self.exact else 0
+        latents = np.empty((len(self.tables.sigma), padded.shape[0] // f, padded.shape[1] // f), np.float32)
+        for inner, outer in self.network_tiles(*latents.shape[1:], halo):
+            images = to_images(padded[outer[0] * f : outer[2] * f, outer[1] * f : outer[3] * f])[None]
+            mean = encode_moments(self.vae, self.on_device(images)).chunk(2, dim=1)[0][0].float().cpu().numpy()
+            put(latents, (0, 0, *latents.shape[1:]), mean, outer, inner)
+        return latents
 
     @torch.inference_mode()
-    def pixels_of(self, latents: Floats, header: Header) -> Pixels:
-        """Latents (c, h, w) -> pixels (h*f, w*f, C) in the colours and depth that the header names."""
+    def pixels_of(self, symbols: np.ndarray[Any, Any], header: Header) -> Pixels:
+        """Symbols (C, h, w) -> pixels (h*f, w*f, colours) of the depth that the header names."""
         dtype = np.uint16 if header.depth == 16 else np.uint8
-        device = next(self.vae.parameters()).device
-
-        def decode(part: Tensor) -> Tensor:
-            images = self.vae.decode(part.to(device)).sample
+        height, width = symbols.shape[1:]
+        f = self.stride
+        pixels = np.empty((header.colours, height * f, width * f), dtype)
+        for inner, outer in self.network_tiles(height, width, self.vae.decoder_halo if self.exact else 0):
+            part = self.dequantise(symbols[:, outer[0] : outer[2], outer[1] : outer[3]], header.quality)
+            images = self.vae.decode(self.on_device(torch.from_numpy(part)[None])).sample
             if header.colours == 1:
                 images = images.mean(dim=1, keepdim=True)
-            return torch.from_numpy(np.moveaxis(to_pixels(images, dtype), -1, 1).astype(np.int32))
+            made = np.moveaxis(to_pixels(images[0], dtype), 2, 0)
+            inside, around = ([f * edge for edge in box] for box in (inner, outer))
+            put(pixels, (0, 0, height * f, width * f), made, around, inside)
+        return np.moveaxis(pixels, 0, 2)
 
-        values = torch.from_numpy(latents)[None]
-        if self.exact:
-            made = in_tiles(decode, values, tile=TILE, halo=self.vae.decoder_halo, unit_in=1, unit_out=self.stride)
-        else:
-            made = decode(values)
-        return np.moveaxis(made[0].numpy(), 0, 2).astype(dtype)
+    def network_tiles(self, height: int, width: int, halo: int) -> Iterator[tuple[Box, Box]]:
+        """What the network makes at a time, without and with what it sees around that; the whole if it is not exact."""
+        side = TILE if self.exact else max(height, width)
+        for top, bottom, above, below in spans(height, side, halo):
+            for left, right, before, behind in spans(width, side, halo):
+                yield (top, left, bottom, right), (above, before, below, behind)
+
+    def on_device(self, values: Tensor) -> Tensor:
+        parameter = next(self.vae.parameters())
+        return values.to(parameter.device, parameter.dtype)
 
     def in_model_channels(self, pixels: Pixels) -> Pixels:
         """Grey goes three times into a model of colours; whatever else differs is a ModelError."""
@@ -198,8 +224,8 @@ class LatentCodec:
             depth=8 * given.pixels.dtype.itemsize,
             log2_stride=self.stride.bit_length() - 1,
             channels=len(symbols),
-            log2_tile=LOG2_TILE,
-            log2_lanes=log2_lanes(symbols[:, : 1 << LOG2_TILE, : 1 << LOG2_TILE].size),
+            log2_tile=self.log2_tile,
+            log2_lanes=log2_lanes(symbols[:, : 1 << self.log2_tile, : 1 << self.log2_tile].size),
             quality=quality,
             tables=self.tables.digest,
             weights=self.weights,
@@ -215,24 +241,32 @@ class LatentCodec:
         if given.alpha is not None:
             sections[bitstream.ALPHA] = picture.pack_alpha(given.alpha)
         for kind, metadata in ((bitstream.ICC, given.icc), (bitstream.EXIF, given.exif)):
-            if metadata and not strip and len(metadata) <= MAX_METADATA:
+            if len(metadata) > MAX_METADATA and not strip:
+                name = bitstream.SECTIONS[kind]
+                raise BadImageError(f"{name} of {len(metadata)} bytes is over {MAX_METADATA}: leave it out (strip)")
+            if metadata and not strip:
                 sections[kind] = zlib.compress(metadata, 9)
         return bitstream.pack(header, sections, tiles)
 
     def quantise(self, latents: Floats, quality: int) -> np.ndarray[Any, Any]:
         """float (c, h, w) -> int32 symbols (C, h, w) of the coded channels: the nearest multiple of each one's step."""
-        coded = list(self.tables.channels)
-        centred = latents[coded].astype(np.float64) - self.tables.means[coded, None, None]
-        symbols = np.rint(centred / self.tables.steps(quality)[:, None, None])
-        if not np.isfinite(symbols).all():
-            raise ModelError("the autoencoder's latents are not finite")
-        return np.clip(symbols, *INT32).astype(np.int32)
+        steps, means = self.tables.steps(quality), self.tables.means
+        symbols = np.empty((len(steps), *latents.shape[1:]), np.int32)
+        for i, c in enumerate(self.tables.channels):
+            exact = np.rint((latents[c].astype(np.float64) - means[c]) / steps[i])
+            if not np.isfinite(exact).all():
+                raise ModelError("the autoencoder's latents are not finite")
+            symbols[i] = np.clip(exact, *INT32)
+        return symbols
 
     def dequantise(self, symbols: np.ndarray[Any, Any], quality: int) -> Floats:
         """Back to float32 latents (c, h, w); a channel that is not coded is its mean everywhere."""
-        latents = np.tile(self.tables.means[:, None, None], (1, *symbols.shape[1:]))
-        latents[list(self.tables.channels)] += symbols * self.tables.steps(quality)[:, None, None]
-        return latents.astype(np.float32)
+        steps, means = self.tables.steps(quality), self.tables.means
+        latents = np.empty((len(means), *symbols.shape[1:]), np.float32)
+        latents[:] = means[:, None, None]
+        for i, c in enumerate(self.tables.channels):
+            latents[c] = means[c] + symbols[i] * steps[i]
+        return latents
 
     def check(self, header: Header) -> None:
         """Raises ModelMismatchError or CorruptError for a file that this codec cannot have written."""
@@ -265,8 +299,10 @@ class LatentCodec:
             min(-(-(left + width) // f) + halo, w),
         )
 
-    def read_latents(self, contents: Contents, box: Box, damage: list[str] | None) -> tuple[Floats, list[Box]]:
-        """The latents of a box, and the tiles in it that are damaged."""
+    def read_symbols(
+        self, contents: Contents, box: Box, damage: list[str] | None
+    ) -> tuple[np.ndarray[Any, Any], list[Box]]:
+        """The symbols of a box, 0 in the tiles that are damaged, and those tiles."""
         header = contents.header
         names, boxes, coded, bad = [], [], [], []
         for index, part in enumerate(contents.tiles):
@@ -290,8 +326,8 @@ class LatentCodec:
                 report(found, name, damage)
                 bad.append(tile)
             else:
-                put(symbols, box, found, tile)
-        return self.dequantise(symbols, header.quality), bad
+                put(symbols, box, found, tile, box)
+        return symbols, bad
 
     def read_sections(self, contents: Contents, damage: list[str] | None) -> tuple[Pixels | None, bytes, bytes]:
         """Alpha, ICC profile and EXIF."""
@@ -304,11 +340,9 @@ class LatentCodec:
                     dtype = np.dtype(np.uint16 if header.depth == 16 else np.uint8)
                     found[kind] = picture.unpack_alpha(data, header.height, header.width, dtype)
                 elif kind in bitstream.SECTIONS:
-                    found[kind] = picture.inflate(data, limit=MAX_METADATA, name=part.name)
+                    found[kind] = picture.inflate(data, limit=MAX_METADATA)
             except CompressedFileError as error:
-                if damage is None:
-                    raise
-                damage.append(str(error))
+                report(error, part.name, damage)
         return found.get(bitstream.ALPHA), found.get(bitstream.ICC, b""), found.get(bitstream.EXIF, b"")
 
 
@@ -319,11 +353,19 @@ def report(error: CompressedFileError, name: str, damage: list[str] | None) -> N
     damage.append(f"{name}: {error}")
 
 
-def put(symbols: np.ndarray[Any, Any], box: Box, found: np.ndarray[Any, Any], tile: Box) -> None:
-    """Writes what a tile and a box share into the box's symbols."""
-    top, left, bottom, right = max(tile[0], box[0]), max(tile[1], box[1]), min(tile[2], box[2]), min(tile[3], box[3])
-    shared = found[:, top - tile[0] : bottom - tile[0], left - tile[1] : right - tile[1]]
-    symbols[:, top - box[0] : bottom - box[0], left - box[1] : right - box[1]] = shared
+def put(
+    target: np.ndarray[Any, Any],
+    target_box: Sequence[int],
+    found: np.ndarray[Any, Any],
+    box: Sequence[int],
+    within: Sequence[int],
+) -> None:
+    """Writes what lies at `box` into a target that lies at `target_box`, as far as it is within both and a third."""
+    top, left = (max(target_box[i], box[i], within[i]) for i in (0, 1))
+    bottom, right = (min(target_box[i], box[i], within[i]) for i in (2, 3))
+    shared = found[:, top - box[0] : bottom - box[0], left - box[1] : right - box[1]]
+    y, x = target_box[:2]
+    target[:, top - y : bottom - y, left - x : right - x] = shared
 
 
 def fixed_point(quality: float) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,14 @@ BEFORE = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1))
 """In the channels before: the 3x3 around."""
 PLACES = ((0, 0), *OWN, *(p for p in BEFORE if p not in OWN and p != (0, 0)))
 MEAN_TAPS, ACTIVITY_TAPS = 8, 16
+FARTHEST = 127
+"""Channels back: offsets are stored in 8 bits."""
 FINE_BINS = 64
+EDGE_IMAGES = 64
+"""The fine bins' edges are quantiles of the activity in so many images."""
 LARGEST_ACTIVITY_WEIGHT = 4095
 RIDGE = 1e-3
+MAX_REACH = MAX_ALPHABET // 2 - 1
 TAIL = 1e-5
 """At most this share of the rests is beyond the reach of the tables, where their size allows."""
 PRIOR_COUNT = 4.0
@@ -82,7 +87,8 @@ def shifted(values: Floats) -> Floats:
 def candidates(channel: int) -> Integers:
     """Every tap that a channel may have, as offsets (channel, y, x)."""
     own = [(0, y, x) for y, x in OWN]
-    return np.array(own + [(-d, y, x) for d in range(1, channel + 1) for y, x in BEFORE], np.int64)
+    before = range(1, min(channel, FARTHEST) + 1)
+    return np.array(own + [(-d, y, x) for d in before for y, x in BEFORE], np.int64)
 
 
 def choose_taps(volumes: Sequence[Integers]) -> list[tuple[Integers, Integers, Integers]]:
@@ -157,39 +163,66 @@ def predicted(rows: Floats, channel: int, taps: Integers, weights: Floats) -> Fl
     return weights.astype(np.float32) @ near
 
 
-def measured(
-    volumes: Sequence[Integers], contexts: Contexts
-) -> Iterator[tuple[Integers, Integers, Integers, Integers]]:
-    """Channel, activity, phase and rest of every symbol, an image at a time."""
-    for values in volumes:
-        volume = padded(*values.shape)
-        volume[:, BORDER:-BORDER, BORDER:-BORDER] = values
-        places, channels, _ = wavefronts(*values.shape)
-        mean, activity = contexts.predict(volume, places, channels)
-        prediction, sign, phase = split(mean)
-        yield channels, activity, phase, (volume.reshape(-1)[places] - prediction) * sign
+def measured(values: Integers, contexts: Contexts) -> tuple[Integers, Integers, Integers, Integers]:
+    """Channel, activity, phase and rest of every symbol of an image."""
+    volume = padded(*values.shape)
+    volume[:, BORDER:-BORDER, BORDER:-BORDER] = values
+    places, channels, _ = wavefronts(*values.shape)
+    mean, activity = contexts.predict(volume, places, channels)
+    prediction, sign, phase = split(mean)
+    return channels, activity, phase, (volume.reshape(-1)[places] - prediction) * sign
 
 
 def count(volumes: Sequence[Integers], contexts: Contexts) -> tuple[Integers, list[Integers]]:
-    """How often each rest comes, by channel, fine bin of the activity, and phase; and the bins' edges a channel."""
-    num_channels = contexts.num_channels
-    rows = [np.concatenate(part) for part in zip(*measured(volumes, contexts), strict=True)]
-    channels, activity, phase, rest = rows
-    largest = np.sort(np.abs(rest))
-    reach = int(np.clip(largest[int((1 - TAIL) * (len(rest) - 1))], 1, MAX_ALPHABET // 2 - 1))
-    shape = (num_channels, FINE_BINS, NUM_PHASES, 2 * reach + 3)
-    edges = []
-    bins = np.zeros_like(activity)
-    for c in range(num_channels):
-        here = channels == c
-        cuts = np.unique(np.quantile(activity[here], np.linspace(0, 1, FINE_BINS + 1)[1:-1], method="higher"))
-        cuts = cuts[cuts > 0].astype(np.int64)
-        cuts = np.append(cuts, np.full(FINE_BINS - 1 - len(cuts), cuts[-1] if len(cuts) else 1))
-        bins[here] = np.searchsorted(cuts, activity[here], side="right")
-        edges.append(cuts)
-    symbol = np.clip(rest, -reach - 1, reach + 1) + reach + 1
-    flat = np.ravel_multi_index((channels, bins, phase, symbol), shape)
-    return np.bincount(flat, minlength=int(np.prod(shape))).reshape(shape), edges
+    """How often each rest comes, by channel, fine bin of the activity, and phase; and the bins' edges a channel.
+
+    Rests beyond a reach, which most do not need, are counted together at either end.
+    """
+    edges = [
+        edges_of(np.concatenate(activities))
+        for activities in zip(*(by_channel(v, contexts) for v in volumes[:EDGE_IMAGES]), strict=True)
+    ]
+    shape = (contexts.num_channels, FINE_BINS, NUM_PHASES, 2 * MAX_REACH + 3)
+    counts = np.zeros(int(np.prod(shape)), np.int64)
+    for values in volumes:
+        channels, activity, phase, rest = measured(values, contexts)
+        bins = np.zeros_like(activity)
+        for c, cuts in enumerate(edges):
+            here = channels == c
+            bins[here] = np.searchsorted(cuts, activity[here], side="right")
+        symbol = np.clip(rest, -MAX_REACH - 1, MAX_REACH + 1) + MAX_REACH + 1
+        flat = np.ravel_multi_index((channels, bins, phase, symbol), shape)
+        counts += np.bincount(flat, minlength=len(counts))
+    return within_reach(counts.reshape(shape)), edges
+
+
+def by_channel(values: Integers, contexts: Contexts) -> list[Integers]:
+    """The activities of each channel."""
+    channels, activity, _, _ = measured(values, contexts)
+    return [activity[channels == c] for c in range(contexts.num_channels)]
+
+
+def edges_of(activity: Integers) -> Integers:
+    """FINE_BINS - 1 ascending edges above 0, at the quantiles; equal ones leave bins empty."""
+    cuts = np.unique(np.quantile(activity, np.linspace(0, 1, FINE_BINS + 1)[1:-1], method="higher"))
+    cuts = cuts[cuts > 0].astype(np.int64)
+    return np.append(cuts, np.full(FINE_BINS - 1 - len(cuts), cuts[-1] if len(cuts) else 1))
+
+
+def within_reach(counts: Integers) -> Integers:
+    """The same counts with the smallest reach that leaves at most a share of TAIL beyond it."""
+    by_rest = counts.sum(axis=(0, 1, 2))
+    beyond = [
+        int(by_rest[: MAX_REACH + 1 - r].sum() + by_rest[MAX_REACH + 2 + r :].sum()) for r in range(MAX_REACH + 1)
+    ]
+    reach = next((r for r in range(1, MAX_REACH) if beyond[r] <= TAIL * by_rest.sum()), MAX_REACH)
+    cut = MAX_REACH - reach
+    if not cut:
+        return counts
+    inner = counts[..., cut:-cut].copy()
+    inner[..., 0] = counts[..., : cut + 1].sum(axis=-1)
+    inner[..., -1] = counts[..., -cut - 1 :].sum(axis=-1)
+    return inner
 
 
 def merge(counts: Integers, groups: int) -> list[list[int]]:

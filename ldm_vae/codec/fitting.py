@@ -21,6 +21,8 @@ from ldm_vae.models.pretrained import encode_moments, fingerprint, is_variationa
 
 QUALITIES = tuple(0.5 * 2 ** (i / 2) for i in range(7))
 """0.5 to 4, a factor of sqrt(2) apart."""
+LARGEST = 768
+"""Pixels a side: of larger images the middle is taken, so that hundreds of latents fit into memory."""
 RAREST = 1e-4
 """A channel with fewer symbols other than 0, at the finest quality, is not coded."""
 
@@ -58,7 +60,7 @@ def fit_tables(
         steps = quality / QUALITY_ONE * math.sqrt(12) * sigma[list(channels)]
         centre = latents_mean[list(channels)]
         return [
-            np.rint((m[list(channels)] - centre[:, None, None]) / steps[:, None, None]).astype(np.int64) for m in means
+            np.rint((m[list(channels)] - centre[:, None, None]) / steps[:, None, None]).astype(np.int32) for m in means
         ]
 
     every = range(len(sigma))
@@ -79,7 +81,7 @@ def fit_tables(
 
 @torch.inference_mode()
 def measure(vae: Any, source: Source, num_images: int, progress: bool) -> tuple[list[Floats], Floats]:
-    """Posterior means (c, h, w) of the images, whole and cut to the stride, and the deviations' rms (c,)."""
+    """Posterior means (c, h, w) of the images' middles, cut to the stride, and the deviations' rms (c,)."""
     stride, device = stride_of(vae), next(vae.parameters()).device
     means: list[Floats] = []
     bad: dict[str, str] = {}
@@ -91,11 +93,12 @@ def measure(vae: Any, source: Source, num_images: int, progress: bool) -> tuple[
         except BadImageError as error:
             bad[source.name(index)] = str(error)
             continue
-        height, width = (n - n % stride for n in pixels.shape[:2])
+        height, width = (min(n, LARGEST) // stride * stride for n in pixels.shape[:2])
         if not height or not width:
             bad[source.name(index)] = f"smaller than the stride of {stride}"
             continue
-        images = to_images(pixels[:height, :width])[None].to(device)
+        top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+        images = to_images(pixels[top : top + height, left : left + width])[None].to(device)
         mean, logvar = encode_moments(vae, images).float().chunk(2, dim=1)
         means.append(mean[0].cpu().numpy())
         variance = variance + logvar.clamp(-30, 20).double().exp().sum(dim=(0, 2, 3)).cpu().numpy()

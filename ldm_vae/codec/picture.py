@@ -6,27 +6,45 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import imagecodecs
 import numpy as np
 from PIL import Image
 
-from ldm_vae.data.images import MAX_PIXELS, Pixels, read_pixels
+from ldm_vae.data.images import MAX_PIXELS, Pixels, check_float, pil_pixels, read_pixels
 from ldm_vae.errors import BadImageError, ConfigError, CorruptError
 
-ORIENTATION = 0x0112
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+EXIF_PREFIX = b"Exif\0\0"
+"""Before EXIF in JPEG, and where PIL hands it over; PNG and our files go without."""
+LAYOUT_TAGS = frozenset(
+    [*range(254, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, 318, 319, *range(320, 326), 330, 332]
+    + [*range(338, 342), 347, *range(512, 522), *range(529, 533), 700, 33723, 34377, 34675]
+)
+"""What a TIFF says of how it is stored, with orientation (274) and metadata in other formats: not the picture's."""
+NO_PROFILE = frozenset(("CMYK", "YCbCr", "LAB", "HSV"))
+"""Modes that are converted, so that a profile describes the picture no longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """`pixels` (H, W, C) of uint8 or uint16, `alpha` (H, W) of the same type or None, ICC profile and EXIF as bytes."""
+    """`pixels` (H, W, C) of uint8 or uint16, `alpha` (H, W) of the same type or None, ICC profile and EXIF as bytes.
+
+    Raises:
+        BadImageError: other types or shapes.
+    """
 
     pixels: Pixels
     alpha: Pixels | None = None
     icc: bytes = b""
     exif: bytes = b""
+
+    def __post_init__(self) -> None:
+        values, alpha = self.pixels, self.alpha
+        if values.ndim != 3 or values.dtype not in (np.uint8, np.uint16) or 0 in values.shape:
+            raise BadImageError(f"{values.dtype} of shape {values.shape}: uint8 or uint16 (H, W, C) can be compressed")
+        if alpha is not None and (alpha.shape != values.shape[:2] or alpha.dtype != values.dtype):
+            raise BadImageError(f"alpha is {alpha.dtype} {alpha.shape}, the picture {values.dtype} {values.shape[:2]}")
 
     def whole(self) -> Pixels:
         """Colours and alpha together: (H, W, C or C + 1)."""
@@ -36,55 +54,69 @@ class Picture:
         """L, LA, RGB, RGBA, or I;16. Raises ConfigError for what PIL has no mode for: then take `whole()`."""
         values = self.whole()
         channels = values.shape[2]
-        if (values.dtype == np.uint16 and channels > 1) or channels > 4:
+        if (values.dtype == np.uint16 and channels > 1) or channels not in (1, 2, 3, 4) or self.pixels.shape[2] == 2:
             raise ConfigError(f"PIL has no images of {channels} channels with {values.dtype.itemsize * 8} bits")
         image = Image.fromarray(values[:, :, 0] if channels == 1 else values)
-        image.info |= {k: v for k, v in (("icc_profile", self.icc), ("exif", self.exif)) if v}
+        image.info |= self.metadata()
         return image
 
+    def metadata(self) -> dict[str, bytes]:
+        """As PIL names and wants it."""
+        exif = EXIF_PREFIX + self.exif if self.exif else b""
+        return {k: v for k, v in (("icc_profile", self.icc), ("exif", exif)) if v}
 
-def as_picture(image: Image.Image | Pixels | Picture) -> Picture:
-    """From PIL's image, or pixels (H, W) or (H, W, C) of uint8 or uint16, where the last of 2 or 4 is alpha."""
+
+def as_picture(image: Image.Image | Pixels | Picture, *, channels: int = 3) -> Picture:
+    """From PIL's image, upright; or pixels (H, W) or (H, W, C) of uint8 or uint16.
+
+    The last of 2 or 4 channels is alpha, unless they are as many as the `channels` of the model.
+    """
     if isinstance(image, Picture):
         return image
     if isinstance(image, Image.Image):
-        file = io.BytesIO()
-        plain = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")
-        plain.save(file, "PNG", compress_level=0, icc_profile=image.info.get("icc_profile") or None)
-        return read_picture(file.getvalue(), max_pixels=max(MAX_PIXELS, image.width * image.height))
-    return from_pixels(np.atleast_3d(image))
+        icc, exif = metadata_of(image)
+        return from_pixels(pil_pixels(image), channels=channels, icc=icc, exif=exif)
+    return from_pixels(np.atleast_3d(image), channels=channels)
 
 
-def from_pixels(values: Pixels, *, icc: bytes = b"", exif: bytes = b"") -> Picture:
-    if values.ndim != 3 or values.dtype not in (np.uint8, np.uint16) or 0 in values.shape:
-        raise BadImageError(f"{values.dtype} of shape {values.shape}: uint8 or uint16 (H, W, C) can be compressed")
-    if values.shape[2] in (2, 4):
+def from_pixels(values: Pixels, *, channels: int = 3, icc: bytes = b"", exif: bytes = b"") -> Picture:
+    """Pixels (H, W, C); floats in [0, 1] get 16 bits."""
+    if values.dtype == np.float32:
+        values = np.rint(check_float(values) * 65535).astype(np.uint16)
+    if values.ndim == 3 and values.shape[2] in (2, 4) and values.shape[2] != channels:
         return Picture(pixels=values[:, :, :-1], alpha=np.ascontiguousarray(values[:, :, -1]), icc=icc, exif=exif)
     return Picture(pixels=values, icc=icc, exif=exif)
 
 
-def read_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
+def read_picture(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Picture:
     """From a file's bytes; the orientation that EXIF names is applied. Raises BadImageError."""
     values = read_pixels(data, channels=None, max_pixels=max_pixels)
-    if values.dtype == np.float32:
-        values = np.rint(values * 65535).astype(np.uint16)
-    icc = exif = b""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in ("CMYK", "YCbCr", "LAB"):  # converted, so its profile describes it no longer
-                icc = image.info.get("icc_profile") or b""
-            tags = image.getexif()
-            tags.pop(ORIENTATION, None)
-            exif = tags.tobytes() if len(tags) else b""
-    except Exception:  # not PIL's kind of file, or odd metadata: the pixels are what counts
-        pass
-    return from_pixels(values, icc=icc, exif=exif.removeprefix(b"Exif\0\0"))
+            icc, exif = metadata_of(image)
+    except Exception:  # not a kind of file that PIL knows
+        icc = exif = b""
+    return from_pixels(values, channels=channels, icc=icc, exif=exif)
+
+
+def metadata_of(image: Image.Image) -> tuple[bytes, bytes]:
+    """ICC profile and EXIF of PIL's image; nothing for metadata that cannot be read: the pixels are what counts."""
+    icc = b"" if image.mode in NO_PROFILE else image.info.get("icc_profile") or b""
+    try:
+        tags = Image.Exif()
+        tags.load(image.getexif().tobytes())  # a copy: the image's own stays as it is
+        for tag in LAYOUT_TAGS & set(tags):
+            del tags[tag]
+        exif = tags.tobytes() if len(tags) else b""
+    except Exception:
+        exif = b""
+    return icc, exif.removeprefix(EXIF_PREFIX)
 
 
 def png_bytes(picture: Picture) -> bytes:
     """An 8- or 16-bit PNG with its ICC profile and EXIF (PNG specification, third edition, 11.3.2.2 and 11.3.4.4)."""
     values = picture.whole()
-    if values.shape[2] > 4:
+    if values.shape[2] > 4 or picture.pixels.shape[2] == 2:
         raise ConfigError(f"a PNG has no {values.shape[2]} channels: write .npy")
     plain = imagecodecs.png_encode(values[:, :, 0] if values.shape[2] == 1 else values)
     chunks = b""
@@ -112,15 +144,20 @@ def encode_picture(picture: Picture, extension: str) -> bytes:
         return file.getvalue()
     if extension == ".png":
         return png_bytes(picture)
-    if extension not in Image.registered_extensions():
-        raise ConfigError(f"{extension or 'no extension'}: name an image file, such as .png")
+    check_extension(extension)
     file = io.BytesIO()
-    kept = {k: v for k, v in (("icc_profile", picture.icc), ("exif", picture.exif)) if v}
+    image = picture.to_pil()
     try:
-        picture.to_pil().save(file, Image.registered_extensions()[extension], **kept)
-    except (OSError, ValueError, KeyError) as error:
+        image.save(file, Image.registered_extensions()[extension], **picture.metadata())
+    except Exception as error:  # writers raise many kinds, for metadata that they cannot read, too
         raise ConfigError(f"{extension} cannot hold this picture ({error}): write .png") from None
     return file.getvalue()
+
+
+def check_extension(extension: str) -> None:
+    """Raises ConfigError for one that no picture can be written as."""
+    if extension not in {*Image.registered_extensions(), ".png", ".npy"} or extension == ".ldi":
+        raise ConfigError(f"{extension or 'no extension'}: name an image file, such as .png")
 
 
 def pack_alpha(alpha: Pixels) -> bytes:
@@ -131,27 +168,23 @@ def pack_alpha(alpha: Pixels) -> bytes:
 def unpack_alpha(data: bytes, height: int, width: int, dtype: np.dtype) -> Pixels:
     """What `pack_alpha` made. Raises CorruptError, before anything is allocated where the size is another one."""
     if data[:8] != PNG_SIGNATURE or struct.unpack_from(">II", data.ljust(24, b"\0"), 16) != (width, height):
-        raise CorruptError("alpha is damaged: it is no PNG of the image's size")
+        raise CorruptError("it is no PNG of the image's size")
     try:
         alpha = imagecodecs.png_decode(data)
     except Exception as error:  # the decoder raises its own kinds
-        raise CorruptError(f"alpha is damaged: {error}") from None
+        raise CorruptError(f"it is damaged: {error}") from None
     if alpha.shape != (height, width) or alpha.dtype != dtype:
-        raise CorruptError("alpha is damaged: it has another size or depth than the image")
+        raise CorruptError("it has another size or depth than the image")
     return alpha
 
 
-def inflate(data: bytes, *, limit: int, name: str) -> bytes:
+def inflate(data: bytes, *, limit: int) -> bytes:
     """What zlib made smaller, up to a limit. Raises CorruptError."""
     decompressor = zlib.decompressobj()
     try:
         found = decompressor.decompress(data, limit)
     except zlib.error as error:
-        raise CorruptError(f"{name} is damaged: {error}") from None
+        raise CorruptError(f"it is damaged: {error}") from None
     if not decompressor.eof or decompressor.unused_data:
-        raise CorruptError(f"{name} is damaged, or has more than {limit} bytes")
+        raise CorruptError(f"it is damaged, or has more than {limit} bytes")
     return found
-
-
-def extension_of(file: Path) -> str:
-    return file.suffix.lower()

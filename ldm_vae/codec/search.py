@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
+from ldm_vae.codec import bitstream
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.picture import Picture
 from ldm_vae.data.images import Pixels
@@ -43,8 +45,12 @@ def compress_to(
             raise ConfigError(f"{target_bpp:g} bits per pixel cannot be reached: the coarsest file has {least:.3f}")
         return made(quality)
 
+    header = bitstream.unpack(made(finest)).header
+    height, width = given.pixels.shape[:2]
+
     def fidelity(quality: int) -> float:
-        return psnr_of(given.pixels, codec.decompress_picture(made(quality)).pixels)
+        decoded = codec.pixels_of(codec.quantise(latents, quality), replace(header, quality=quality))
+        return psnr_of(given.pixels, decoded[:height, :width])
 
     if fidelity(finest) < target_psnr:  # type: ignore[operator]
         raise ConfigError(f"{target_psnr:g} dB cannot be reached: the finest file has {fidelity(finest):.2f}")

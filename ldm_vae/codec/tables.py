@@ -63,10 +63,17 @@ class Tables:
 
     @cached_property
     def digest(self) -> bytes:
-        """The first 8 bytes of the sha256 of all of them."""
-        sha = hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode())
-        for name, array in sorted(self.arrays().items()):
-            sha.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        """The first 8 bytes of the sha256 of all of them, as docs/file-format.md has it."""
+        sha = hashlib.sha256(np.array(self.channels, "<i4").tobytes())
+        for values in (self.sigma, self.means):
+            sha.update(values.astype("<f8").tobytes())
+        arrays = self.arrays()
+        for quality in self.qualities:
+            sha.update(np.array([quality], "<i4").tobytes())
+            for name in ARRAYS:
+                array = arrays[f"{quality}.{name}"]
+                sha.update(np.array(array.shape, "<i4").tobytes())
+                sha.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
         return sha.digest()[:DIGEST_BYTES]
 
     def config(self) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class CodedTile:
 
 def encode_tiles(tiles: Sequence[Integers], contexts: Contexts, *, lanes: int, workers: int = 1) -> list[bytes]:
     """int32 symbols (C, h, w) of each tile -> its bytes."""
-    if workers <= 1 or len(tiles) < TILES_A_PROCESS * workers:
+    workers = min(workers, len(tiles) // TILES_A_PROCESS)
+    if workers <= 1:
         return [encode_symbols(t, contexts, lanes=lanes) for t in tiles]
     with processes(contexts, workers) as pool:
         return list(pool.map(partial(encode_here, lanes=lanes), tiles))
@@ -38,7 +39,8 @@ def decode_tiles(
     tiles: Sequence[CodedTile], contexts: Contexts, *, workers: int = 1
 ) -> Iterator[Integers | CompressedFileError]:
     """The symbols of each tile, or what is wrong with it, in order."""
-    if workers <= 1 or len(tiles) < TILES_A_PROCESS * workers:
+    workers = min(workers, len(tiles) // TILES_A_PROCESS)
+    if workers <= 1:
         yield from (attempt(t, contexts) for t in tiles)
         return
     with processes(contexts, workers) as pool:
@@ -54,7 +56,11 @@ def attempt(tile: CodedTile, contexts: Contexts) -> Integers | CompressedFileErr
 
 def processes(contexts: Contexts, workers: int) -> ProcessPoolExecutor:
     """Spawned, as a process with torch's threads must not be forked."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_contexts.append, initargs=(contexts,))
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=receive, initargs=(contexts,))
+
+
+def receive(contexts: Contexts) -> None:
+    _contexts.append(contexts)
 
 
 def encode_here(tile: Integers, lanes: int) -> bytes:

@@ -93,18 +93,23 @@ def read_pil(data: bytes, max_pixels: int) -> Pixels:
             raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             decoded = decode_image(raw, ImageReadMode.UNCHANGED, apply_exif_orientation=True)
             return decoded.permute(1, 2, 0).numpy()
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits, or 32 that hold 16
-            values = np.asarray(upright)[:, :, None]
-            if values.min() < 0 or values.max() > 65535:
-                raise BadImageError(f"integers from {values.min()} to {values.max()}: at most 16 bits are read")
-            return values.astype(np.uint16)
-        if upright.mode == "F":
-            return check_float(np.asarray(upright)[:, :, None])
-        transparent = upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info
-        if upright.mode in ("1", "L", "LA", "La"):
-            return np.atleast_3d(np.asarray(upright.convert("LA" if transparent else "L")))
-        return np.asarray(upright.convert("RGBA" if transparent else "RGB"))
+        return pil_pixels(image)
+
+
+def pil_pixels(image: Image.Image) -> Pixels:
+    """PIL's image, upright, with as many channels as it has: uint8, uint16, or float32 in [0, 1]."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16 bits, or 32 that hold 16
+        values = np.asarray(upright)[:, :, None]
+        if values.min() < 0 or values.max() > 65535:
+            raise BadImageError(f"integers from {values.min()} to {values.max()}: at most 16 bits are read")
+        return values.astype(np.uint16)
+    if upright.mode == "F":
+        return check_float(np.asarray(upright)[:, :, None])
+    transparent = upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info
+    if upright.mode in ("1", "L", "LA", "La"):
+        return np.atleast_3d(np.asarray(upright.convert("LA" if transparent else "L")))
+    return np.asarray(upright.convert("RGBA" if transparent else "RGB"))
 
 
 def read_npy(data: bytes, max_pixels: int) -> Pixels:

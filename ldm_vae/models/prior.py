@@ -8,10 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LEAST_PROBABILITY = 1e-9
-"""Of an interval, so that what the prior rules out costs 30 bits and not infinitely many."""
-
-
 LEAST_SCALE = 0.02
 STEP_LOGVAR = -math.log(12.0)
 """Log-variance of uniform noise of width 1: the posterior's, where the quantiser's step is 1."""
@@ -60,7 +56,10 @@ class CausalPrior(nn.Module):
 
 
 def interval_nats(distance: Tensor, scale: Tensor) -> Tensor:
-    """-log of a logistic density's integral over [distance - 1/2, distance + 1/2]."""
-    near = -distance.abs()  # the tail where both sides of the difference are small, and so exact
-    probability = torch.sigmoid((near + 0.5) / scale) - torch.sigmoid((near - 0.5) / scale)
-    return -probability.clamp(min=LEAST_PROBABILITY).log()
+    """-log of a logistic density's integral over [distance - 1/2, distance + 1/2], exact in the tails, too.
+
+    With s the sigmoid, s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)).
+    """
+    a, b = (distance + 0.5) / scale, (distance - 0.5) / scale
+    within = torch.log(-torch.expm1(-1 / scale))
+    return -(functional.logsigmoid(a) + functional.logsigmoid(-b) + within)
