@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def main(config: Config) -> None:
         for i in range(min(config.num_fit, len(fit_source)))
     ]
     static = fit_contexts(fitted, taps=False)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i in range(min(len(source), config.num_images or len(source))):
         symbols = codec.quantise(codec.latents_of(as_picture(source[i].pixels)), quality)
         lanes = 1 << log2_lanes(symbols.size)
@@ -82,10 +83,8 @@ def main(config: Config) -> None:
                 "symbols": symbols.size,
                 "bytes": len(payload),
                 "static_bytes": len(without),
-                "encode_ms": median_ms(lambda s=symbols, n=lanes: encode_symbols(s, contexts, lanes=n)),
-                "decode_ms": median_ms(
-                    lambda p=payload, s=symbols.shape, n=lanes: decode_symbols(p, s, contexts, lanes=n)
-                ),
+                "encode_ms": median_ms(partial(encode_symbols, symbols, contexts, lanes=lanes)),
+                "decode_ms": median_ms(partial(decode_symbols, payload, symbols.shape, contexts, lanes=lanes)),
             }
         )
     figures = {name: float(np.median([r[name] for r in rows])) for name in ("symbols", "encode_ms", "decode_ms")}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 import tracemalloc
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -140,17 +141,13 @@ def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[st
                 right = any(same(found, w) for w in whole)
             if not right:
                 outcome["wrong"].append(data)
-            try:
+            with suppress(ConfigError):  # metadata that a format cannot hold
                 encode_picture(found, EXTENSIONS[int(rng.integers(len(EXTENSIONS)))])
-            except ConfigError:
-                pass  # metadata that a format cannot hold
         except CompressedFileError as error:
             outcome["refused"] += 1
             reasons[type(error).__name__] += 1
-            try:
+            with suppress(CompressedFileError):
                 codec.decompress_picture(data, limits=LIMITS, damage=[])  # salvage
-            except CompressedFileError:
-                pass
         except Exception as error:
             outcome["crashed"].append((data, repr(error)))
         if time.perf_counter() - began > SLOW:

@@ -231,7 +231,7 @@ def table(rows: dict[str, list[Row]], differences: dict[str, dict[str, dict[str,
                 d = found[reference][metric]
                 figure = f"{d['of_means']:+.1f} % [{d['low']:+.0f}, {d['high']:+.0f}]"
                 fewer = f", {d['images']} images" if d["images"] < len({r["image"] for r in rows[name]}) else ""
-                cells.append("-" if name == reference else figure + fewer)
+                cells.append("-" if name == reference or not d["images"] else figure + fewer)
         for key in ("encode_seconds", "decode_seconds"):
             cells.append(f"{1e3 * float(np.median([r[key] for r in rows[name]])):.0f}")
         peak = memory[name]

@@ -102,14 +102,16 @@ def bjontegaard_rate(
     spreadsheets: they do not overshoot. NaN where the curves share no fidelity.
 
     Args:
-        rates, fidelities: points of a curve, in any order; fidelity rises with the rate.
+        rates, fidelities: points of a curve, in any order; fidelity rises with the rate. Of equal fidelities, the
+            fewest bits count.
         between: bits per pixel. Only fidelities count that both curves reach at a rate within.
     """
     curves = []
     for r, f in ((rates, fidelities), (reference_rates, reference_fidelities)):
-        order = np.argsort(f)
-        x, y = np.asarray(f, float)[order], np.log(np.asarray(r, float)[order])
-        if len(x) < 2 or not (np.isfinite(x).all() and (np.diff(x) > 0).all()):
+        order = np.lexsort((r, f))
+        x, first = np.unique(np.asarray(f, float)[order], return_index=True)
+        y = np.log(np.asarray(r, float)[order][first])
+        if len(x) < 2 or not np.isfinite(x).all():
             return math.nan
         curves.append((x, PchipInterpolator(x, y)))
     lows, highs = [], []

@@ -57,7 +57,7 @@ class LdiImageFile(ImageFile.ImageFile):
             self._mode = MODES[header.colours, header.depth, bitstream.ALPHA in contents.sections]
         except KeyError:
             raise ConfigError(f"Pillow has no mode for {header.colours} channels of {header.depth} bits") from None
-        self.info |= metadata_in(contents)
+        self.info.update(metadata_in(contents))
 
     def load(self) -> Any:
         if hasattr(self, "data"):

@@ -188,3 +188,8 @@ def test_bjontegaard_rate_is_the_mean_over_the_fidelities_that_both_reach() -> N
 def test_bjontegaard_rate_of_curves_that_share_nothing_is_not_a_number() -> None:
     assert np.isnan(metrics.bjontegaard_rate([1, 2], [20, 21], [1, 2], [30, 31]))
     assert np.isnan(metrics.bjontegaard_rate([1], [20], [1, 2], [20, 31]))
+
+
+def test_bjontegaard_rate_counts_the_fewest_bits_of_equal_fidelities() -> None:
+    reference = [1, 2, 4], [20, 25, 30]
+    assert metrics.bjontegaard_rate([2, 1, 2, 2.5, 4], [25, 20, 20, 25, 30], *reference) == pytest.approx(0)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_vae.codec import bitstream, picture
 from ldm_vae.codec.bitstream import Contents, Header, Limits
@@ -66,7 +66,7 @@ class LatentCodec:
             )
         self.weights = bytes.fromhex(found)[:DIGEST_BYTES]
         self.log2_tile = LOG2_TILE
-        vae.to(dtype)
+        nn.Module.to(vae, dtype)  # diffusers' own warns of modules that must stay float32, of which there are none
         self.stride = stride_of(vae)
         self.exact = hasattr(vae, "decoder_halo")  # it sees only so far: tiles give what the whole gives
 
@@ -170,7 +170,7 @@ class LatentCodec:
         padded = np.pad(pixels, ((0, -height % f), (0, -width % f), (0, 0)), mode="edge")
         halo = -(-self.vae.encoder_halo // f) if self.exact else 0
         latents = np.empty((len(self.tables.sigma), padded.shape[0] // f, padded.shape[1] // f), np.float32)
-        for inner, outer in self.network_tiles(*latents.shape[1:], halo):
+        for inner, outer in self.network_tiles(latents.shape[1], latents.shape[2], halo):
             images = to_images(padded[outer[0] * f : outer[2] * f, outer[1] * f : outer[3] * f])[None]
             mean = encode_moments(self.vae, self.on_device(images)).chunk(2, dim=1)[0][0].float().cpu().numpy()
             put(latents, (0, 0, *latents.shape[1:]), mean, outer, inner)

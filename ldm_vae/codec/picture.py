@@ -57,7 +57,7 @@ class Picture:
         if (values.dtype == np.uint16 and channels > 1) or channels not in (1, 2, 3, 4) or self.pixels.shape[2] == 2:
             raise ConfigError(f"PIL has no images of {channels} channels with {values.dtype.itemsize * 8} bits")
         image = Image.fromarray(values[:, :, 0] if channels == 1 else values)
-        image.info |= self.metadata()
+        image.info.update(self.metadata())
         return image
 
     def metadata(self) -> dict[str, bytes]:

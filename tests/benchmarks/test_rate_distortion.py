@@ -14,8 +14,11 @@ from ldm_vae.errors import ConfigError, DataError
 
 
 def pixels_of() -> np.ndarray:
+    """With detail of every size, so that each setting of a codec has its own fidelity."""
     y, x = np.mgrid[:64, :96]
-    return np.stack([(x * 2) % 256, (y * 4) % 256, (x + y) % 256], axis=2).astype(np.uint8)
+    smooth = np.stack([(x * 2) % 256, (y * 4) % 256, (x + y) % 256], axis=2)
+    grain = np.random.default_rng(0).normal(size=(64, 96, 1)) * (x[:, :, None] / 4)
+    return (smooth + grain).clip(0, 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize("name", ["jpeg-420", "jpeg-444", "webp", "avif-420", "avif-444", "jpeg2000"])
@@ -62,7 +65,8 @@ def test_a_table_plots_and_the_bytes_of_whole_files(tmp_path: Path) -> None:
     (tmp_path / "in" / "bad.png").write_bytes(b"nothing")
     published = tmp_path / "published.csv"
     published.write_text("codec,bits_per_pixel,psnr_rgb_db,source\nX,0.1,30,paper\nX,0.5,35,paper\n")
-    main(Config(data=str(tmp_path / "in"), output=tmp_path / "out", others=("jpeg-420", "webp"), published=published))
+    output, others = tmp_path / "out", ("jpeg-420", "webp")
+    main(Config(data=str(tmp_path / "in"), output=output, others=others, published=published, between=(0.0, 100.0)))
     rows = list(csv.DictReader((tmp_path / "out" / "per_image.csv").open()))
     jpeg = pillow_codec("jpeg-420")
     assert jpeg is not None

@@ -355,6 +355,7 @@ def test_pillow_opens_and_saves(codec: LatentCodec, photo, tmp_path: Path, monke
             image.load()
     with pytest.raises(ConfigError, match="quality 90"):
         Image.fromarray(photo).save(file, quality=90)  # PIL's habit
+    Image.fromarray(photo).save(file)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(TruncatedError):
         Image.open(file)
