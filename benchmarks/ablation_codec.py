@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,6 +230,7 @@ def main(config: Config) -> None:
         vae, steps = train(VARIANTS[name], photos, config.seconds, config.seed)
         make = QualityCodec if VARIANTS[name].quality_channel else LatentCodec
         codec = make(vae, fit_tables(vae, source, num_images=config.num_fit, qualities=QUALITIES))
+        vae.save_pretrained(config.output / re.sub(r"[^a-z0-9.]+", "-", name))
         curve = curve_of(codec, held_out)
         gain = bjontegaard_rate(curve["bpp"], curve["psnr"], jpeg["bpp"], jpeg["psnr"], between=(0.15, 0.6))
         points = "  ".join(f"{r:.3f}:{p:.2f}" for r, p in zip(curve["bpp"], curve["psnr"], strict=True))
