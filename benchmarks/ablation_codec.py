@@ -80,6 +80,16 @@ VARIANTS = {
     "quality .5-4, deeper": Variant(
         qualities=(0.5, 4.0), network={"encoder_layers_per_block": (1, 2), "decoder_layers_per_block": (1, 4)}
     ),
+    "quality .5-4, linear path": Variant(qualities=(0.5, 4.0), network={"linear_path": True}),
+    "quality .5-4, linear path, learning rate 2e-3": Variant(
+        qualities=(0.5, 4.0), learning_rate=2e-3, network={"linear_path": True}
+    ),
+    "quality .5-4, linear path, 64 channels": Variant(
+        qualities=(0.5, 4.0), network={"linear_path": True, "latent_channels": 64}
+    ),
+    "quality .5-4, linear path, wider": Variant(
+        qualities=(0.5, 4.0), network={"linear_path": True, "block_out_channels": (96, 192)}
+    ),
     "quality .5-4, decoder knows it": Variant(qualities=(0.5, 4.0), quality_channel=True),
     "quality .5-4, decoder sees rounded": Variant(qualities=(0.5, 4.0), rounded=True),
 }

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ldm_vae.models.linear_path import LinearDecoder, LinearEncoder, silence
+
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions around an identity: (B, C, H, W) -> (B, C, H, W). It sees `radius` positions each way.
@@ -69,6 +71,7 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList(Stage(block, w, n) for w, n in zip(widths, layers, strict=True))
         self.downs = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in pairwise(widths))
         self.conv_out = nn.Conv2d(widths[-1], moments, 3, padding=1)
+        self.linear: LinearEncoder | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(functional.pixel_unshuffle(x, self.patch))  # (B, w0, H/p, W/p)
@@ -76,7 +79,8 @@ class Encoder(nn.Module):
             if i > 0:
                 h = self.downs[i - 1](functional.pixel_unshuffle(h, 2))  # half as high and wide
             h = stage(h)
-        return self.conv_out(functional.relu(h))  # (B, 2c, H/f, W/f)
+        moments = self.conv_out(functional.relu(h))  # (B, 2c, H/f, W/f)
+        return moments if self.linear is None else moments + self.linear(x)
 
 
 class Decoder(nn.Module):
@@ -98,6 +102,7 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList(Stage(block, w, n) for w, n in zip(coarse_to_fine, layers[::-1], strict=True))
         self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in pairwise(coarse_to_fine))
         self.conv_out = nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1)
+        self.linear: LinearDecoder | None = None
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z)  # (B, w, H/f, W/f)
@@ -105,7 +110,8 @@ class Decoder(nn.Module):
             if i > 0:
                 h = functional.pixel_shuffle(self.ups[i - 1](h), 2)  # twice as high and wide
             h = stage(h)
-        return functional.pixel_shuffle(self.conv_out(functional.relu(h)), self.patch)  # (B, C, H, W)
+        sample = functional.pixel_shuffle(self.conv_out(functional.relu(h)), self.patch)  # (B, C, H, W)
+        return sample if self.linear is None else sample + self.linear(z)
 
 
 class PatchAutoencoderKL(ModelMixin, ConfigMixin):
@@ -123,11 +129,14 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         block_out_channels: width of each resolution, finest first. The stride is
             `f = patch_size * 2 ** (len(block_out_channels) - 1)`.
         encoder_layers_per_block, decoder_layers_per_block: residual blocks at each resolution, finest first.
+        linear_path: beside the network, a linear transform of patches of the stride's side and its inverse, which begin
+            as the cosine transform; the network begins at nothing, and learns the rest (docs/decisions/011).
         latents_mean, latents_std: per latent channel, measured over a data set; (z - mean) / std are scaled latents.
         scaling_factor, shift_factor: the scalar convention of older diffusers VAEs, for code that asks for it.
 
     Raises:
-        ValueError: lengths that differ, or a patch size that is not a power of two.
+        ValueError: lengths that differ, a patch size that is not a power of two, or a linear path to more latents than
+            a patch has numbers.
     """
 
     _supports_gradient_checkpointing = True
@@ -144,6 +153,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         block_out_channels: tuple[int, ...] = (64, 128),
         encoder_layers_per_block: tuple[int, ...] = (0, 1),
         decoder_layers_per_block: tuple[int, ...] = (1, 2),
+        linear_path: bool = False,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
         scaling_factor: float = 1.0,
@@ -159,11 +169,20 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
             )
         if patch_size < 1 or patch_size & (patch_size - 1):
             raise ValueError(f"patch_size {patch_size} is not a power of two: try 2 or 4")
+        out_channels = out_channels or in_channels
+        stride = self.spatial_compression_ratio = patch_size * 2 ** (len(widths) - 1)
         self.encoder = Encoder(self.block, in_channels, 2 * latent_channels, patch_size, widths, encoder_layers)
-        self.decoder = Decoder(
-            self.block, out_channels or in_channels, latent_channels, patch_size, widths, decoder_layers
-        )
-        self.spatial_compression_ratio = patch_size * 2 ** (len(widths) - 1)
+        self.decoder = Decoder(self.block, out_channels, latent_channels, patch_size, widths, decoder_layers)
+        if linear_path:
+            numbers = min(in_channels, out_channels) * stride**2
+            if latent_channels > numbers:
+                raise ValueError(
+                    f"a patch has {numbers} numbers, too few for a linear path to {latent_channels} latents"
+                )
+            self.encoder.linear = LinearEncoder(in_channels, latent_channels, stride)
+            self.decoder.linear = LinearDecoder(out_channels, latent_channels, stride)
+            silence(self.encoder.conv_out)
+            silence(self.decoder.conv_out)
 
     @property
     def encoder_halo(self) -> int:
