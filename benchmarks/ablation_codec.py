@@ -68,30 +68,38 @@ class Variant:
     """The decoder gets rounded latents, the gradient passes straight through (Minnen & Singh 2020, section 3.3)."""
 
 
+ALL: dict[str, Any] = {"qualities": (0.5, 4.0)}
+LINEAR = {"linear_path": True}
 VARIANTS = {
     "gaussian, normal prior": Variant(prior="normal"),
     "uniform, factorised": Variant(prior="factorised"),
     "uniform, causal": Variant(),
-    "uniform, causal, quality .5-4": Variant(qualities=(0.5, 4.0)),
-    "uniform, causal, quality .7-2.8": Variant(qualities=(0.7, 2.8)),
-    "quality .5-4, crops of 128": Variant(qualities=(0.5, 4.0), crop=128, batch_size=4),
-    "quality .5-4, learning rate 2e-3": Variant(qualities=(0.5, 4.0), learning_rate=2e-3),
-    "quality .5-4, wider": Variant(qualities=(0.5, 4.0), network={"block_out_channels": (96, 192)}),
-    "quality .5-4, deeper": Variant(
-        qualities=(0.5, 4.0), network={"encoder_layers_per_block": (1, 2), "decoder_layers_per_block": (1, 4)}
+    "uniform, causal, quality .5-4": Variant(**ALL),
+    "quality .5-4, crops of 128": Variant(**ALL, crop=128, batch_size=4),
+    "quality .5-4, learning rate 2e-3": Variant(**ALL, learning_rate=2e-3),
+    "quality .5-4, linear path": Variant(**ALL, network=LINEAR),
+    "linear path, learning rate 5e-4": Variant(**ALL, learning_rate=5e-4, network=LINEAR),
+    "linear path, learning rate 2e-3": Variant(**ALL, learning_rate=2e-3, network=LINEAR),
+    "linear path, 64 channels": Variant(**ALL, network=LINEAR | {"latent_channels": 64}),
+    "linear path, wider": Variant(**ALL, network=LINEAR | {"block_out_channels": (96, 192)}),
+    "linear path, deeper": Variant(
+        **ALL, network=LINEAR | {"encoder_layers_per_block": (1, 2), "decoder_layers_per_block": (1, 4)}
     ),
-    "quality .5-4, linear path": Variant(qualities=(0.5, 4.0), network={"linear_path": True}),
-    "quality .5-4, linear path, learning rate 2e-3": Variant(
-        qualities=(0.5, 4.0), learning_rate=2e-3, network={"linear_path": True}
+    "linear path, quality .7-2.8": Variant(qualities=(0.7, 2.8), network=LINEAR),
+    "linear path, half the rate": Variant(**ALL, weight=0.024, network=LINEAR),
+    "linear path, decoder knows the quality": Variant(
+        **ALL, network=LINEAR | {"latent_channels": 33}, quality_channel=True
     ),
-    "quality .5-4, linear path, 64 channels": Variant(
-        qualities=(0.5, 4.0), network={"linear_path": True, "latent_channels": 64}
+    "linear path, decoder sees rounded": Variant(**ALL, network=LINEAR, rounded=True),
+    "rounded, half the rate, 64 channels": Variant(
+        **ALL, weight=0.024, rounded=True, network=LINEAR | {"latent_channels": 64}
     ),
-    "quality .5-4, linear path, wider": Variant(
-        qualities=(0.5, 4.0), network={"linear_path": True, "block_out_channels": (96, 192)}
+    "rounded, half the rate, 64 channels, wider": Variant(
+        **ALL, weight=0.024, rounded=True, network=LINEAR | {"latent_channels": 64, "block_out_channels": (96, 192)}
     ),
-    "quality .5-4, decoder knows it": Variant(qualities=(0.5, 4.0), quality_channel=True),
-    "quality .5-4, decoder sees rounded": Variant(qualities=(0.5, 4.0), rounded=True),
+    "rounded, half the rate": Variant(**ALL, weight=0.024, rounded=True, network=LINEAR),
+    "linear path, gaussian, normal prior": Variant(prior="normal", network=LINEAR),
+    "linear path, factorised": Variant(**ALL, prior="factorised", network=LINEAR),
 }
 
 
@@ -125,8 +133,9 @@ class Trainee(torch.nn.Module):
                 self.vae.encoder.conv_out.weight[self.channels :] = 0
                 self.vae.encoder.conv_out.bias[self.channels :] = STEP_LOGVAR
                 if variant.quality_channel:  # the last channel's mean is 0
-                    self.vae.encoder.conv_out.weight[self.channels - 1] = 0
-                    self.vae.encoder.conv_out.bias[self.channels - 1] = 0
+                    for last in (self.vae.encoder.conv_out, self.vae.encoder.linear.conv):
+                        last.weight[self.channels - 1] = 0
+                        last.bias[self.channels - 1] = 0
 
     def forward(self, images: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction, and nats per pixel (B,)."""

@@ -85,7 +85,7 @@ def codec_preset(architecture: str, *, target_bpp: float) -> Config:
         architecture,
         prior="causal",
         reconstruction="l2",
-        kl_weight=0.008,
+        kl_weight=0.02,
         target_bpp=target_bpp,
         perceptual="none",
         adversarial="none",
@@ -121,9 +121,10 @@ PRESETS = {
     "f16c16": ("stride 16, 16 channels", preset("f16c16")),
     "f4c3": ("stride 4, 3 channels: near-lossless latents", preset("f4c3")),
     "f8c8-codec": ("8 channels for the codec, low rates", codec_preset("f8c8-codec", target_bpp=0.12)),
-    "f8c32-codec": (
-        "32 channels for the codec, 0.15 to 0.8 bits per pixel",
-        codec_preset("f8c32-codec", target_bpp=0.3),
+    "f8c32-codec": ("32 channels for the codec", codec_preset("f8c32-codec", target_bpp=0.3)),
+    "f8c64-codec": (
+        "64 channels for the codec, 0.1 to 0.8 bits per pixel",
+        codec_preset("f8c64-codec", target_bpp=0.4),
     ),
     "f16c64-codec": ("stride 16, 64 channels for the codec", codec_preset("f16c64-codec", target_bpp=0.2)),
     "f8c4-large": (

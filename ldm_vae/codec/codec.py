@@ -6,6 +6,7 @@ Floats end at `quantise`: which bytes are written for given symbols, and read fo
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from ldm_vae.codec import bitstream, picture
 from ldm_vae.codec.bitstream import Contents, Header, Limits
 from ldm_vae.codec.contexts import INT32
 from ldm_vae.codec.picture import Picture, as_picture
+from ldm_vae.codec.refine import Refiner
 from ldm_vae.codec.tables import DIGEST_BYTES, QUALITY_ONE, Tables, load_tables
 from ldm_vae.codec.tiles import CodedTile, decode_tiles, encode_tiles
 from ldm_vae.data.images import Pixels, to_images, to_pixels
@@ -51,12 +53,21 @@ class LatentCodec:
         tables: fitted for it, see `fitting.fit_tables`.
         workers: processes for the tiles of one large picture (1024 x 1024 pixels each, at stride 8).
         dtype: of the network. Files are the same but for how its rounding moves a symbol now and then; any reads all.
+        refiner: a denoiser of quantised latents, for `refine_steps` of `decompress`.
 
     Raises:
-        ModelMismatchError: the tables were fitted for another autoencoder.
+        ModelMismatchError: the tables were fitted for another autoencoder, or the refiner was trained for one.
     """
 
-    def __init__(self, vae: Any, tables: Tables, *, workers: int = 1, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        vae: Any,
+        tables: Tables,
+        *,
+        workers: int = 1,
+        dtype: torch.dtype = torch.float32,
+        refiner: Refiner | None = None,
+    ) -> None:
         self.vae, self.tables, self.workers = vae.eval(), tables, workers
         found = fingerprint(vae)
         if found != tables.vae:
@@ -64,6 +75,9 @@ class LatentCodec:
                 f"the tables were fitted for the autoencoder {tables.vae[:16]}, this one is {found[:16]}: "
                 "fit them anew with `ldm-vae fit-codec`"
             )
+        if refiner is not None:
+            refiner.check(found)
+        self.refiner = refiner
         self.weights = bytes.fromhex(found)[:DIGEST_BYTES]
         self.log2_tile = LOG2_TILE
         nn.Module.to(vae, dtype)  # diffusers' own warns of modules that must stay float32, of which there are none
@@ -72,15 +86,25 @@ class LatentCodec:
 
     @classmethod
     def from_pretrained(
-        cls, path: str, *, device: str | torch.device = "cpu", workers: int = 1, dtype: torch.dtype = torch.float32
+        cls,
+        path: str,
+        *,
+        device: str | torch.device = "cpu",
+        workers: int = 1,
+        dtype: torch.dtype = torch.float32,
+        refiner: str | None = None,
     ) -> LatentCodec:
         """The codec of a run directory, a model folder or a hub id: its VAE, and its tables in `codec/`.
 
+        Args:
+            refiner: a run of training/train_refiner.py.
+
         Raises:
-            ModelError: there is no such model, or it has no tables.
+            ModelError: there is no such model or refiner, or it has no tables.
         """
         vae = load_autoencoder(path).to(device)
-        return cls(vae, load_tables(tables_folder(path)), workers=workers, dtype=dtype)
+        denoiser = Refiner.from_pretrained(refiner, device=device) if refiner else None
+        return cls(vae, load_tables(tables_folder(path)), workers=workers, dtype=dtype, refiner=denoiser)
 
     def compress(self, image: Image.Image | Pixels | Picture, *, quality: float = 1.0, strip: bool = False) -> bytes:
         """A file's bytes.
@@ -119,6 +143,7 @@ class LatentCodec:
         region: tuple[int, int, int, int] | None = None,
         limits: Limits | None = None,
         damage: list[str] | None = None,
+        refine_steps: int = 0,
     ) -> Picture:
         """The picture of a file's bytes.
 
@@ -128,11 +153,15 @@ class LatentCodec:
             limits: on what the file may ask for.
             damage: takes a message for each tile and section that is damaged. It is marked, or left out, and the rest
                 is given; without this list the first one is an error.
+            refine_steps: steps of the refiner on the latents, see `ldm_vae.codec.refine`.
 
         Raises:
             CompressedFileError: see `ldm_vae.errors`; a file of another model is a ModelMismatchError.
-            ConfigError: a region outside the picture.
+            ConfigError: a region outside the picture, or one together with refinement, or that without a refiner.
         """
+        if refine_steps and (self.refiner is None or region is not None):
+            why = "needs the whole picture, not a region" if self.refiner else "needs a refiner"
+            raise ConfigError(f"refinement {why}")
         contents = bitstream.unpack(data, limits=limits, salvage=damage is not None)
         header = contents.header
         self.check(header)
@@ -143,7 +172,7 @@ class LatentCodec:
             )
         box = self.latents_for(header, left, top, width, height)
         symbols, bad_tiles = self.read_symbols(contents, box, damage)
-        pixels = self.pixels_of(symbols, header)  # of the whole box
+        pixels = self.pixels_of(symbols, header, refine_steps)  # of the whole box
         for tile in bad_tiles:
             reach = self.vae.decoder_halo if self.exact else 0  # what it made wrong around it
             grown = (tile[0] - reach, tile[1] - reach, tile[2] + reach, tile[3] + reach)
@@ -177,15 +206,20 @@ class LatentCodec:
         return latents
 
     @torch.inference_mode()
-    def pixels_of(self, symbols: np.ndarray[Any, Any], header: Header) -> Pixels:
+    def pixels_of(self, symbols: np.ndarray[Any, Any], header: Header, refine_steps: int = 0) -> Pixels:
         """Symbols (C, h, w) -> pixels (h*f, w*f, colours) of the depth that the header names."""
         dtype = np.uint16 if header.depth == 16 else np.uint8
         height, width = symbols.shape[1:]
         f = self.stride
         pixels = np.empty((header.colours, height * f, width * f), dtype)
+        refined = self.refined(symbols, header.quality, refine_steps) if refine_steps else None
         for inner, outer in self.network_tiles(height, width, self.vae.decoder_halo if self.exact else 0):
-            part = self.dequantise(symbols[:, outer[0] : outer[2], outer[1] : outer[3]], header.quality)
-            images = self.vae.decode(self.on_device(torch.from_numpy(part)[None])).sample
+            rows, columns = slice(outer[0], outer[2]), slice(outer[1], outer[3])
+            if refined is None:
+                part = torch.from_numpy(self.dequantise(symbols[:, rows, columns], header.quality))
+            else:
+                part = refined[:, rows, columns]
+            images = self.vae.decode(self.on_device(part[None])).sample
             if header.colours == 1:
                 images = images.mean(dim=1, keepdim=True)
             made = np.moveaxis(to_pixels(images[0], dtype), 2, 0)
@@ -267,6 +301,14 @@ class LatentCodec:
         for i, c in enumerate(self.tables.channels):
             latents[c] = means[c] + symbols[i] * steps[i]
         return latents
+
+    def refined(self, symbols: np.ndarray[Any, Any], quality: int, num_steps: int) -> Tensor:
+        """Latents (c, h, w) after so many steps of the refiner from the dequantised ones."""
+        assert self.refiner is not None
+        deviation = torch.zeros(len(self.tables.sigma))
+        deviation[list(self.tables.channels)] = torch.from_numpy(self.tables.steps(quality) / math.sqrt(12)).float()
+        latents = torch.from_numpy(self.dequantise(symbols, quality))
+        return self.refiner.refine(latents, deviation[:, None, None], quality / QUALITY_ONE, num_steps)
 
     def check(self, header: Header) -> None:
         """Raises ModelMismatchError or CorruptError for a file that this codec cannot have written."""

@@ -44,7 +44,7 @@ class Objective(StepConfig):
     learned_logvar: bool = False
     """Learn the scale of the reconstruction error instead of fixing it at 1."""
     prior: Literal["normal", "causal"] = "normal"
-    """causal trains for the codec: the quantiser's noise for the posterior's, and the codec's rate for the KL."""
+    """causal trains for the codec: rounding for the posterior's noise, and the codec's rate for the KL."""
     quality_range: tuple[float, float] = (0.5, 4.0)
     """With the causal prior: qualities that a model is trained for, one drawn for each image."""
     target_bpp: float | None = None
@@ -55,7 +55,8 @@ class TrainableVAE(nn.Module):
     """The one forward pass that DDP wraps: encode, sample, decode, with the scale of the error and the rate beside it.
 
     With a prior, the posterior's deviation is that of uniform noise of width 1, everywhere and for good: a latent's
-    scale says how exactly it is kept.
+    scale says how exactly it is kept. Noise stands for rounding in the rate alone: the decoder sees what is rounded, and
+    the gradient goes past that (Minnen & Singh 2020, "Channel-wise autoregressive entropy models", section 3.3).
     """
 
     def __init__(self, vae: Any, learned_logvar: bool, prior: CausalPrior | None = None) -> None:
@@ -81,8 +82,10 @@ class TrainableVAE(nn.Module):
             nats = posterior.kl()
         else:
             step = quality[:, None, None, None]
-            latents = posterior.mean + step * 0.5 * torch.erf(noise / math.sqrt(2))  # uniform in -step/2..step/2
-            nats = self.prior(latents / step, quality).sum(dim=(1, 2, 3))
+            symbols = posterior.mean / step
+            uniform = 0.5 * torch.erf(noise / math.sqrt(2))  # in -1/2..1/2
+            nats = self.prior(symbols + uniform, quality).sum(dim=(1, 2, 3))
+            latents = posterior.mean + step * (symbols.round() - symbols).detach()
         nats_per_pixel = nats / (images.shape[-2] * images.shape[-1])
         return self.vae.decode(latents).sample, moments, self.logvar * 1, nats_per_pixel
 
@@ -307,8 +310,8 @@ def train_step(
     return result
 
 
-STEERING = 0.01
-"""How much a weight changes in a step, at most: it takes some hundred steps to find its place, and then is still."""
+STEERING = 0.001
+"""How much a weight changes in a step, at most. A network takes some hundred steps to follow: faster, and it overshoots."""
 
 
 def steering(rate: Tensor, target: float) -> Tensor:
