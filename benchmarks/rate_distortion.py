@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -101,7 +104,7 @@ def open_by_pillow(data: bytes) -> Pixels:
 
 def pillow_codec(name: str) -> Codec | None:
     """None for one that this Pillow cannot write."""
-    jpeg = (1, 3, 5, 8, 12, 17, 23, 30, 40, 50, 60, 70, 80)
+    jpeg = (5, 8, 12, 17, 23, 30, 40, 50, 60, 70, 80)
     avif = (20, 30, 38, 45, 52, 60, 68, 76)
     kind = name.split("-")[0]
     options: dict[str, Any] = {}
@@ -160,38 +163,52 @@ def load_images(config: Config) -> dict[str, Pixels]:
     return images
 
 
-def measure(codec: Codec, images: dict[str, Pixels], lpips: PerceptualLoss | None) -> list[Row]:
-    """A row for each image and setting."""
-    rows = []
+def measure(codec: Codec, images: dict[str, Pixels], pool: ProcessPoolExecutor) -> list[Row]:
+    """A row for each image and setting. What is timed runs alone, on all cores; fidelities are measured after that."""
+    rows: list[Row] = []
     first = next(iter(images.values()))
     codec.decode(codec.encode(first, codec.settings[0]))  # what is loaded or compiled at first is not timed
     for setting in tqdm(codec.settings, desc=codec.name, unit="setting"):
+        timed, pairs = [], []
         for name, pixels in images.items():
             began = time.perf_counter()
             data = codec.encode(pixels, setting)
             encoded = time.perf_counter()
             decoded = codec.decode(data)
             done = time.perf_counter()
-            structure = ms_ssim(pixels, decoded)
-            row = {
-                "codec": codec.name,
-                "setting": setting[0] if isinstance(setting, list) else setting,
-                "image": name,
-                "bytes": len(data),
-                "bpp": 8 * len(data) / (pixels.shape[0] * pixels.shape[1]),
-                "psnr": float(psnr(pixels[None], decoded[None])[0]),
-                "ms_ssim": structure,
-                "ms_ssim_db": -10 * math.log10(max(1 - structure, 1e-6)),  # NaN stays NaN
-                "ssimulacra2": ssimulacra2(pixels, decoded),
-                "encode_seconds": encoded - began,
-                "decode_seconds": done - encoded,
-            }
-            if lpips is not None:
-                pair = [to_images(p)[None] for p in (decoded, pixels)]
-                with torch.inference_mode():
-                    row["lpips_alex"] = float(lpips.distances(*pair)[0])
-            rows.append(row)
+            timed.append(
+                {
+                    "codec": codec.name,
+                    "setting": setting[0] if isinstance(setting, list) else setting,
+                    "image": name,
+                    "bytes": len(data),
+                    "bpp": 8 * len(data) / (pixels.shape[0] * pixels.shape[1]),
+                    "encode_seconds": encoded - began,
+                    "decode_seconds": done - encoded,
+                }
+            )
+            pairs.append((pixels, decoded))
+        rows += [row | found for row, found in zip(timed, pool.map(fidelities, pairs), strict=True)]
     return rows
+
+
+def fidelities(pair: tuple[Pixels, Pixels]) -> Row:
+    """Of an image and its copy, in a process of its own."""
+    torch.set_num_threads(1)
+    pixels, decoded = pair
+    structure = ms_ssim(pixels, decoded)
+    row = {
+        "psnr": float(psnr(pixels[None], decoded[None])[0]),
+        "ms_ssim": structure,
+        "ms_ssim_db": -10 * math.log10(max(1 - structure, 1e-6)),  # NaN stays NaN
+        "ssimulacra2": ssimulacra2(pixels, decoded),
+    }
+    lpips = find_lpips()
+    if lpips is not None:
+        images = [to_images(p)[None] for p in (decoded, pixels)]
+        with torch.inference_mode():
+            row["lpips_alex"] = float(lpips.distances(*images)[0])
+    return row
 
 
 def mean_curve(rows: list[Row], metric: str) -> tuple[list[float], list[float]]:
@@ -303,12 +320,14 @@ def there_and_back(codec: Codec, pixels: Pixels) -> Pixels:
     return codec.decode(codec.encode(pixels, codec.settings[len(codec.settings) // 2]))
 
 
+@cache
 def find_lpips() -> PerceptualLoss | None:
     """LPIPS with its pretrained backbone, when that is at hand."""
     try:
         return PerceptualLoss("alex", pretrained=True)
     except LdmVaeError as error:
-        print(f"without LPIPS: {' '.join(str(error).split())}")
+        if parent_process() is None:
+            print(f"without LPIPS: {' '.join(str(error).split())}")
         return None
 
 
@@ -323,8 +342,10 @@ def main(config: Config) -> None:
             print(f"left out: {name} is not installed")
         else:
             codecs.append(codec)
-    images, lpips = load_images(config), find_lpips()
-    rows = {codec.name: measure(codec, images, lpips) for codec in codecs}
+    images = load_images(config)
+    find_lpips()  # says so when it is not there, or downloads it before several processes do
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        rows = {codec.name: measure(codec, images, pool) for codec in codecs}
     largest = max(images.values(), key=lambda p: p.size)
     memory = {c.name: peak_memory_of(partial(there_and_back, c, largest), device=torch.device("cpu")) for c in codecs}
     every = [r for found in rows.values() for r in found]

@@ -71,6 +71,10 @@ class Decompress(Transfer):
     """Left, top, width and height in pixels: only this part."""
     salvage: bool = False
     """Decode what is whole of a damaged file, and mark the rest."""
+    refine: int = 0
+    """Steps of the refiner on the quantised latents; 1 is the most faithful."""
+    refiner: str = ""
+    """Run of training/train_refiner.py; what is in --model unless given."""
     extension: str = ".png"
     """Of a folder's images, and of standard output."""
 
@@ -104,12 +108,12 @@ class FitCodec:
 
 
 @cache
-def load_codec(model: str, device: str, workers: int) -> Any:
+def load_codec(model: str, device: str, workers: int, refiner: str | None = None) -> Any:
     from ldm_vae.codec.codec import LatentCodec
 
     if not model:
         raise ConfigError(f"no --model given, and ${MODEL_VARIABLE} is not set")
-    return LatentCodec.from_pretrained(model, device=device, workers=workers)
+    return LatentCodec.from_pretrained(model, device=device, workers=workers, refiner=refiner)
 
 
 def read(name: str) -> bytes:
@@ -152,12 +156,23 @@ def decompress_file(command: Decompress) -> str | None:
 
     extension = command.extension if command.output == STREAM else Path(command.output).suffix.lower()
     check_extension(extension)
-    codec = load_codec(command.model, command.device, command.workers)
+    codec = load_codec(command.model, command.device, command.workers, refiner_of(command))
     damage: list[str] | None = [] if command.salvage else None
     data = read(command.input)
-    found = codec.decompress_picture(data, region=command.region, limits=command.limits(), damage=damage)
+    found = codec.decompress_picture(
+        data, region=command.region, limits=command.limits(), damage=damage, refine_steps=command.refine
+    )
     write(command.output, encode_picture(found, extension))
     return "; ".join(damage) if damage else None
+
+
+def refiner_of(command: Decompress) -> str | None:
+    """Where the refiner is; None for none. Raises ConfigError for steps that cannot be."""
+    if command.refine < 0:
+        raise ConfigError(f"--refine is {command.refine}: it must not be negative")
+    if command.refiner and not command.refine:
+        raise ConfigError("--refiner needs --refine, the number of its steps")
+    return (command.refiner or command.model) if command.refine else None
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
@@ -173,7 +188,8 @@ def in_worker(act: Callable[[Any], str | None], command: Any) -> str | None:
 
 def transfer_folder(act: Callable[[Any], str | None], command: Command, pairs: Sequence[tuple[Path, Path]]) -> None:
     """Every pair of files on all workers, with progress. Raises DataError at the end when some could not be done."""
-    load_codec(command.model, command.device, 1)  # what is wrong with it is said once
+    refiner = refiner_of(command) if isinstance(command, Decompress) else None
+    load_codec(command.model, command.device, 1, refiner)  # what is wrong with it is said once
     jobs = []
     for source, target in pairs:
         if command.overwrite or not target.exists():

@@ -55,8 +55,8 @@ class TrainableVAE(nn.Module):
     """The one forward pass that DDP wraps: encode, sample, decode, with the scale of the error and the rate beside it.
 
     With a prior, the posterior's deviation is that of uniform noise of width 1, everywhere and for good: a latent's
-    scale says how exactly it is kept. Noise stands for rounding in the rate alone: the decoder sees what is rounded, and
-    the gradient goes past that (Minnen & Singh 2020, "Channel-wise autoregressive entropy models", section 3.3).
+    scale says how exactly it is kept. Noise stands for rounding in the rate alone: the decoder sees what is rounded,
+    and the gradient goes past that (Minnen & Singh 2020, "Channel-wise autoregressive entropy models", section 3.3).
     """
 
     def __init__(self, vae: Any, learned_logvar: bool, prior: CausalPrior | None = None) -> None:
@@ -311,7 +311,7 @@ def train_step(
 
 
 STEERING = 0.001
-"""How much a weight changes in a step, at most. A network takes some hundred steps to follow: faster, and it overshoots."""
+"""How much a weight changes in a step, at most. The network takes some hundred steps to follow, or it overshoots."""
 
 
 def steering(rate: Tensor, target: float) -> Tensor:
