@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -93,7 +93,7 @@ class LatentCodec:
         workers: int = 1,
         dtype: torch.dtype = torch.float32,
         refiner: str | None = None,
-    ) -> LatentCodec:
+    ) -> Self:
         """The codec of a run directory, a model folder or a hub id: its VAE, and its tables in `codec/`.
 
         Args:
