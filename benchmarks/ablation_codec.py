@@ -272,9 +272,9 @@ def main(config: Config) -> None:
     if config.model is not None:
         for zone in config.dead_zones:
             print(f"dead zone {zone:g}", flush=True)
-            codec = DeadZoneCodec.from_pretrained(config.model)
-            codec.dead_zone = zone
-            add(f"{config.model}, dead zone {zone:g}", codec, None)
+            rounding = DeadZoneCodec.from_pretrained(config.model)
+            rounding.dead_zone = zone
+            add(f"{config.model}, dead zone {zone:g}", rounding, None)
         return
     for name in config.variants or VARIANTS:
         print(name, flush=True)
