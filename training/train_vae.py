@@ -120,13 +120,13 @@ PRESETS = {
     "f8c8": ("stride 8, 8 channels", preset("f8c8")),
     "f16c16": ("stride 16, 16 channels", preset("f16c16")),
     "f4c3": ("stride 4, 3 channels: near-lossless latents", preset("f4c3")),
-    "f8c8-codec": ("8 channels for the codec, low rates", codec_preset("f8c8-codec", target_bpp=0.12)),
-    "f8c32-codec": ("32 channels for the codec", codec_preset("f8c32-codec", target_bpp=0.3)),
+    "f8c8-codec": ("8 channels for the codec, low rates", codec_preset("f8c8-codec", target_bpp=0.2)),
+    "f8c32-codec": ("32 channels for the codec", codec_preset("f8c32-codec", target_bpp=0.5)),
     "f8c64-codec": (
         "64 channels for the codec, 0.1 to 0.8 bits per pixel",
-        codec_preset("f8c64-codec", target_bpp=0.4),
+        codec_preset("f8c64-codec", target_bpp=0.75),
     ),
-    "f16c64-codec": ("stride 16, 64 channels for the codec", codec_preset("f16c64-codec", target_bpp=0.2)),
+    "f16c64-codec": ("stride 16, 64 channels for the codec", codec_preset("f16c64-codec", target_bpp=0.3)),
     "f8c4-large": (
         "stride 8, 4 channels, about the parameters of Stable Diffusion's VAE, for GPUs",
         preset("f8c4-large", learning_rate=1e-4, disc_learning_rate=1e-4),
