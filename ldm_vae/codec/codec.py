@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ldm_vae.codec import bitstream, picture
 from ldm_vae.codec.bitstream import Contents, Header, Limits
+from ldm_vae.codec.boxes import Box, mark, put
 from ldm_vae.codec.contexts import INT32
 from ldm_vae.codec.picture import Picture, as_picture
 from ldm_vae.codec.refine import Refiner
@@ -37,11 +38,6 @@ FAR = 8
 """A quality by so much finer or coarser than any that tables were fitted at is a mistake."""
 MAX_METADATA = 1 << 24
 """Bytes of an ICC profile or of EXIF."""
-MARK = (255, 0, 255)
-"""Colour of the tiles that could not be decoded; grey pictures take its mean."""
-
-Box = tuple[int, int, int, int]
-"""Top, left, bottom, right, in latents."""
 Floats = np.ndarray[Any, Any]
 
 
@@ -395,21 +391,6 @@ def report(error: CompressedFileError, name: str, damage: list[str] | None) -> N
     damage.append(f"{name}: {error}")
 
 
-def put(
-    target: np.ndarray[Any, Any],
-    target_box: Sequence[int],
-    found: np.ndarray[Any, Any],
-    box: Sequence[int],
-    within: Sequence[int],
-) -> None:
-    """Writes what lies at `box` into a target that lies at `target_box`, as far as it is within both and a third."""
-    top, left = (max(target_box[i], box[i], within[i]) for i in (0, 1))
-    bottom, right = (min(target_box[i], box[i], within[i]) for i in (2, 3))
-    shared = found[:, top - box[0] : bottom - box[0], left - box[1] : right - box[1]]
-    y, x = target_box[:2]
-    target[:, top - y : bottom - y, left - x : right - x] = shared
-
-
 def fixed_point(quality: float) -> int:
     """A quality as files hold it, 1/256 to 255. Raises ConfigError."""
     fixed = round(quality * QUALITY_ONE) if 0 < quality < 256 else 0
@@ -421,13 +402,6 @@ def fixed_point(quality: float) -> int:
 def log2_lanes(num_symbols: int) -> int:
     """Lanes make decoding fast and cost two bytes each: few for a small tile."""
     return 2 if num_symbols < 1 << 13 else 4 if num_symbols < 1 << 18 else 5
-
-
-def mark(pixels: Pixels, box: Sequence[int]) -> None:
-    """Paints what could not be decoded."""
-    top, left, bottom, right = (max(i, 0) for i in box)
-    colour = np.array(MARK if pixels.shape[2] == 3 else [sum(MARK) // 3]) * (257 if pixels.dtype == np.uint16 else 1)
-    pixels[top:bottom, left:right] = colour
 
 
 def tables_folder(path: str) -> Path:
