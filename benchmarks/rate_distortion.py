@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.images import Pixels, to_images, to_pixels
+from ldm_vae.data.loader import default_workers
 from ldm_vae.data.sources import check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, LdmVaeError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_csv, write_json
@@ -70,6 +70,10 @@ class Config:
     output: Path
     qualities: tuple[float, ...] = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
     """Of our codecs."""
+    refiner: str | None = None
+    """A run of training/train_refiner.py, to measure the codec with it, too."""
+    refine: tuple[int, ...] = (1, 10)
+    """Its steps."""
     others: tuple[Other, ...] = ("jpeg-420", "jpeg-444", "webp", "avif-420", "jpeg2000", "jpeg-xl")
     """Codecs to compare with; those that are not installed are left out, and said so."""
     between: tuple[float, float] = (0.15, 0.6)
@@ -135,13 +139,13 @@ def pillow_codec(name: str) -> Codec | None:
     return Codec(name=name, settings=settings, encode=encode, decode=open_by_pillow)
 
 
-def our_codec(path: str, config: Config) -> Codec:
-    codec = LatentCodec.from_pretrained(path, device=config.device)
+def our_codec(path: str, config: Config, refine_steps: int = 0) -> Codec:
+    codec = LatentCodec.from_pretrained(path, device=config.device, refiner=config.refiner if refine_steps else None)
     return Codec(
-        name=path,
+        name=f"{path}, refined in {refine_steps}" if refine_steps else path,
         settings=config.qualities,
         encode=lambda pixels, quality: codec.compress(pixels, quality=quality),
-        decode=lambda data: codec.decompress_picture(data).pixels,
+        decode=lambda data: codec.decompress_picture(data, refine_steps=refine_steps).pixels,
     )
 
 
@@ -335,7 +339,12 @@ def main(config: Config) -> None:
     if not config.codec and not config.others:
         raise ConfigError("no codec is given: add --codec, or --others")
     check_writable(config.output)
-    codecs = [our_codec(path, config) for path in dict.fromkeys(config.codec)]
+    paths = list(dict.fromkeys(config.codec))
+    codecs = [our_codec(path, config) for path in paths]
+    if config.refiner is not None:
+        if len(paths) != 1:
+            raise ConfigError("--refiner is one codec's: give --codec once")
+        codecs += [our_codec(paths[0], config, steps) for steps in config.refine]
     for name in dict.fromkeys(config.others):
         codec = pillow_codec(name)
         if codec is None:
@@ -344,7 +353,8 @@ def main(config: Config) -> None:
             codecs.append(codec)
     images = load_images(config)
     find_lpips()  # says so when it is not there, or downloads it before several processes do
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    workers = min(len(images), default_workers() + 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         rows = {codec.name: measure(codec, images, pool) for codec in codecs}
     largest = max(images.values(), key=lambda p: p.size)
     memory = {c.name: peak_memory_of(partial(there_and_back, c, largest), device=torch.device("cpu")) for c in codecs}

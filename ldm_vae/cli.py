@@ -74,7 +74,7 @@ class Decompress(Transfer):
     refine: int = 0
     """Steps of the refiner on the quantised latents; 1 is the most faithful."""
     refiner: str = ""
-    """Run of training/train_refiner.py; what is in --model unless given."""
+    """Run of training/train_refiner.py; the folder `refiner` in --model unless given."""
     extension: str = ".png"
     """Of a folder's images, and of standard output."""
 
@@ -172,6 +172,8 @@ def refiner_of(command: Decompress) -> str | None:
         raise ConfigError(f"--refine is {command.refine}: it must not be negative")
     if command.refiner and not command.refine:
         raise ConfigError("--refiner needs --refine, the number of its steps")
+    if command.refine and command.region is not None:
+        raise ConfigError("--refine is of whole pictures: leave out --region")
     return (command.refiner or command.model) if command.refine else None
 
 

@@ -20,6 +20,7 @@ SMALLER = {
     "train_vae": "--steps 2 --batch-size 2 --resolution 64 --lpips-backbone squeeze --perceptual random",
     "cache_latents": "--resolution 64 --num-workers 0",
     "train_diffusion": "--steps 2 --batch-size 2 --num-workers 0",
+    "train_refiner": "--steps 2 --batch-size 2 --resolution 32 --num-workers 0",
     "generate": "--steps 2",
     "train_classifier": "--epochs 1 --batch-size 8",
     "generation": "--num-images 4",
@@ -82,7 +83,7 @@ def run_commands(page: str) -> int:
 
 def test_the_commands_of_the_guide_to_compression_run(here: Path) -> None:
     page = (ROOT / "docs" / "compression.md").read_text()
-    assert run_commands(page) == 6
+    assert run_commands(page) == 8
     for example in blocks(page, "python"):
         exec(example, {})
     assert (here / "restored.png").exists()

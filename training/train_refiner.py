@@ -17,27 +17,35 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ldm_vae.codec.codec import tables_folder
-from ldm_vae.codec.refine import FOLDER, HIGHEST, LOWEST, NUM_LEVELS, level_of, rounding_error
+from ldm_vae.codec.refine import FOLDER, HIGHEST, LOWEST, Facts, Refiner, make_refiner, velocity
 from ldm_vae.codec.tables import Tables, load_tables
 from ldm_vae.config import parse_config
-from ldm_vae.data.images import to_images
 from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, collate, default_workers, load_batches
-from ldm_vae.data.order import Stream, generator_at, index_at
+from ldm_vae.data.order import Stream, generator_at, noise_at
 from ldm_vae.data.sources import Source, open_source
-from ldm_vae.errors import BadImageError, ConfigError, ModelMismatchError, nothing_usable, one_line_errors
+from ldm_vae.errors import ConfigError, ModelMismatchError, nothing_usable, one_line_errors
 from ldm_vae.files import staged_directory
+from ldm_vae.latents.statistics import Statistics, put_statistics, scale_latents
 from ldm_vae.loop import FREE_ON_RESUME, Loop, Training, check
-from ldm_vae.models.pretrained import channels_of, check_resolution, encode_moments, fingerprint, load_autoencoder
-from ldm_vae.models.unet import make_denoiser
+from ldm_vae.models.pretrained import (
+    channels_of,
+    check_resolution,
+    encode_moments,
+    fingerprint,
+    latent_channels_of,
+    load_autoencoder,
+    stride_of,
+)
+from ldm_vae.models.unet import multiple_of
 from ldm_vae.objectives.step import averaged, parameters_of, set_learning_rate
 from ldm_vae.runs import Checkpoint, Run
 from ldm_vae.state import state_tensors
 
+MEASURED_IMAGES = 256
 VALIDATION_IMAGES = 32
 VALIDATION_QUALITIES = (0.5, 1.0, 2.0, 4.0)
 
@@ -69,7 +77,7 @@ PRESETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Quantiser:
-    """The codec's, on tensors: what each channel is rounded to."""
+    """The codec's, on tensors."""
 
     means: Tensor
     steps: Tensor
@@ -82,15 +90,12 @@ class Quantiser:
         means = torch.from_numpy(tables.means).float()
         return cls(means=means[:, None, None].to(device), steps=steps[:, None, None].to(device))
 
-    def deviation(self, quality: Tensor) -> Tensor:
-        """Of a uniform rounding error, (B, c, 1, 1), for qualities (B,)."""
-        return quality[:, None, None, None] * self.steps / math.sqrt(12)
-
-    def quantised(self, latents: Tensor, quality: Tensor) -> Tensor:
-        steps = quality[:, None, None, None] * self.steps
-        coded = steps > 0
-        safe = torch.where(coded, steps, 1.0)
-        return torch.where(coded, self.means + ((latents - self.means) / safe).round() * safe, self.means)
+    def __call__(self, latents: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """True latents (B, c, h, w) at qualities (B,) -> quantised ones, and errors in deviations of a uniform one."""
+        coded = self.steps > 0
+        steps = quality[:, None, None, None] * torch.where(coded, self.steps, 1.0)
+        quantised = torch.where(coded, self.means + ((latents - self.means) / steps).round() * steps, self.means)
+        return quantised, torch.where(coded, (latents - quantised) / steps * math.sqrt(12), 0.0)
 
 
 @dataclass(kw_only=True)
@@ -100,8 +105,8 @@ class State:
     unet: nn.Module
     bare: Any
     vae: Any
+    tables: Tables
     quantiser: Quantiser
-    scale: tuple[Tensor, Tensor]
     ema: EMAModel
     optimizer: torch.optim.Optimizer
 
@@ -119,26 +124,34 @@ def validate(config: Config, num_processes: int) -> None:
 
 
 def draws_at(positions: list[int], config: Config) -> tuple[Tensor, Tensor]:
-    """Quality (B,), log-uniform, and time (B,), uniform in (0, 1], of each image, by (seed, position)."""
+    """Quality (B,), log-uniform, and time (B,) of each image, by (seed, position).
+
+    Half of the times are 1, where every refinement begins and that in one step ends; the others are uniform.
+    """
     low, high = (math.log(q) for q in config.quality_range)
     shares = [generator_at(config.seed, p, Stream.QUALITY).random() for p in positions]
-    times = [1 - generator_at(config.seed, p, Stream.TIME).random() for p in positions]
-    return torch.tensor([math.exp(low + (high - low) * s) for s in shares]), torch.tensor(times)
+    pairs = [generator_at(config.seed, p, Stream.TIME).random(2) for p in positions]
+    times = torch.tensor([1.0 if first < 0.5 else float(t) for first, t in pairs])
+    return torch.tensor([math.exp(low + (high - low) * s) for s in shares]), times
 
 
-def loss_of(unet: nn.Module, state: State, latents: Tensor, quality: Tensor, times: Tensor) -> Tensor:
-    """Mean squared error of the rounding error, in its own deviations, over the coded channels. latents: true ones."""
-    quantised, deviation = state.quantiser.quantised(latents, quality), state.quantiser.deviation(quality)
-    coded = (deviation > 0).expand_as(latents)
-    target = torch.where(coded, (latents - quantised) / torch.where(deviation > 0, deviation, 1.0), 0.0)
-    between = latents.lerp(quantised, times[:, None, None, None])
-    found = rounding_error(unet, between, times, level_of(quality), state.scale)
-    return (found - target).square()[coded].mean()
+def error_of(
+    unet: nn.Module, state: State, latents: Tensor, noise: Tensor, quality: Tensor, times: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squared errors of the predicted velocity, and rounding errors squared, of the coded channels (N,)."""
+    quantised, error = state.quantiser(latents, quality)
+    coded = (state.quantiser.steps > 0).expand_as(latents)
+    noise = noise * coded
+    noisy = error.lerp(noise, times[:, None, None, None])
+    condition = scale_latents(state.vae, quantised)
+    found = velocity(unet, noisy, condition, times, quality, multiple=multiple_of(state.bare))
+    return (found - (noise - error)).square()[coded], error.square()[coded]
 
 
 @torch.no_grad()
-def latents_of(images: Tensor, state: State) -> Tensor:
-    return encode_moments(state.vae, images).float().chunk(2, dim=1)[0]
+def latents_of(images: Tensor, vae: Any) -> Tensor:
+    """The posterior's mean, float32: what the codec quantises."""
+    return encode_moments(vae, images).float().chunk(2, dim=1)[0]
 
 
 def train_step(
@@ -152,10 +165,11 @@ def train_step(
         batch = next(batches)
         waited += time.perf_counter() - before
         bad_images |= batch.bad_images
-        latents = latents_of(batch.images.to(accelerator.device), state)
+        latents = latents_of(batch.images.to(accelerator.device), state.vae)
+        noise = torch.from_numpy(noise_at(config.seed, batch.positions, latents.shape[1:], Stream.NOISE))
         quality, times = (d.to(accelerator.device) for d in draws_at(batch.positions, config))
         with accelerator.accumulate(state.unet):
-            loss = loss_of(state.unet, state, latents, quality, times)
+            loss = error_of(state.unet, state, latents, noise.to(latents.device), quality, times)[0].mean()
             accelerator.backward(loss)
         total += loss.detach() / config.gradient_accumulation_steps
     norm = nn.utils.clip_grad_norm_(parameters_of(state.optimizer), config.max_grad_norm)
@@ -171,48 +185,58 @@ def train_step(
 # Main -----------------------------------------------------------------------------------------------------------------
 
 
-def build(config: Config, accelerator: Accelerator) -> tuple[State, Source]:
-    """The networks, the same in every process, and the images."""
+def open_codec(config: Config, accelerator: Accelerator) -> tuple[Any, Tables]:
+    """The VAE and its tables. Raises LdmVaeError for what is not there or does not belong together."""
     vae = load_autoencoder(config.codec)
     tables = load_tables(tables_folder(config.codec))
     if tables.vae != fingerprint(vae):
         raise ModelMismatchError(f"the tables of {config.codec} were fitted for another autoencoder: fit them anew")
     check_resolution(config.resolution, vae)
-    source = open_source(config.data, channels=channels_of(vae), resolution=config.resolution)
-    vae = vae.to(accelerator.device).eval().requires_grad_(False)
-    quantiser = Quantiser.of(tables, accelerator.device)
-    crops = CropDataset(source, seed=config.seed, resolution=config.resolution)
-    known = [c for c in (crops[i][0] for i in range(min(len(source), 256))) if c is not None]
-    if not known:
-        raise nothing_usable({source.name(i): why for i, why in crops.bad.items()})
-    with torch.no_grad():
-        latents = torch.cat([encode_moments(vae, c[None].to(accelerator.device)).chunk(2, dim=1)[0] for c in known])
-    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)).clamp(min=1e-6)
+    return vae.to(accelerator.device).eval().requires_grad_(False), tables
+
+
+def build(config: Config, vae: Any, tables: Tables, accelerator: Accelerator) -> State:
+    """The network and its optimizer, the same in every process."""
     set_seed(config.seed)
-    side = latents.shape[-1]
-    unet = make_denoiser(
-        config.denoiser, latent_channels=latents.shape[1], sample_size=(side, side), num_classes=NUM_LEVELS
-    )
-    unet.register_to_config(vae=tables.vae, latents_mean=mean.tolist(), latents_std=std.tolist())
-    nn.init.zeros_(unet.conv_out.weight)
-    nn.init.zeros_(unet.conv_out.bias)
+    side = config.resolution // stride_of(vae)
+    unet = make_refiner(config.denoiser, latent_channels=latent_channels_of(vae), side=side)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet = unet.to(accelerator.device, memory_format=torch.channels_last).train()
     if config.compile:
         unet.compile()
-    state = State(
+    return State(
         unet=accelerator.prepare(unet),
         bare=unet,
         vae=vae,
-        quantiser=quantiser,
-        scale=(mean[:, None, None], std[:, None, None]),
+        tables=tables,
+        quantiser=Quantiser.of(tables, accelerator.device),
         ema=EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True),
         optimizer=torch.optim.AdamW(
             unet.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         ),
     )
-    return state, source
+
+
+def first_crops(source: Source, config: Config, count: int) -> tuple[list[Tensor], dict[str, str]]:
+    """The first crops of an epoch, (1, C, R, R) each, and the bad images met. Raises DataError for none."""
+    crops = CropDataset(source, seed=config.seed, resolution=config.resolution)
+    bad: dict[str, str] = {}
+    found = []
+    for position in range(min(len(source), count)):
+        image, _, met = crops[position]
+        bad |= met
+        if image is None:
+            raise nothing_usable(bad)
+        found.append(image[None])
+    return found, bad
+
+
+def measured(crops: list[Tensor], vae: Any) -> Statistics:
+    statistics = Statistics()
+    for crop in crops:
+        statistics += Statistics.of(encode_moments(vae, crop.to(vae.device)))
+    return statistics
 
 
 def batches_from(step: int, source: Source, config: Config, accelerator: Accelerator) -> Iterator[Batch]:
@@ -232,60 +256,58 @@ def batches_from(step: int, source: Source, config: Config, accelerator: Acceler
     return load_batches(crops, order, collate=collate, num_workers=num_workers, pin_memory=on_gpu)
 
 
-def validation_latents(source: Source, state: State, config: Config) -> list[Tensor]:
-    """Of the middles of some images, (c, h, w) each."""
-    found: list[Tensor] = []
-    bad: dict[str, str] = {}
-    for i in range(len(source)):
-        if len(found) == VALIDATION_IMAGES:
-            break
-        position = index_at(i, size=len(source), seed=config.seed)
-        try:
-            pixels = source[position].pixels
-        except BadImageError as error:
-            bad[source.name(position)] = str(error)
-            continue
-        height, width = pixels.shape[:2]
-        side = config.resolution
-        if min(height, width) >= side:
-            top, left = (height - side) // 2, (width - side) // 2
-            images = to_images(pixels[top : top + side, left : left + side])[None]
-            found.append(latents_of(images.to(state.scale[0].device), state))
-    if not found:
-        raise nothing_usable(bad)
-    return found
-
-
 @torch.inference_mode()
 def validation_loss(state: State, latents: list[Tensor], accelerator: Accelerator) -> dict[str, float]:
-    """Of the averaged denoiser at time 1, where decoding starts: 1 is what rounding leaves."""
+    """The share of the squared rounding error that one step of the averaged network leaves: 1 is as good as none."""
     metrics = {}
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(x.shape, generator=generator).to(x.device) for x in latents]
     with averaged(state.bare, state.ema) as unet, accelerator.autocast():
-        for quality in VALIDATION_QUALITIES:
-            q, one = torch.tensor([quality]).to(accelerator.device), torch.ones(1, device=accelerator.device)
-            losses = [float(loss_of(unet, state, x, q, one)) for x in latents]
-            metrics[f"val_loss/quality={quality:g}"] = sum(losses) / len(losses)
-    return {"val_loss": sum(metrics.values()) / len(metrics), **metrics}
+        for value in VALIDATION_QUALITIES:
+            quality, one = (torch.full((1,), v, device=accelerator.device) for v in (value, 1.0))
+            pairs = [error_of(unet, state, x, e, quality, one) for x, e in zip(latents, noise, strict=True)]
+            left, whole = (torch.stack([p[i].mean() for p in pairs]).mean() for i in (0, 1))
+            metrics[f"val_left/quality={value:g}"] = float(left / whole)
+    return {"val_left": sum(metrics.values()) / len(metrics), **metrics}
 
 
-def save(run: Run, state: State, *, step: int, facts: dict[str, Any]) -> None:
-    """The averaged denoiser in diffusers' layout, and then the checkpoint."""
+def save(run: Run, state: State, config: Config, *, step: int, facts: dict[str, Any]) -> None:
+    """The averaged network and what it is for, and then the checkpoint."""
     if run.main:
         with averaged(state.bare, state.ema) as unet, staged_directory(run.directory / FOLDER) as staging:
-            UNet2DModel.save_pretrained(unet, staging)
+            statistics = Statistics.from_json(facts["latents"])
+            trained_for = Facts(
+                vae=state.tables.vae,
+                tables=state.tables.digest.hex(),
+                latents_mean=statistics.mean.tolist(),
+                latents_std=statistics.std.tolist(),
+                quality_range=config.quality_range,
+            )
+            Refiner(unet, trained_for).save(staging)
         run.save(Checkpoint(step=step, tensors=state_tensors(state.parts()), facts=facts))
 
 
 def main(config: Config) -> None:
     accelerator = config.accelerator()
     validate(config, accelerator.num_processes)
-    state, source = build(config, accelerator)
+    vae, tables = open_codec(config, accelerator)
+    source = open_source(config.data, channels=channels_of(vae), resolution=config.resolution)
     val_source = source
     if config.val_data:
-        val_source = open_source(config.val_data, channels=channels_of(state.vae), resolution=config.resolution)
+        val_source = open_source(config.val_data, channels=channels_of(vae), resolution=config.resolution)
+    state = build(config, vae, tables, accelerator)
     run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
-    loop = Loop(run, state.parts(), config, accelerator, made_from={"codec": state.bare.config.vae})
-    val_latents = validation_latents(val_source, state, config) if run.main else []
+    made_from = {"vae": tables.vae, "tables": tables.digest.hex(), "data": source.fingerprint()}
+    loop = Loop(run, state.parts(), config, accelerator, made_from=made_from)
+    with run.listing_bad_images():
+        crops, met = first_crops(source, config, MEASURED_IMAGES)
+        val_crops, val_met = first_crops(val_source, config, VALIDATION_IMAGES)
+        run.add_bad_images(met | val_met)
+    known = loop.facts.get("latents")
+    statistics = Statistics.from_json(known) if known else measured(crops, vae)
+    put_statistics(vae, statistics)
+    loop.facts["latents"] = statistics.as_json()
+    val_latents = [latents_of(c.to(accelerator.device), vae) for c in val_crops] if run.main else []
     parameters = sum(p.numel() for p in state.bare.parameters()) / 1e6
     batch = config.effective_batch(accelerator.num_processes)
     accelerator.print(f"{parameters:.2f} M parameters, {len(source)} images; {batch}")
@@ -302,7 +324,7 @@ def main(config: Config) -> None:
             if loop.drawing and run.main:
                 loop.log(validation_loss(state, val_latents, accelerator))
             if loop.saving:
-                save(run, state, step=loop.step, facts=loop.facts)
+                save(run, state, config, step=loop.step, facts=loop.facts)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_vae.codec import bitstream, picture
 from ldm_vae.codec.bitstream import Contents, Header, Limits
 from ldm_vae.codec.boxes import Box, mark, put
 from ldm_vae.codec.contexts import INT32
 from ldm_vae.codec.picture import Picture, as_picture
-from ldm_vae.codec.refine import Refiner
+from ldm_vae.codec.refine import HALO, Refiner
 from ldm_vae.codec.tables import DIGEST_BYTES, QUALITY_ONE, Tables, load_tables
 from ldm_vae.codec.tiles import CodedTile, decode_tiles, encode_tiles
 from ldm_vae.data.images import Pixels, to_images, to_pixels
@@ -48,11 +48,11 @@ class LatentCodec:
         vae: any diffusers autoencoder with a posterior.
         tables: fitted for it, see `fitting.fit_tables`.
         workers: processes for the tiles of one large picture (1024 x 1024 pixels each, at stride 8).
-        dtype: of the network. Files are the same but for how its rounding moves a symbol now and then; any reads all.
-        refiner: a denoiser of quantised latents, for `refine_steps` of `decompress`.
+        dtype: in which the network computes (autocast). Rounding moves a symbol now and then; any reads all files.
+        refiner: a denoiser of quantised latents, for `refine_steps` of `decompress_picture`.
 
     Raises:
-        ModelMismatchError: the tables were fitted for another autoencoder, or the refiner was trained for one.
+        ModelMismatchError: the tables were fitted for another autoencoder, or the refiner was, or for other tables.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class LatentCodec:
                 "fit them anew with `ldm-vae fit-codec`"
             )
         if refiner is not None:
-            refiner.check(found)
+            refiner.check(vae=found, tables=tables.digest.hex())
         self.refiner = refiner
         self.weights = bytes.fromhex(found)[:DIGEST_BYTES]
         self.log2_tile = LOG2_TILE
-        nn.Module.to(vae, dtype)  # diffusers' own warns of modules that must stay float32, of which there are none
+        self.dtype = dtype
         self.stride = stride_of(vae)
         self.exact = hasattr(vae, "decoder_halo")  # it sees only so far: tiles give what the whole gives
 
@@ -155,8 +155,8 @@ class LatentCodec:
             CompressedFileError: see `ldm_vae.errors`; a file of another model is a ModelMismatchError.
             ConfigError: a region outside the picture, or one together with refinement, or that without a refiner.
         """
-        if refine_steps and (self.refiner is None or region is not None):
-            why = "needs the whole picture, not a region" if self.refiner else "needs a refiner"
+        if refine_steps < 0 or (refine_steps and (self.refiner is None or region is not None)):
+            why = "needs a refiner" if self.refiner is None else "is of the whole picture, in 0 steps or more"
             raise ConfigError(f"refinement {why}")
         contents = bitstream.unpack(data, limits=limits, salvage=damage is not None)
         header = contents.header
@@ -173,8 +173,9 @@ class LatentCodec:
             reach = self.vae.decoder_halo if self.exact else 0  # what it made wrong around it
             grown = (tile[0] - reach, tile[1] - reach, tile[2] + reach, tile[3] + reach)
             mark(pixels, [self.stride * (grown[i] - box[i % 2]) for i in range(4)])
-        if bad_tiles and damage is not None and not self.exact:
-            damage.append("this autoencoder sees the whole image: what is not marked may differ, too")
+        if bad_tiles and damage is not None and (refine_steps or not self.exact):
+            seer = "the refiner" if refine_steps else "this autoencoder"
+            damage.append(f"{seer} sees the whole image: what is not marked may differ, too")
         y, x = top - box[0] * self.stride, left - box[1] * self.stride
         alpha, icc, exif = self.read_sections(contents, damage)
         return Picture(
@@ -197,7 +198,8 @@ class LatentCodec:
         latents = np.empty((len(self.tables.sigma), padded.shape[0] // f, padded.shape[1] // f), np.float32)
         for inner, outer in self.network_tiles(latents.shape[1], latents.shape[2], halo):
             images = to_images(padded[outer[0] * f : outer[2] * f, outer[1] * f : outer[3] * f])[None]
-            mean = encode_moments(self.vae, self.on_device(images)).chunk(2, dim=1)[0][0].float().cpu().numpy()
+            with self.autocast():
+                mean = encode_moments(self.vae, self.on_device(images)).chunk(2, dim=1)[0][0].float().cpu().numpy()
             put(latents, (0, 0, *latents.shape[1:]), mean, outer, inner)
         return latents
 
@@ -208,14 +210,10 @@ class LatentCodec:
         height, width = symbols.shape[1:]
         f = self.stride
         pixels = np.empty((header.colours, height * f, width * f), dtype)
-        refined = self.refined(symbols, header.quality, refine_steps) if refine_steps else None
         for inner, outer in self.network_tiles(height, width, self.vae.decoder_halo if self.exact else 0):
-            rows, columns = slice(outer[0], outer[2]), slice(outer[1], outer[3])
-            if refined is None:
-                part = torch.from_numpy(self.dequantise(symbols[:, rows, columns], header.quality))
-            else:
-                part = refined[:, rows, columns]
-            images = self.vae.decode(self.on_device(part[None])).sample
+            part = self.dequantised(symbols, outer, header.quality, refine_steps)
+            with self.autocast():
+                images = self.vae.decode(self.on_device(part[None])).sample.float()
             if header.colours == 1:
                 images = images.mean(dim=1, keepdim=True)
             made = np.moveaxis(to_pixels(images[0], dtype), 2, 0)
@@ -229,6 +227,9 @@ class LatentCodec:
         for top, bottom, above, below in spans(height, side, halo):
             for left, right, before, behind in spans(width, side, halo):
                 yield (top, left, bottom, right), (above, before, below, behind)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.vae.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def on_device(self, values: Tensor) -> Tensor:
         parameter = next(self.vae.parameters())
@@ -298,13 +299,18 @@ class LatentCodec:
             latents[c] = means[c] + symbols[i] * steps[i]
         return latents
 
-    def refined(self, symbols: np.ndarray[Any, Any], quality: int, num_steps: int) -> Tensor:
-        """Latents (c, h, w) after so many steps of the refiner from the dequantised ones."""
-        assert self.refiner is not None
-        deviation = torch.zeros(len(self.tables.sigma))
-        deviation[list(self.tables.channels)] = torch.from_numpy(self.tables.steps(quality) / math.sqrt(12)).float()
-        latents = torch.from_numpy(self.dequantise(symbols, quality))
-        return self.refiner.refine(latents, deviation[:, None, None], quality / QUALITY_ONE, num_steps)
+    def dequantised(self, symbols: np.ndarray[Any, Any], box: Box, quality: int, refine_steps: int) -> Tensor:
+        """Latents (c, h, w) of a box, after so many steps of the refiner, which sees a halo around it."""
+        halo = HALO if refine_steps else 0
+        top, left = (max(n - halo, 0) for n in box[:2])
+        latents = torch.from_numpy(self.dequantise(symbols[:, top : box[2] + halo, left : box[3] + halo], quality))
+        if refine_steps:
+            assert self.refiner is not None
+            deviation = torch.zeros(len(latents), 1, 1)
+            steps = torch.from_numpy(self.tables.steps(quality)).float()
+            deviation[list(self.tables.channels), 0, 0] = steps / math.sqrt(12)
+            latents = self.refiner.refine(latents, deviation, quality / QUALITY_ONE, refine_steps)
+        return latents[:, box[0] - top : box[2] - top, box[1] - left : box[3] - left]
 
     def check(self, header: Header) -> None:
         """Raises ModelMismatchError or CorruptError for a file that this codec cannot have written."""

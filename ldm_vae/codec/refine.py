@@ -1,32 +1,56 @@
-"""A denoiser of quantised latents: what the rounding took away, as far as the rest of the picture tells.
+"""A diffusion model of what the quantiser took away, given what it left: an optional last step of decoding.
 
-Trained on pairs of true latents x and of what the quantiser made of them, y, on the straight line between them
-(Delbracio & Milanfar 2023, "Inversion by direct iteration", equations 2 and 6; a rectified flow, Liu et al. 2023,
-equation 1, from y to x). No noise is added, neither in training nor here: a file and N give one picture.
+For quantised latents y of true latents x, the rounding error r = (x - y) / deviation, in deviations of a uniform one,
+is drawn by a rectified flow from noise e to r, with y as a condition: r_t = (1 - t) r + t e, and the network predicts
+e - r (Liu et al. 2023, equation 1). It is trained on pairs of true and quantised latents (training/train_refiner.py).
+From t = 1 one step gives the mean of r for this y, which is the most faithful; more steps give one of those that fit.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm_vae.errors import ModelError, ModelMismatchError
-from ldm_vae.models.tiling import TILE, spans
-from ldm_vae.models.unet import multiple_of, predict
+from ldm_vae.errors import ConfigError, ModelError, ModelMismatchError
+from ldm_vae.files import write_json
+from ldm_vae.models.unet import DENOISERS, multiple_of, predict
 from ldm_vae.objectives.diffusion import NUM_TIMESTEPS
 
 FOLDER = "refiner"
+FACTS = "refiner.json"
 LEVELS_AN_OCTAVE = 4
-"""Classes of quality that the denoiser tells apart."""
+"""Classes of quality that the network tells apart."""
 LOWEST, HIGHEST = 0.25, 8.0
 NUM_LEVELS = int(LEVELS_AN_OCTAVE * math.log2(HIGHEST / LOWEST)) + 1
+MOST = math.sqrt(3)
+"""A rounding error in its deviations is within -MOST..MOST: half a step."""
 HALO = 16
-"""Latents around a tile that its denoising sees."""
+"""Latents around a tile that its refinement sees. Its normalisation sees the whole tile, so tiles differ a little."""
+
+
+def make_refiner(preset: str, *, latent_channels: int, side: int) -> UNet2DModel:
+    """An untrained network: noisy errors and scaled quantised latents (B, 2c, h, w) -> (B, c, h, w), 0 at first.
+
+    Without attention: it is used on larger pictures than it was trained on.
+    """
+    unet = UNet2DModel(
+        sample_size=side,
+        in_channels=2 * latent_channels,
+        out_channels=latent_channels,
+        num_class_embeds=NUM_LEVELS,
+        add_attention=False,
+        **DENOISERS[preset],
+    )
+    nn.init.zeros_(unet.conv_out.weight)
+    nn.init.zeros_(unet.conv_out.bias)
+    return unet
 
 
 def level_of(quality: Tensor) -> Tensor:
@@ -34,69 +58,93 @@ def level_of(quality: Tensor) -> Tensor:
     return (LEVELS_AN_OCTAVE * torch.log2(quality / LOWEST)).round().long().clamp(0, NUM_LEVELS - 1)
 
 
-def rounding_error(
-    denoiser: Any, between: Tensor, times: Tensor, levels: Tensor, scale: tuple[Tensor, Tensor]
+def velocity(
+    network: nn.Module, noisy: Tensor, condition: Tensor, times: Tensor, quality: Tensor, *, multiple: int
 ) -> Tensor:
-    """What is to be added to y to get x, in deviations of a uniform error: (B, c, h, w), from points between the two.
+    """e - r, predicted, (B, c, h, w).
 
     Args:
-        between: (1 - t) * x + t * y.
-        times: (B,) t, 1 at y.
-        levels: (B,) classes of quality.
-        scale: mean and deviation of each channel, (c, 1, 1): what the network sees has mean 0 and deviation 1.
+        network: a refiner's, or its wrapper under DDP.
+        noisy: r_t; condition: y, scaled to mean 0 and deviation 1 a channel. Both (B, c, h, w).
+        times: (B,) in 0..1; quality: (B,).
     """
-    scaled = (between - scale[0]) / scale[1]
-    return predict(denoiser, scaled, times * NUM_TIMESTEPS, levels, multiple=multiple_of(denoiser))
+    given = torch.cat([noisy, condition], dim=1)
+    return predict(network, given, times * NUM_TIMESTEPS, level_of(quality), multiple=multiple)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a refiner was trained for: it goes with nothing else."""
+
+    vae: str
+    """Fingerprint of the VAE."""
+    tables: str
+    """Digest of the codec's tables."""
+    latents_mean: list[float]
+    latents_std: list[float]
+    quality_range: tuple[float, float]
 
 
 class Refiner:
-    """A trained denoiser of one VAE's quantised latents.
+    """A trained network, and what it was trained for."""
 
-    Args:
-        denoiser: its config has `vae` (fingerprint), `latents_mean` and `latents_std`.
-    """
+    def __init__(self, network: UNet2DModel, facts: Facts) -> None:
+        self.network: Any = network.eval()
+        self.facts = facts
+        self.device = next(network.parameters()).device
+        self.mean, self.std = (
+            torch.tensor(v, device=self.device)[:, None, None] for v in (facts.latents_mean, facts.latents_std)
+        )
 
-    def __init__(self, denoiser: UNet2DModel) -> None:
-        self.denoiser: Any = denoiser.eval()
-        config, device = denoiser.config, next(denoiser.parameters()).device
-        mean, std = (torch.tensor(config[k], device=device)[:, None, None] for k in ("latents_mean", "latents_std"))
-        self.scale = mean, std
+    def save(self, folder: Path) -> None:
+        """Into an existing folder."""
+        self.network.save_pretrained(folder)
+        write_json(folder / FACTS, asdict(self.facts))
 
     @classmethod
     def from_pretrained(cls, path: str, *, device: str | torch.device = "cpu") -> Refiner:
         """Of a run of training/train_refiner.py, or the folder `refiner` in it. Raises ModelError."""
         folder = Path(path) / FOLDER if (Path(path) / FOLDER).is_dir() else Path(path)
-        if not (folder / "config.json").is_file():
+        if not (folder / FACTS).is_file():
             raise ModelError(f"{path} holds no refiner: train one with training/train_refiner.py")
         try:
-            return cls(UNet2DModel.from_pretrained(folder, local_files_only=True).to(device))
+            facts = Facts(**json.loads((folder / FACTS).read_text()))
+            network = UNet2DModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            return cls(network.to(device), facts)
         except Exception as error:  # damaged files raise many kinds
             raise ModelError(f"cannot load the refiner {folder}: {type(error).__name__}: {error}") from None
 
-    def check(self, vae: str) -> None:
-        """Raises ModelMismatchError unless it was trained for the VAE with this fingerprint."""
-        own = self.denoiser.config.vae
-        if own != vae:
-            raise ModelMismatchError(f"the refiner is for the autoencoder {own[:16]}, this one is {vae[:16]}")
+    def check(self, *, vae: str, tables: str) -> None:
+        """Raises ModelMismatchError unless it was trained for this VAE and these tables."""
+        for name, own, found in (("autoencoder", self.facts.vae, vae), ("tables", self.facts.tables, tables)):
+            if own != found:
+                raise ModelMismatchError(f"the refiner was trained for the {name} {own[:16]}, this is {found[:16]}")
 
     @torch.inference_mode()
-    def refine(self, latents: Tensor, deviation: Tensor, quality: float, num_steps: int) -> Tensor:
-        """Quantised latents (c, h, w) -> latents after so many steps towards the true ones, in tiles.
+    def refine(self, latents: Tensor, deviation: Tensor, quality: float, num_steps: int, *, seed: int = 0) -> Tensor:
+        """Quantised latents (c, h, w) -> latents whose error was drawn in so many Euler steps.
 
         Args:
             deviation: (c, 1, 1) of each channel's rounding error: its step / sqrt(12), 0 where nothing is coded.
+            seed: of the noise, which no picture depends on at one step but for the network's own error.
+
+        Raises:
+            ConfigError: a quality that it was not trained for.
         """
-        refined = torch.empty_like(latents)
-        device = self.scale[0].device
-        deviation, levels = deviation.to(device), level_of(torch.tensor([quality], device=device))
-        for top, bottom, above, below in spans(latents.shape[1], TILE, HALO):
-            for left, right, before, behind in spans(latents.shape[2], TILE, HALO):
-                x = latents[None, :, above:below, before:behind].to(device)
-                for i in range(num_steps):
-                    time = torch.tensor([1 - i / num_steps], device=device)
-                    error = rounding_error(self.denoiser, x, time, levels, self.scale)
-                    x = x + error * deviation / num_steps
-                refined[:, top:bottom, left:right] = x[
-                    0, :, top - above : bottom - above, left - before : right - before
-                ]
-        return refined
+        low, high = self.facts.quality_range
+        if not low / 1.1 <= quality <= high * 1.1:
+            raise ConfigError(f"the refiner was trained for qualities {low:g} to {high:g}, the file has {quality:g}")
+        condition = ((latents.to(self.device) - self.mean) / self.std)[None]
+        coded = (deviation > 0).to(self.device, condition.dtype)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        r = (noise * coded)[None]
+        given = torch.tensor([quality], device=self.device)
+        for i in range(num_steps):
+            time = torch.tensor([1 - i / num_steps], device=self.device)
+            r = (
+                r
+                - coded
+                * velocity(self.network, r, condition, time, given, multiple=multiple_of(self.network))
+                / num_steps
+            )
+        return latents + r[0].clamp(-MOST, MOST).to(latents.device) * deviation

@@ -148,8 +148,8 @@ def latent_channels_of(vae: Any) -> int:
 def last_layer(vae: Any) -> nn.Parameter:
     """The weights of the decoder's last convolution, where the adaptive weight compares gradients."""
     convolutions = [m for m in vae.decoder.modules() if isinstance(m, nn.Conv2d)]
-    weight: nn.Parameter = convolutions[-1].weight  # type: ignore[assignment]
-    return weight
+    last: nn.Conv2d = getattr(vae.decoder, "conv_out", convolutions[-1])
+    return last.weight
 
 
 def posterior_of(moments: Tensor) -> DiagonalGaussianDistribution:

@@ -66,8 +66,11 @@ class TrainableVAE(nn.Module):
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=learned_logvar)
         if prior is not None:
             channels = latent_channels_of(vae)
+            last = [vae.encoder.conv_out] + ([vae.encoder.linear.conv] if vae.encoder.linear is not None else [])
             with torch.no_grad():  # no gradient reaches them, as only the mean is used
-                vae.encoder.conv_out.weight[channels:] = 0
+                for layer in last:
+                    layer.weight[channels:] = 0
+                    layer.bias[channels:] = 0
                 vae.encoder.conv_out.bias[channels:] = STEP_LOGVAR
 
     def forward(self, images: Tensor, noise: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
