@@ -149,7 +149,8 @@ def last_layer(vae: Any) -> nn.Parameter:
     """The weights of the decoder's last convolution, where the adaptive weight compares gradients."""
     convolutions = [m for m in vae.decoder.modules() if isinstance(m, nn.Conv2d)]
     last: nn.Conv2d = getattr(vae.decoder, "conv_out", convolutions[-1])
-    return last.weight
+    weight: nn.Parameter = last.weight  # type: ignore[assignment]
+    return weight
 
 
 def posterior_of(moments: Tensor) -> DiagonalGaussianDistribution:
