@@ -238,6 +238,14 @@ def test_the_codecs_deviation_is_that_of_a_step_of_one_whatever_the_image() -> N
     assert (before == 0).all()
 
 
+def test_the_codecs_deviation_is_fixed_whatever_a_linear_path_was_trained_to_say_of_it() -> None:
+    vae = PatchAutoencoderKL(latent_channels=4, block_out_channels=(8, 8), linear_path=True)
+    torch.nn.init.normal_(vae.encoder.linear.conv.weight)
+    TrainableVAE(vae, False, CausalPrior(4))
+    logvar = vae.encode(IMAGES).latent_dist.logvar
+    assert torch.allclose(logvar, torch.tensor(1 / 12).log())
+
+
 def test_the_codecs_rate_is_that_of_its_prior_for_the_noisy_latents() -> None:
     state = codec_state(CODEC)
     quality = torch.tensor([0.5, 1.0, 2.0, 4.0])

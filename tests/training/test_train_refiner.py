@@ -34,11 +34,12 @@ def codec(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_for(codec: Path, photos: Path, output: Path, **changes: Any) -> Config:
+def config_for(codec: Path, photos: Path, output: Path, /, **changes: Any) -> Config:
     """Small and exact: 4 steps of 8 crops of 32 pixels, a checkpoint each second step."""
     settings: dict[str, Any] = {"resolution": 32, "steps": 4, "batch_size": 8, "learning_rate": 1e-4, "warmup_steps": 2}
     settings |= {"mixed_precision": "no", "num_workers": 0, "log_every": 1, "sample_every": 100, "checkpoint_every": 2}
-    return replace(TINY, codec=str(codec), data=str(photos), output=output, tracker="none", **settings | changes)
+    settings |= {"codec": str(codec), "data": str(photos), "output": output, "tracker": "none"}
+    return replace(TINY, **settings | changes)
 
 
 def words(config: Config) -> list[str]:
