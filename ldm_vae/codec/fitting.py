@@ -55,10 +55,12 @@ def fit_tables(
     if not (np.isfinite(sigma).all() and (sigma > 0).all()):
         raise ModelError("the VAE's posterior deviations are not finite and above 0")
     latents_mean = np.concatenate([m.reshape(len(m), -1) for m in means], axis=1).mean(axis=1, dtype=np.float64)
+    step_of_1 = np.allclose(sigma, 12**-0.5)  # as codec training has it: rounded to multiples of the quality itself
+    centres = np.zeros(len(sigma)) if step_of_1 else latents_mean
 
     def symbols(channels: Sequence[int], quality: int) -> list[np.ndarray[Any, Any]]:
         steps = quality / QUALITY_ONE * math.sqrt(12) * sigma[list(channels)]
-        centre = latents_mean[list(channels)]
+        centre = centres[list(channels)]
         return [
             np.rint((m[list(channels)] - centre[:, None, None]) / steps[:, None, None]).astype(np.int32) for m in means
         ]
@@ -66,10 +68,11 @@ def fit_tables(
     every = range(len(sigma))
     used = np.concatenate([s.reshape(len(s), -1) != 0 for s in symbols(every, fixed[0])], axis=1).mean(axis=1)
     channels = tuple(c for c in every if used[c] >= RAREST) or (0,)  # in the order that a causal prior trained them in
+    coded = np.isin(np.arange(len(sigma)), channels)
     return Tables(
         vae=fingerprint(vae),
         sigma=sigma,
-        means=latents_mean,
+        means=np.where(coded, centres, latents_mean),
         channels=channels,
         qualities=tuple(fixed),
         contexts=tuple(
