@@ -40,7 +40,7 @@ from ldm_vae.models.pretrained import (
     stride_of,
 )
 from ldm_vae.models.prior import CausalPrior
-from ldm_vae.objectives import perceptual
+from ldm_vae.objectives import losses, perceptual
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
 from ldm_vae.pictures import reconstruction_grid, validation_images
 from ldm_vae.runs import Checkpoint, Run
@@ -140,7 +140,7 @@ def validate(config: Config, num_processes: int) -> None:
         config,
         num_processes,
         at_least_1=("resolution", "shorter_side", "channels"),
-        at_least_0=("cache_gib", "disc_start", "kl_weight", "lpips_weight", "adversarial_weight"),
+        at_least_0=("cache_gib", "disc_start", "ssim_weight", "kl_weight", "lpips_weight", "adversarial_weight"),
     )
     if config.target_bpp is not None and (config.target_bpp <= 0 or config.kl_weight <= 0):
         raise ConfigError("--target-bpp steers --kl-weight: both must be more than 0")
@@ -156,6 +156,8 @@ def validate(config: Config, num_processes: int) -> None:
             f"LPIPS with {config.lpips_backbone} needs crops of {least} pixels, --resolution is {config.resolution}: "
             "enlarge it, or choose --perceptual none"
         )
+    if config.ssim_weight > 0 and config.resolution < losses.SSIM_WINDOW:
+        raise ConfigError(f"--ssim-weight needs crops of {losses.SSIM_WINDOW} pixels, --resolution is {config.resolution}")
     smallest = PatchDiscriminator.smallest_image(num_layers=3)
     if config.adversarial != "none" and config.resolution < smallest:
         raise ConfigError(
