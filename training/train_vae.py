@@ -157,7 +157,8 @@ def validate(config: Config, num_processes: int) -> None:
             "enlarge it, or choose --perceptual none"
         )
     if config.ssim_weight > 0 and config.resolution < losses.SSIM_WINDOW:
-        raise ConfigError(f"--ssim-weight needs crops of {losses.SSIM_WINDOW} pixels, --resolution is {config.resolution}")
+        least = losses.SSIM_WINDOW
+        raise ConfigError(f"--ssim-weight needs crops of {least} pixels, --resolution is {config.resolution}")
     smallest = PatchDiscriminator.smallest_image(num_layers=3)
     if config.adversarial != "none" and config.resolution < smallest:
         raise ConfigError(

@@ -271,6 +271,20 @@ def test_the_codecs_decoder_sees_rounded_latents_and_its_gradient_goes_past_the_
     assert direct.abs().sum() > 0
 
 
+def test_structure_is_weighed_as_the_error_is() -> None:
+    config = dataclasses.replace(CODEC, ssim_weight=0.3)
+    state = codec_state(config)
+    quality = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    step = generator_step(
+        IMAGES, NOISE, quality, state, config, adversarial=False, first=True, accelerator=Accelerator()
+    )
+    each = losses.structural_dissimilarity(step.reconstruction, IMAGES)
+    assert torch.allclose(step.terms["ssim"], 0.3 * (each / quality).mean())
+    assert state.bare.vae.encoder.conv_out.weight.grad is None
+    step.terms["ssim"].backward()
+    assert float(state.bare.vae.encoder.conv_out.weight.grad[:4].abs().sum()) > 0
+
+
 def test_the_rates_weight_is_steered_to_its_target() -> None:
     for target, sign in ((1e-3, 1), (1e3, -1)):
         objective = dataclasses.replace(CODEC, target_bpp=target)

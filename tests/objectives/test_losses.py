@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.distributions import Normal, kl_divergence
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldm_vae.objectives import losses
 
@@ -43,6 +44,24 @@ def test_reconstruction_losses_are_those_of_their_names() -> None:
     losses.reconstruction_loss(zero, torch.zeros(1), "charbonnier").backward()
     assert zero.grad is not None
     assert zero.grad.item() == 0  # no kink
+
+
+def test_structural_dissimilarity_is_ssims_over_the_scales_that_fit() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(3, 3, 50, 64) * 2 - 1
+    others = images + torch.tensor([0.0, 0.1, 0.5])[:, None, None, None] * torch.randn_like(images)
+    found = losses.structural_dissimilarity(others, images)
+    grey = [(x.mean(dim=1, keepdim=True) + 1) / 2 for x in (others, images)]
+    scales = []
+    for size in (1, 2, 4):  # an eighth is 6 pixels high
+        small = [torch.nn.functional.avg_pool2d(x, size) for x in grey]
+        for i in range(3):  # its own implementation
+            pair = [x[i : i + 1] for x in small]
+            scales.append(1 - structural_similarity_index_measure(*pair, data_range=1.0, sigma=1.5, kernel_size=11))
+    expected = torch.stack(scales).reshape(3, 3).mean(dim=0)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert found[0] < 1e-6
+    assert found[1] < found[2]
 
 
 def test_adversarial_losses_have_their_textbook_values() -> None:
