@@ -29,7 +29,7 @@ class Objective(StepConfig):
 
     reconstruction: losses.ReconstructionLoss = "l1"
     ssim_weight: float = 0.0
-    """Times 1 - SSIM, the mean over four scales of the channels' mean."""
+    """Times 1 - SSIM of the channels' mean, over up to five scales."""
     kl_weight: float = 1e-4
     """Times nats per pixel, beside a mean error on [-1, 1]; Stable Diffusion's is 3.3e-7."""
     perceptual: Literal["pretrained", "random", "none"] = "pretrained"

@@ -34,21 +34,25 @@ def reconstruction_loss(
 
 
 SSIM_WINDOW = 11
-SSIM_SCALES = 4
+SSIM_SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""What scales of 1, 1/2, 1/4 and so on count for: the exponents of MS-SSIM (Wang et al. 2003, table 1)."""
 
 
 def structural_dissimilarity(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """1 - SSIM (Wang et al. 2004), 0 to 2, of each image (B,): the mean over scales of 1, 1/2, 1/4 and 1/8.
+    """1 - SSIM (Wang et al. 2004), 0 to 2, of each image (B,): the weighted mean over scales.
 
     Of the mean over the channels of images (B, C, H, W) in [-1, 1]; scales at which the window of 11 does not fit are
     left out. Squared error spends its bits where contrast is high; this one weighs an error by the contrast around it.
     """
     pair = [(x.float().mean(dim=1, keepdim=True) + 1) / 2 for x in (reconstruction, images)]
-    scales = []
-    while len(scales) < SSIM_SCALES and min(pair[0].shape[-2:]) >= SSIM_WINDOW:
-        scales.append(1 - pytorch_msssim.ssim(*pair, data_range=1, win_size=SSIM_WINDOW, size_average=False))
+    total, weights = torch.zeros(len(images), device=images.device), 0.0
+    for weight in SSIM_SCALES:
+        if min(pair[0].shape[-2:]) < SSIM_WINDOW:
+            break
+        similarity = pytorch_msssim.ssim(*pair, data_range=1, win_size=SSIM_WINDOW, size_average=False)
+        total, weights = total + weight * (1 - similarity), weights + weight
         pair = [functional.avg_pool2d(x, 2) for x in pair]
-    return torch.stack(scales).mean(dim=0)
+    return total / weights
 
 
 def kl_per_pixel(posterior: DiagonalGaussianDistribution, num_pixels: int) -> Tensor:
