@@ -32,13 +32,15 @@ from ldm_vae.data.images import Pixels, to_images
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import one_line_errors
 from ldm_vae.files import check_writable, write_json
-from ldm_vae.metrics import bjontegaard_rate
+from ldm_vae.metrics import bjontegaard_rate, ssimulacra2
+from ldm_vae.models import linear_path
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import encode_moments, posterior_of
 from ldm_vae.models.prior import STEP_LOGVAR, CausalPrior
-from ldm_vae.objectives.losses import kl_per_pixel
+from ldm_vae.objectives.losses import kl_per_pixel, structural_dissimilarity
 from ldm_vae.timing import describe_machine
 
+MEASURES = {"psnr": psnr_of, "ssimulacra2": ssimulacra2}
 QUALITIES = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 BASE: dict[str, Any] = {
     "latent_channels": 32,
@@ -64,6 +66,9 @@ class Variant:
     network: dict[str, Any] = field(default_factory=dict)
     quality_channel: bool = False
     """The decoder gets log2 of the quality as one more channel."""
+    ssim_weight: float = 0.0
+    low: float = 0.0
+    """How much finer the lowest frequencies of the linear path begin."""
     rounded: bool = False
     """The decoder gets rounded latents, the gradient passes straight through (Minnen & Singh 2020, section 3.3)."""
 
@@ -98,6 +103,14 @@ VARIANTS = {
         **ALL, weight=0.024, rounded=True, network=LINEAR | {"latent_channels": 64, "block_out_channels": (96, 192)}
     ),
     "rounded, half the rate": Variant(**ALL, weight=0.024, rounded=True, network=LINEAR),
+    "rounded, half the rate, fine lows": Variant(**ALL, weight=0.024, rounded=True, network=LINEAR, low=1.0),
+    "rounded, SSIM 0.2": Variant(**ALL, weight=0.08, rounded=True, network=LINEAR, ssim_weight=0.2),
+    "rounded, SSIM 0.2, fine lows": Variant(
+        **ALL, weight=0.08, rounded=True, network=LINEAR, ssim_weight=0.2, low=1.0
+    ),
+    "rounded, SSIM 0.6, fine lows": Variant(
+        **ALL, weight=0.18, rounded=True, network=LINEAR, ssim_weight=0.6, low=1.0
+    ),
     "linear path, gaussian, normal prior": Variant(prior="normal", network=LINEAR),
     "linear path, factorised": Variant(**ALL, prior="factorised", network=LINEAR),
 }
@@ -128,6 +141,7 @@ class Trainee(torch.nn.Module):
     def __init__(self, variant: Variant) -> None:
         super().__init__()
         self.variant = variant
+        linear_path.LOW = variant.low
         self.vae = PatchAutoencoderKL(**BASE | variant.network)
         self.channels = self.vae.config.latent_channels
         self.prior = None
@@ -211,6 +225,8 @@ def train(variant: Variant, photos: list[Pixels], seconds: float, seed: int) -> 
         with torch.autocast("cpu", torch.bfloat16):
             reconstruction, nats = trainee(images, quality)
         error = (reconstruction.float() - images).square().mean(dim=(1, 2, 3))
+        if variant.ssim_weight:
+            error = error + variant.ssim_weight * structural_dissimilarity(reconstruction, images)
         loss = (error / quality + variant.weight * quality * nats).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -228,27 +244,29 @@ def train(variant: Variant, photos: list[Pixels], seconds: float, seed: int) -> 
 
 
 def curve_of(codec: LatentCodec, photos: list[Pixels]) -> dict[str, list[float]]:
-    """Mean bits per pixel of whole files, and mean PSNR, at each quality; and without the quantiser."""
-    curve: dict[str, list[float]] = {"bpp": [], "psnr": []}
+    """Mean bits per pixel of whole files, mean PSNR and SSIMULACRA2 at each quality."""
+    curve: dict[str, list[float]] = {"bpp": [], "psnr": [], "ssimulacra2": []}
     for quality in QUALITIES:
         files = [codec.compress(p, quality=quality) for p in photos]
         curve["bpp"].append(float(np.mean([8 * len(f) / p[:, :, 0].size for f, p in zip(files, photos, strict=True)])))
         decoded = [codec.decompress_picture(f).pixels for f in files]
-        curve["psnr"].append(float(np.mean([psnr_of(p, d) for p, d in zip(photos, decoded, strict=True)])))
+        for name, measure in MEASURES.items():
+            curve[name].append(float(np.mean([measure(p, d) for p, d in zip(photos, decoded, strict=True)])))
     return curve
 
 
 def jpeg_curve(photos: list[Pixels]) -> dict[str, list[float]]:
-    curve: dict[str, list[float]] = {"bpp": [], "psnr": []}
+    curve: dict[str, list[float]] = {"bpp": [], "psnr": [], "ssimulacra2": []}
     for quality in (5, 8, 12, 17, 23, 30, 40, 50, 60, 70):
-        rates, fidelities = [], []
+        rates, decoded = [], []
         for photo in photos:
             file = io.BytesIO()
             Image.fromarray(photo).save(file, "JPEG", quality=quality, optimize=True, subsampling=2)
             rates.append(8 * len(file.getvalue()) / photo[:, :, 0].size)
-            fidelities.append(psnr_of(photo, np.asarray(Image.open(file))))
+            decoded.append(np.asarray(Image.open(file)))
         curve["bpp"].append(float(np.mean(rates)))
-        curve["psnr"].append(float(np.mean(fidelities)))
+        for name, measure in MEASURES.items():
+            curve[name].append(float(np.mean([measure(p, d) for p, d in zip(photos, decoded, strict=True)])))
     return curve
 
 
@@ -263,10 +281,13 @@ def main(config: Config) -> None:
 
     def add(name: str, codec: LatentCodec, steps: int | None) -> None:
         curve = curve_of(codec, held_out)
-        gain = bjontegaard_rate(curve["bpp"], curve["psnr"], jpeg["bpp"], jpeg["psnr"], between=(0.15, 0.6))
+        gain, perceived = (
+            bjontegaard_rate(curve["bpp"], curve[m], jpeg["bpp"], jpeg[m], between=(0.15, 0.6)) for m in MEASURES
+        )
         points = "  ".join(f"{r:.3f}:{p:.2f}" for r, p in zip(curve["bpp"], curve["psnr"], strict=True))
-        print(f"  {len(codec.tables.channels)} channels, against JPEG {gain:+.1f} %; {points}", flush=True)
-        rows.append({"variant": name, "steps": steps, "rate_against_jpeg": gain, **curve})
+        print(f"  {len(codec.tables.channels)} channels, against JPEG {gain:+.1f} %, {perceived:+.1f} % (SSIMULACRA2); {points}", flush=True)
+        found = {"rate_against_jpeg": gain, "rate_against_jpeg_ssimulacra2": perceived}
+        rows.append({"variant": name, "steps": steps, **found, **curve})
         write_json(file, {"machine": describe_machine(torch.device("cpu")), "seconds": config.seconds, "rows": rows})
 
     if config.model is not None:
