@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytorch_msssim
 import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.fitting import fit_tables
@@ -33,13 +35,13 @@ from ldm_vae.data.sources import open_source
 from ldm_vae.errors import one_line_errors
 from ldm_vae.files import check_writable, write_json
 from ldm_vae.metrics import bjontegaard_rate, ssimulacra2
-from ldm_vae.models import linear_path
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import encode_moments, posterior_of
 from ldm_vae.models.prior import STEP_LOGVAR, CausalPrior
-from ldm_vae.objectives.losses import kl_per_pixel, structural_dissimilarity
+from ldm_vae.objectives import losses
 from ldm_vae.timing import describe_machine
 
+SSIM_SCALES = (0.0448, 0.2856, 0.3001)
 MEASURES = {"psnr": psnr_of, "ssimulacra2": ssimulacra2}
 QUALITIES = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 BASE: dict[str, Any] = {
@@ -66,9 +68,10 @@ class Variant:
     network: dict[str, Any] = field(default_factory=dict)
     quality_channel: bool = False
     """The decoder gets log2 of the quality as one more channel."""
+    coarse_weight: float = 0.0
+    """Times the squared errors of means of 4 x 4 pixels."""
     ssim_weight: float = 0.0
-    low: float = 0.0
-    """How much finer the lowest frequencies of the linear path begin."""
+    """Times 1 - SSIM (Wang et al. 2004) of the channels' mean at 1, 1/2 and 1/4 of the size, weighted as by MS-SSIM."""
     rounded: bool = False
     """The decoder gets rounded latents, the gradient passes straight through (Minnen & Singh 2020, section 3.3)."""
 
@@ -103,14 +106,8 @@ VARIANTS = {
         **ALL, weight=0.024, rounded=True, network=LINEAR | {"latent_channels": 64, "block_out_channels": (96, 192)}
     ),
     "rounded, half the rate": Variant(**ALL, weight=0.024, rounded=True, network=LINEAR),
-    "rounded, half the rate, fine lows": Variant(**ALL, weight=0.024, rounded=True, network=LINEAR, low=1.0),
-    "rounded, SSIM 0.2": Variant(**ALL, weight=0.08, rounded=True, network=LINEAR, ssim_weight=0.2),
-    "rounded, SSIM 0.2, fine lows": Variant(
-        **ALL, weight=0.08, rounded=True, network=LINEAR, ssim_weight=0.2, low=1.0
-    ),
-    "rounded, SSIM 0.6, fine lows": Variant(
-        **ALL, weight=0.18, rounded=True, network=LINEAR, ssim_weight=0.6, low=1.0
-    ),
+    "rounded, coarse errors twice": Variant(**ALL, weight=0.04, rounded=True, network=LINEAR, coarse_weight=2.0),
+    "rounded, SSIM": Variant(**ALL, weight=0.08, rounded=True, network=LINEAR, ssim_weight=0.2),
     "linear path, gaussian, normal prior": Variant(prior="normal", network=LINEAR),
     "linear path, factorised": Variant(**ALL, prior="factorised", network=LINEAR),
 }
@@ -141,7 +138,6 @@ class Trainee(torch.nn.Module):
     def __init__(self, variant: Variant) -> None:
         super().__init__()
         self.variant = variant
-        linear_path.LOW = variant.low
         self.vae = PatchAutoencoderKL(**BASE | variant.network)
         self.channels = self.vae.config.latent_channels
         self.prior = None
@@ -163,7 +159,7 @@ class Trainee(torch.nn.Module):
         if self.prior is None:
             posterior = posterior_of(moments)
             latents = mean + posterior.std * torch.randn_like(mean)
-            nats = kl_per_pixel(posterior, num_pixels).expand(len(images))
+            nats = losses.kl_per_pixel(posterior, num_pixels).expand(len(images))
         else:
             step = quality[:, None, None, None]
             latents = mean + step * (torch.rand_like(mean) - 0.5)
@@ -209,6 +205,17 @@ def crops(photos: list[Pixels], variant: Variant, rng: np.random.Generator) -> T
     return to_images(np.stack(batch)).to(memory_format=torch.channels_last)
 
 
+def dissimilarity(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """1 - SSIM, the weighted mean over scales, of each image (B,)."""
+    pair = [(x.mean(dim=1, keepdim=True) + 1) / 2 for x in (reconstruction, images)]
+    found = []
+    for _ in SSIM_SCALES:
+        found.append(1 - pytorch_msssim.ssim(*pair, data_range=1, size_average=False))
+        pair = [functional.avg_pool2d(x, 2) for x in pair]
+    weights = torch.tensor(SSIM_SCALES)
+    return weights @ torch.stack(found) / weights.sum()
+
+
 def train(variant: Variant, photos: list[Pixels], seconds: float, seed: int) -> tuple[PatchAutoencoderKL, int]:
     """The averaged network after `seconds`, and its steps; the learning rate follows a cosine of the time."""
     torch.manual_seed(seed)
@@ -226,7 +233,10 @@ def train(variant: Variant, photos: list[Pixels], seconds: float, seed: int) -> 
             reconstruction, nats = trainee(images, quality)
         error = (reconstruction.float() - images).square().mean(dim=(1, 2, 3))
         if variant.ssim_weight:
-            error = error + variant.ssim_weight * structural_dissimilarity(reconstruction, images)
+            error = error + variant.ssim_weight * dissimilarity(reconstruction.float(), images)
+        if variant.coarse_weight:
+            coarse = functional.avg_pool2d(reconstruction.float() - images, losses.COARSE).square()
+            error = error + variant.coarse_weight * coarse.mean(dim=(1, 2, 3))
         loss = (error / quality + variant.weight * quality * nats).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -285,7 +295,8 @@ def main(config: Config) -> None:
             bjontegaard_rate(curve["bpp"], curve[m], jpeg["bpp"], jpeg[m], between=(0.15, 0.6)) for m in MEASURES
         )
         points = "  ".join(f"{r:.3f}:{p:.2f}" for r, p in zip(curve["bpp"], curve["psnr"], strict=True))
-        print(f"  {len(codec.tables.channels)} channels, against JPEG {gain:+.1f} %, {perceived:+.1f} % (SSIMULACRA2); {points}", flush=True)
+        both = f"{gain:+.1f} % (PSNR), {perceived:+.1f} % (SSIMULACRA2)"
+        print(f"  {len(codec.tables.channels)} channels, against JPEG {both}; {points}", flush=True)
         found = {"rate_against_jpeg": gain, "rate_against_jpeg_ssimulacra2": perceived}
         rows.append({"variant": name, "steps": steps, **found, **curve})
         write_json(file, {"machine": describe_machine(torch.device("cpu")), "seconds": config.seconds, "rows": rows})

@@ -140,7 +140,7 @@ def validate(config: Config, num_processes: int) -> None:
         config,
         num_processes,
         at_least_1=("resolution", "shorter_side", "channels"),
-        at_least_0=("cache_gib", "disc_start", "ssim_weight", "kl_weight", "lpips_weight", "adversarial_weight"),
+        at_least_0=("cache_gib", "disc_start", "coarse_weight", "kl_weight", "lpips_weight", "adversarial_weight"),
     )
     if config.target_bpp is not None and (config.target_bpp <= 0 or config.kl_weight <= 0):
         raise ConfigError("--target-bpp steers --kl-weight: both must be more than 0")
@@ -156,9 +156,8 @@ def validate(config: Config, num_processes: int) -> None:
             f"LPIPS with {config.lpips_backbone} needs crops of {least} pixels, --resolution is {config.resolution}: "
             "enlarge it, or choose --perceptual none"
         )
-    if config.ssim_weight > 0 and config.resolution < losses.SSIM_WINDOW:
-        least = losses.SSIM_WINDOW
-        raise ConfigError(f"--ssim-weight needs crops of {least} pixels, --resolution is {config.resolution}")
+    if config.coarse_weight > 0 and config.resolution < losses.COARSE:
+        raise ConfigError(f"--coarse-weight needs crops of {losses.COARSE} pixels, --resolution is {config.resolution}")
     smallest = PatchDiscriminator.smallest_image(num_layers=3)
     if config.adversarial != "none" and config.resolution < smallest:
         raise ConfigError(

@@ -15,31 +15,21 @@ from torch.nn import functional
 GAIN = 2.5
 """Of the latents over an orthonormal transform's. A step of 1 in a latent is then 0.4 in the transform, which is where
 squared error and rate balance at a weight of 0.008 per pixel-nat: sqrt(18 * 0.008) = 0.38."""
-LOW = 0.0
-"""How much finer than that the lowest frequency is at first; others by that over their place, 1 + y^2 + x^2."""
 CHROMA = 12.0
 """How much less the differences of the channels count than their mean, in the order of the basis."""
 
 
-def cosine_basis(channels: int, side: int) -> tuple[Tensor, Tensor]:
+def cosine_basis(channels: int, side: int) -> Tensor:
     """Orthonormal rows (C * side^2, C * side^2): the cosine transform of patches (C, side, side), coarse to fine.
 
     Across the channels, too: their mean, then their differences. Rows are in the order of 1 + y^2 + x^2, of the
-    frequencies y and x, as natural images' spectra fall; times CHROMA for the differences. Returns rows and places.
+    frequencies y and x, as natural images' spectra fall; times CHROMA for the differences.
     """
     count = channels * side**2
     z, y, x = np.meshgrid(*(np.arange(n) for n in (channels, side, side)), indexing="ij")
-    places = ((1 + y**2 + x**2) * np.where(z > 0, CHROMA, 1.0)).ravel()
-    order = np.argsort(places, kind="stable")
+    order = np.argsort(((1 + y**2 + x**2) * np.where(z > 0, CHROMA, 1.0)).ravel(), kind="stable")
     waves = idctn(np.eye(count).reshape(count, channels, side, side), axes=(1, 2, 3), norm="ortho")
-    return torch.from_numpy(waves.reshape(count, count)[order]).float(), torch.from_numpy(places[order]).float()
-
-
-def transform(channels: int, side: int, latent_channels: int) -> tuple[Tensor, Tensor]:
-    """Patches to latents (c, C * side^2), and back (C * side^2, c)."""
-    rows, places = (x[:latent_channels] for x in cosine_basis(channels, side))
-    gains = GAIN * (1 + LOW / places)[:, None]
-    return gains * rows, (rows / gains).T
+    return torch.from_numpy(waves.reshape(count, count)[order]).float()
 
 
 class LinearEncoder(nn.Module):
@@ -49,7 +39,7 @@ class LinearEncoder(nn.Module):
         super().__init__()
         self.stride = stride
         self.conv = nn.Conv2d(in_channels * stride**2, 2 * latent_channels, 1)
-        start_at(self.conv, transform(in_channels, stride, latent_channels)[0])
+        start_at(self.conv, GAIN * cosine_basis(in_channels, stride)[:latent_channels])
 
     def forward(self, x: Tensor) -> Tensor:
         return exactly(self.conv, functional.pixel_unshuffle(x, self.stride))
@@ -62,7 +52,7 @@ class LinearDecoder(nn.Module):
         super().__init__()
         self.stride = stride
         self.conv = nn.Conv2d(latent_channels, out_channels * stride**2, 1)
-        start_at(self.conv, transform(out_channels, stride, latent_channels)[1])
+        start_at(self.conv, cosine_basis(out_channels, stride)[:latent_channels].T / GAIN)
 
     def forward(self, z: Tensor) -> Tensor:
         return functional.pixel_shuffle(exactly(self.conv, z), self.stride)

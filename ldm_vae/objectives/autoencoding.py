@@ -28,8 +28,8 @@ class Objective(StepConfig):
     """What is minimised, and how: the part of a configuration that a step reads."""
 
     reconstruction: losses.ReconstructionLoss = "l1"
-    ssim_weight: float = 0.0
-    """Times 1 - SSIM of the channels' mean, over up to five scales."""
+    coarse_weight: float = 0.0
+    """Times the same error of the means of 4 x 4 pixels: low frequencies count so much more."""
     kl_weight: float = 1e-4
     """Times nats per pixel, beside a mean error on [-1, 1]; Stable Diffusion's is 3.3e-7."""
     perceptual: Literal["pretrained", "random", "none"] = "pretrained"
@@ -160,9 +160,9 @@ def generator_step(
     terms: dict[str, Tensor] = {}
     error = losses.reconstruction_loss(reconstruction, images, config.reconstruction, 1 / quality)
     terms[config.reconstruction] = scale * error
-    if config.ssim_weight > 0:
-        dissimilarity = losses.structural_dissimilarity(reconstruction, images)
-        terms["ssim"] = scale * config.ssim_weight * (dissimilarity / quality).mean()
+    if config.coarse_weight > 0:
+        coarse = losses.reconstruction_loss(reconstruction, images, config.reconstruction, 1 / quality, coarse=True)
+        terms["coarse"] = scale * config.coarse_weight * coarse
     if state.lpips is not None:
         with accelerator.autocast():
             terms["lpips"] = scale * config.lpips_weight * state.lpips(reconstruction, images)

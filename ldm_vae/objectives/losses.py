@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import pytorch_msssim
-import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from torch.nn import functional
@@ -15,14 +13,25 @@ ReconstructionLoss = Literal["l1", "l2", "charbonnier"]
 AdversarialLoss = Literal["hinge", "non-saturating"]
 
 
+COARSE = 4
+
+
 def reconstruction_loss(
-    reconstruction: Tensor, images: Tensor, kind: ReconstructionLoss, weights: Tensor | None = None
+    reconstruction: Tensor,
+    images: Tensor,
+    kind: ReconstructionLoss,
+    weights: Tensor | None = None,
+    *,
+    coarse: bool = False,
 ) -> Tensor:
     """Mean over all values of images (B, C, H, W) in [-1, 1]; Charbonnier is sqrt(d^2 + 1e-6) (Lai et al. 2017).
 
-    `weights` (B,) multiply the error of each image; 1 unless given.
+    `weights` (B,) multiply the error of each image; 1 unless given. `coarse` takes the means of 4 x 4 pixels instead
+    of pixels: low frequencies, which are seen most (the weights of SSIMULACRA2 are largest at this scale).
     """
     difference = reconstruction.float() - images.float()
+    if coarse:
+        difference = functional.avg_pool2d(difference, COARSE)
     match kind:
         case "l1":
             errors = difference.abs()
@@ -31,28 +40,6 @@ def reconstruction_loss(
         case "charbonnier":
             errors = (difference.square() + 1e-6).sqrt()
     return errors.mean() if weights is None else (weights[:, None, None, None] * errors).mean()
-
-
-SSIM_WINDOW = 11
-SSIM_SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-"""What scales of 1, 1/2, 1/4 and so on count for: the exponents of MS-SSIM (Wang et al. 2003, table 1)."""
-
-
-def structural_dissimilarity(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """1 - SSIM (Wang et al. 2004), 0 to 2, of each image (B,): the weighted mean over scales.
-
-    Of the mean over the channels of images (B, C, H, W) in [-1, 1]; scales at which the window of 11 does not fit are
-    left out. Squared error spends its bits where contrast is high; this one weighs an error by the contrast around it.
-    """
-    pair = [(x.float().mean(dim=1, keepdim=True) + 1) / 2 for x in (reconstruction, images)]
-    total, weights = torch.zeros(len(images), device=images.device), 0.0
-    for weight in SSIM_SCALES:
-        if min(pair[0].shape[-2:]) < SSIM_WINDOW:
-            break
-        similarity = pytorch_msssim.ssim(*pair, data_range=1, win_size=SSIM_WINDOW, size_average=False)
-        total, weights = total + weight * (1 - similarity), weights + weight
-        pair = [functional.avg_pool2d(x, 2) for x in pair]
-    return total / weights
 
 
 def kl_per_pixel(posterior: DiagonalGaussianDistribution, num_pixels: int) -> Tensor:

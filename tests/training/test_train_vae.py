@@ -379,7 +379,7 @@ def npy(array: np.ndarray) -> bytes:
         (["--data", "{tmp}/empty"], "no images in"),
         (["--resolution", "34"], "34 is not a multiple of 4: try 32"),
         (["--resolution", "16"], "needs crops of 32 pixels"),
-        (["--resolution", "8", "--perceptual", "none", "--ssim-weight", "1"], "--ssim-weight needs crops of 11"),
+        (["--coarse-weight", "-1"], "--coarse-weight is -1"),
         (["--resolution", "20", "--perceptual", "none"], "the discriminator needs crops of 24 pixels"),
         (
             ["--gradient-accumulation-steps", "3"],
