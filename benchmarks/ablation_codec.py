@@ -69,7 +69,7 @@ class Variant:
     quality_channel: bool = False
     """The decoder gets log2 of the quality as one more channel."""
     coarse_weight: float = 0.0
-    """Times the squared errors of means of 4 x 4 pixels."""
+    """Times the squared errors of smaller images, by scale."""
     ssim_weight: float = 0.0
     """Times 1 - SSIM (Wang et al. 2004) of the channels' mean at 1, 1/2 and 1/4 of the size, weighted as by MS-SSIM."""
     rounded: bool = False
@@ -106,7 +106,7 @@ VARIANTS = {
         **ALL, weight=0.024, rounded=True, network=LINEAR | {"latent_channels": 64, "block_out_channels": (96, 192)}
     ),
     "rounded, half the rate": Variant(**ALL, weight=0.024, rounded=True, network=LINEAR),
-    "rounded, coarse errors twice": Variant(**ALL, weight=0.04, rounded=True, network=LINEAR, coarse_weight=2.0),
+    "rounded, coarse errors": Variant(**ALL, weight=0.15, rounded=True, network=LINEAR, coarse_weight=2.0),
     "rounded, SSIM": Variant(**ALL, weight=0.08, rounded=True, network=LINEAR, ssim_weight=0.2),
     "linear path, gaussian, normal prior": Variant(prior="normal", network=LINEAR),
     "linear path, factorised": Variant(**ALL, prior="factorised", network=LINEAR),
@@ -205,6 +205,11 @@ def crops(photos: list[Pixels], variant: Variant, rng: np.random.Generator) -> T
     return to_images(np.stack(batch)).to(memory_format=torch.channels_last)
 
 
+def coarse_errors(difference: Tensor) -> Tensor:
+    """`losses.coarse_loss`, of each image (B,)."""
+    return torch.stack([losses.coarse_loss(d[None], torch.zeros_like(d[None]), "l2") for d in difference])
+
+
 def dissimilarity(reconstruction: Tensor, images: Tensor) -> Tensor:
     """1 - SSIM, the weighted mean over scales, of each image (B,)."""
     pair = [(x.mean(dim=1, keepdim=True) + 1) / 2 for x in (reconstruction, images)]
@@ -235,8 +240,7 @@ def train(variant: Variant, photos: list[Pixels], seconds: float, seed: int) -> 
         if variant.ssim_weight:
             error = error + variant.ssim_weight * dissimilarity(reconstruction.float(), images)
         if variant.coarse_weight:
-            coarse = functional.avg_pool2d(reconstruction.float() - images, losses.COARSE).square()
-            error = error + variant.coarse_weight * coarse.mean(dim=(1, 2, 3))
+            error = error + variant.coarse_weight * coarse_errors(reconstruction.float() - images)
         loss = (error / quality + variant.weight * quality * nats).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -80,12 +80,13 @@ def preset(architecture: str, **changes: Any) -> Config:
 
 
 def codec_preset(architecture: str, *, target_bpp: float) -> Config:
-    """Squared error and rate alone: what the codec's curves are measured by."""
+    """Squared error, low frequencies weighted, and rate: what the codec's curves are measured by."""
     return preset(
         architecture,
         prior="causal",
         reconstruction="l2",
-        kl_weight=0.02,
+        coarse_weight=2.0,
+        kl_weight=0.08,
         target_bpp=target_bpp,
         perceptual="none",
         adversarial="none",
@@ -156,8 +157,9 @@ def validate(config: Config, num_processes: int) -> None:
             f"LPIPS with {config.lpips_backbone} needs crops of {least} pixels, --resolution is {config.resolution}: "
             "enlarge it, or choose --perceptual none"
         )
-    if config.coarse_weight > 0 and config.resolution < losses.COARSE:
-        raise ConfigError(f"--coarse-weight needs crops of {losses.COARSE} pixels, --resolution is {config.resolution}")
+    if config.coarse_weight > 0 and config.resolution < max(losses.COARSE):
+        least = max(losses.COARSE)
+        raise ConfigError(f"--coarse-weight needs crops of {least} pixels, --resolution is {config.resolution}")
     smallest = PatchDiscriminator.smallest_image(num_layers=3)
     if config.adversarial != "none" and config.resolution < smallest:
         raise ConfigError(

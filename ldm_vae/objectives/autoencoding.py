@@ -29,7 +29,7 @@ class Objective(StepConfig):
 
     reconstruction: losses.ReconstructionLoss = "l1"
     coarse_weight: float = 0.0
-    """Times the same error of the means of 4 x 4 pixels: low frequencies count so much more."""
+    """Times the same error of images 1/4 and 1/8 as large, four and eight times: low frequencies count for more."""
     kl_weight: float = 1e-4
     """Times nats per pixel, beside a mean error on [-1, 1]; Stable Diffusion's is 3.3e-7."""
     perceptual: Literal["pretrained", "random", "none"] = "pretrained"
@@ -161,7 +161,7 @@ def generator_step(
     error = losses.reconstruction_loss(reconstruction, images, config.reconstruction, 1 / quality)
     terms[config.reconstruction] = scale * error
     if config.coarse_weight > 0:
-        coarse = losses.reconstruction_loss(reconstruction, images, config.reconstruction, 1 / quality, coarse=True)
+        coarse = losses.coarse_loss(reconstruction, images, config.reconstruction, 1 / quality)
         terms["coarse"] = scale * config.coarse_weight * coarse
     if state.lpips is not None:
         with accelerator.autocast():

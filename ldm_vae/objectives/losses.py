@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from torch.nn import functional
@@ -13,25 +14,14 @@ ReconstructionLoss = Literal["l1", "l2", "charbonnier"]
 AdversarialLoss = Literal["hinge", "non-saturating"]
 
 
-COARSE = 4
-
-
 def reconstruction_loss(
-    reconstruction: Tensor,
-    images: Tensor,
-    kind: ReconstructionLoss,
-    weights: Tensor | None = None,
-    *,
-    coarse: bool = False,
+    reconstruction: Tensor, images: Tensor, kind: ReconstructionLoss, weights: Tensor | None = None
 ) -> Tensor:
     """Mean over all values of images (B, C, H, W) in [-1, 1]; Charbonnier is sqrt(d^2 + 1e-6) (Lai et al. 2017).
 
-    `weights` (B,) multiply the error of each image; 1 unless given. `coarse` takes the means of 4 x 4 pixels instead
-    of pixels: low frequencies, which are seen most (the weights of SSIMULACRA2 are largest at this scale).
+    `weights` (B,) multiply the error of each image; 1 unless given.
     """
     difference = reconstruction.float() - images.float()
-    if coarse:
-        difference = functional.avg_pool2d(difference, COARSE)
     match kind:
         case "l1":
             errors = difference.abs()
@@ -40,6 +30,22 @@ def reconstruction_loss(
         case "charbonnier":
             errors = (difference.square() + 1e-6).sqrt()
     return errors.mean() if weights is None else (weights[:, None, None, None] * errors).mean()
+
+
+COARSE = (4, 8)
+"""The scales of SSIMULACRA2 whose weights are largest."""
+
+
+def coarse_loss(
+    reconstruction: Tensor, images: Tensor, kind: ReconstructionLoss, weights: Tensor | None = None
+) -> Tensor:
+    """The same of images 1/4 and 1/8 as large, means of 4 x 4 and 8 x 8 pixels, four and eight times.
+
+    Low frequencies are what is seen most, and in smooth places all that is seen.
+    """
+    pairs = [[functional.avg_pool2d(x.float(), scale) for x in (reconstruction, images)] for scale in COARSE]
+    losses = [scale * reconstruction_loss(*p, kind, weights) for scale, p in zip(COARSE, pairs, strict=True)]
+    return torch.stack(losses).sum()
 
 
 def kl_per_pixel(posterior: DiagonalGaussianDistribution, num_pixels: int) -> Tensor:

@@ -45,13 +45,15 @@ def test_reconstruction_losses_are_those_of_their_names() -> None:
     assert zero.grad.item() == 0  # no kink
 
 
-def test_coarse_errors_are_those_of_the_means_of_16_pixels() -> None:
-    images, others = torch.randn(2, 3, 3, 8, 12).unbind()
-    small = [x.reshape(3, 3, 2, 4, 3, 4).mean(dim=(3, 5)) for x in (images, others)]
+def test_coarse_errors_are_those_of_smaller_images_times_the_scale() -> None:
+    images, others = torch.randn(2, 3, 3, 16, 24).unbind()
     weights = torch.tensor([1.0, 2.0, 0.5])
-    found = losses.reconstruction_loss(images, others, "l2", weights, coarse=True)
-    assert torch.allclose(found, (weights[:, None, None, None] * (small[0] - small[1]).square()).mean())
-    assert found < losses.reconstruction_loss(images, others, "l2", weights)
+    expected = 0.0
+    for scale in (4, 8):
+        small = [x.reshape(3, 3, 16 // scale, scale, 24 // scale, scale).mean(dim=(3, 5)) for x in (images, others)]
+        expected += scale * float((weights[:, None, None, None] * (small[0] - small[1]).square()).mean())
+    assert float(losses.coarse_loss(images, others, "l2", weights)) == pytest.approx(expected, rel=1e-5)
+    assert float(losses.coarse_loss(images, others, "l1")) > 0
 
 
 def test_adversarial_losses_have_their_textbook_values() -> None:
