@@ -43,9 +43,11 @@ def coarse_loss(
 
     Low frequencies are what is seen most, and in smooth places all that is seen.
     """
-    pairs = [[functional.avg_pool2d(x.float(), scale) for x in (reconstruction, images)] for scale in COARSE]
-    losses = [scale * reconstruction_loss(*p, kind, weights) for scale, p in zip(COARSE, pairs, strict=True)]
-    return torch.stack(losses).sum()
+    total = torch.zeros((), device=images.device)
+    for scale in COARSE:
+        small, other = (functional.avg_pool2d(x.float(), scale) for x in (reconstruction, images))
+        total = total + scale * reconstruction_loss(small, other, kind, weights)
+    return total
 
 
 def kl_per_pixel(posterior: DiagonalGaussianDistribution, num_pixels: int) -> Tensor:
