@@ -86,7 +86,7 @@ def codec_preset(architecture: str, *, target_bpp: float) -> Config:
         prior="causal",
         reconstruction="l2",
         coarse_weight=2.0,
-        kl_weight=0.08,
+        kl_weight=0.02,
         target_bpp=target_bpp,
         perceptual="none",
         adversarial="none",
