@@ -239,6 +239,15 @@ def difference(rows: list[Row], reference: list[Row], metric: str, between: tupl
     return {"of_means": of_means, "mean": mean, "low": low, "high": high, "images": len(known)}
 
 
+def usable(rows: dict[str, list[Row]], metric: str) -> dict[str, list[Row]]:
+    """The rows of the images for which every codec has a finite figure at every setting, by codec.
+
+    An image that comes back exactly has no PSNR, and MS-SSIM needs 161 pixels.
+    """
+    bad = {r["image"] for found in rows.values() for r in found if not math.isfinite(r.get(metric, math.nan))}
+    return {name: [r for r in found if r["image"] not in bad] for name, found in rows.items()}
+
+
 def table(rows: dict[str, list[Row]], differences: dict[str, dict[str, dict[str, Row]]], memory: dict[str, Any]) -> str:
     references = list(next(iter(differences.values())))
     metrics = list(next(iter(differences[next(iter(differences))].values())))
@@ -250,7 +259,7 @@ def table(rows: dict[str, list[Row]], differences: dict[str, dict[str, dict[str,
         for reference in references:
             for metric in metrics:
                 d = found[reference][metric]
-                figure = f"{d['of_means']:+.1f} % [{d['low']:+.0f}, {d['high']:+.0f}]"
+                figure = f"{d['of_means']:+.1f} % ({d['mean']:+.1f} [{d['low']:+.0f}, {d['high']:+.0f}])"
                 fewer = f", {d['images']} images" if d["images"] < len({r["image"] for r in rows[name]}) else ""
                 cells.append("-" if name == reference or not d["images"] else figure + fewer)
         for key in ("encode_seconds", "decode_seconds"):
@@ -359,11 +368,19 @@ def main(config: Config) -> None:
     largest = max(images.values(), key=lambda p: p.size)
     memory = {c.name: peak_memory_of(partial(there_and_back, c, largest), device=torch.device("cpu")) for c in codecs}
     every = [r for found in rows.values() for r in found]
-    metrics = [m for m in METRICS if all(math.isfinite(r.get(m, math.nan)) for r in every)]  # small images have not all
+    by_metric = {m: usable(rows, m) for m in METRICS}
+    metrics = [m for m in METRICS if all(by_metric[m].values())]
+    for m in METRICS:
+        left_out = len(images) - len({r["image"] for found in by_metric[m].values() for r in found})
+        if left_out:
+            print(f"{METRICS[m]}: {left_out} of {len(images)} images have none, and are left out of it")
     references: list[str] = [r for r in ("jpeg-420", "webp", "avif-420") if r in rows] or [codecs[0].name]
     differences = {
-        name: {r: {m: difference(found, rows[r], m, config.between) for m in metrics} for r in references}
-        for name, found in rows.items()
+        name: {
+            r: {m: difference(by_metric[m][name], by_metric[m][r], m, config.between) for m in metrics}
+            for r in references
+        }
+        for name in rows
     }
     text = table(rows, differences, memory)
     write_csv(config.output / "per_image.csv", every)
@@ -376,13 +393,13 @@ def main(config: Config) -> None:
             "git": git_revision(),
             "images": len(images),
             "differences": differences,
-            "curves": {n: {m: mean_curve(f, m) for m in metrics} for n, f in rows.items()},
+            "curves": {n: {m: mean_curve(by_metric[m][n], m) for m in metrics} for n in rows},
         },
     )
     with atomic(config.output / "table.md") as out:
         out.write(text.encode())
     for metric in metrics:
-        plot(rows, metric, config.published, config.output / f"{metric}.png")
+        plot(by_metric[metric], metric, config.published, config.output / f"{metric}.png")
     gallery(codecs, images, rows, config).save(config.output / "gallery.png")
     print(text)
     print(f"{len(images)} images; figures and plots are in {config.output}")

@@ -11,6 +11,7 @@ _HOMES = {
     "LdmVaeError": "ldm_vae.errors",
     "PatchAutoencoderKL": "ldm_vae.models.autoencoder",
     "PatchDiscriminator": "ldm_vae.models.discriminator",
+    "denoise": "ldm_vae.models.tiling",
     "load_autoencoder": "ldm_vae.models.pretrained",
     "load_pipeline": "ldm_vae.pipeline",
     "open_source": "ldm_vae.data.sources",

@@ -113,7 +113,18 @@ def load_codec(model: str, device: str, workers: int, refiner: str | None = None
 
     if not model:
         raise ConfigError(f"no --model given, and ${MODEL_VARIABLE} is not set")
+    check_device(device)
     return LatentCodec.from_pretrained(model, device=device, workers=workers, refiner=refiner)
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError for one that torch does not know, or that is not there."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        raise ConfigError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def read(name: str) -> bytes:
@@ -138,12 +149,12 @@ def compress_file(command: Compress) -> str | None:
     from ldm_vae.models.pretrained import channels_of
 
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours
-    codec = load_codec(command.model, command.device, command.workers)
+    codec = load_codec(command.model, command.device, command.workers, None)
     channels = channels_of(codec.vae)
     given = read_picture(read(command.input), channels=channels, max_pixels=command.max_pixels)
     command.limits().check(given.pixels.shape[1], given.pixels.shape[0])
     if command.target_bpp is None and command.target_psnr is None:
-        data = codec.compress(given, quality=command.quality, strip=command.strip)
+        data = codec.compress(given, quality=command.quality, strip=command.strip, limits=command.limits())
     else:
         targets = {"target_bpp": command.target_bpp, "target_psnr": command.target_psnr}
         data = compress_to(codec, given, **targets, strip=command.strip)
@@ -350,6 +361,7 @@ def fit_codec(command: FitCodec) -> None:
                 f"{folder} is there: files that were compressed with it need it. Add --overwrite to replace it, or "
                 "choose another --output"
             )
+    check_device(command.device)
     vae = load_autoencoder(command.vae).to(command.device)
     check_writable(target)
     source = open_source(command.data, channels=channels_of(vae))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class LdmVaeError(Exception):
@@ -77,5 +79,17 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (LdmVaeError, ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+            raise
+        fail(f"not enough memory: {str(error).splitlines()[0] if str(error) else 'try tiles, or a smaller image'}")
+
+
+NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
+"""What torch says on GPUs and CPUs."""
+
+
+def fail(message: str) -> NoReturn:
+    print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    raise SystemExit(2) from None

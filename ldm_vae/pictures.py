@@ -45,11 +45,15 @@ def visible(images: Tensor) -> np.ndarray:
     return to_pixels(shown)
 
 
-def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Image.Image:
-    """Three rows, an image a column: originals, reconstructions, and absolute errors, enlarged by ERROR_GAIN."""
+def reconstruction_grid(images: Tensor, reconstructions: Tensor, inputs: Tensor | None = None) -> Image.Image:
+    """Rows, an image a column: originals, reconstructions, and absolute errors, enlarged by ERROR_GAIN.
+
+    `inputs`, where they are not the originals, are a row of their own.
+    """
     errors = (images - reconstructions).abs() * ERROR_GAIN - 1
     rows = [
         ("originals", visible(images)),
+        *([] if inputs is None else [("inputs", visible(inputs))]),
         ("reconstructions", visible(reconstructions)),
         (f"absolute errors x {ERROR_GAIN}", visible(errors)),
     ]

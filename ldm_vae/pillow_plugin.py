@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 from ldm_vae.cli import EXTENSION, MODEL_VARIABLE
 from ldm_vae.codec import bitstream
 from ldm_vae.codec.codec import MAX_METADATA, LatentCodec
-from ldm_vae.codec.picture import EXIF_PREFIX, as_picture, inflate
+from ldm_vae.codec.picture import EXIF_PREFIX, as_picture, inflate, without_layout
 from ldm_vae.errors import ConfigError
 from ldm_vae.models.pretrained import channels_of
 
@@ -85,7 +85,7 @@ def save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
         picture = replace(picture, icc=given["icc_profile"] or b"")
     if "exif" in given:
         exif = given["exif"].tobytes() if isinstance(given["exif"], Image.Exif) else given["exif"] or b""
-        picture = replace(picture, exif=exif.removeprefix(EXIF_PREFIX))
+        picture = replace(picture, exif=without_layout(exif))  # the pixels are upright already
     options = {k: v for k, v in given.items() if k in ("quality", "strip")}
     file.write(codec().compress(picture, **options))
 

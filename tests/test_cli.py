@@ -177,6 +177,8 @@ def test_what_cannot_work_is_said_in_one_line(
     assert "no folder" in fails(capsys, "compress", image, tmp_path / "no" / "x.ldi", *with_model)
     assert "is a folder" in fails(capsys, "compress", image, tmp_path, *with_model)
     assert "workers" in fails(capsys, *compress, *with_model, "--workers", -1)
+    for device in ("cuda:99", "no-such-device"):
+        assert f"--device {device}" in fails(capsys, *compress, *with_model, "--device", device)
     assert not out.exists()
     run(*compress, *with_model)
     assert "there already" in fails(capsys, *compress, *with_model)

@@ -224,11 +224,11 @@ def first_crops(source: Source, config: Config, count: int) -> tuple[list[Tensor
     bad: dict[str, str] = {}
     found = []
     for position in range(min(len(source), count)):
-        image, _, met = crops[position]
-        bad |= met
-        if image is None:
+        row = crops[position]
+        bad |= row.bad_images
+        if row.image is None:
             raise nothing_usable(bad)
-        found.append(image[None])
+        found.append(row.image[None])
     return found, bad
 
 

@@ -20,8 +20,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ldm_vae.config import parse_config
-from ldm_vae.data.images import to_pixels
+from ldm_vae.data.corruption import Corruption, parse_corruption
+from ldm_vae.data.images import to_images, to_pixels
 from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, collate, default_workers, load_batches
+from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import Source, open_source
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import staged_directory
@@ -66,6 +68,13 @@ class Config(Training, Objective):
     architecture: tyro.conf.Suppress[str] = "f8c4"
     init: str | None = None
     """Start from this autoencoder (run, diffusers folder or hub id) instead of the preset's network."""
+    posterior: Literal["gaussian", "deterministic"] = "gaussian"
+    """deterministic is a plain autoencoder: no noise, and no KL."""
+    global_latent: int | None = None
+    """One vector of so many numbers for a crop instead of a map. Images are resized to the crop, unless --shorter-side
+    says otherwise."""
+    corruption: str | None = None
+    """What the network undoes: gaussian:SIGMA (in 0..255), masking:RATIO, jpeg:QUALITY, poisson:PEAK; or LOW-HIGH."""
     train: Literal["all", "decoder"] = "all"
     """decoder leaves the encoder, and so the latents, as they are."""
     spectral_norm: bool = False
@@ -94,6 +103,13 @@ def codec_preset(architecture: str, *, target_bpp: float) -> Config:
         batch_size=16,
         learning_rate=1e-3,
     )
+
+
+def plain_preset(architecture: str, **changes: Any) -> Config:
+    """Squared error and no posterior."""
+    quiet = {"perceptual": "none", "adversarial": "none", "kl_weight": 0.0, "posterior": "deterministic"}
+    fast = {"reconstruction": "l2", "resolution": 64, "batch_size": 16, "learning_rate": 1e-3}
+    return preset(architecture, **{**quiet, **fast, **changes})
 
 
 PRESETS = {
@@ -128,6 +144,12 @@ PRESETS = {
         codec_preset("f8c64-codec", target_bpp=0.75),
     ),
     "f16c64-codec": ("stride 16, 64 channels for the codec", codec_preset("f16c64-codec", target_bpp=0.3)),
+    "plain": ("stride 8, 8 channels, no KL and no noise", plain_preset("plain")),
+    "sparse": ("stride 8, 32 channels, of which few are not 0", plain_preset("sparse", sparsity="l1")),
+    "denoise": (
+        "stride 4, 48 channels, takes Gaussian noise of up to 55 of 255 away",
+        plain_preset("denoise", corruption="gaussian:0-55"),
+    ),
     "f8c4-large": (
         "stride 8, 4 channels, about the parameters of Stable Diffusion's VAE, for GPUs",
         preset("f8c4-large", learning_rate=1e-4, disc_learning_rate=1e-4),
@@ -140,9 +162,14 @@ def validate(config: Config, num_processes: int) -> None:
     check(
         config,
         num_processes,
-        at_least_1=("resolution", "shorter_side", "channels"),
-        at_least_0=("cache_gib", "disc_start", "coarse_weight", "kl_weight", "lpips_weight", "adversarial_weight"),
+        at_least_1=("resolution", "shorter_side", "channels", "global_latent"),
+        at_least_0=("cache_gib", "disc_start", "coarse_weight", "kl_weight", "lpips_weight", "adversarial_weight")
+        + ("sparsity_weight",),
     )
+    if config.corruption is not None:
+        parse_corruption(config.corruption)
+    if not 0 < config.target_activation < 1:
+        raise ConfigError(f"--target-activation is {config.target_activation}: it must be between 0 and 1")
     if config.target_bpp is not None and (config.target_bpp <= 0 or config.kl_weight <= 0):
         raise ConfigError("--target-bpp steers --kl-weight: both must be more than 0")
     if not 0 < config.quality_range[0] <= config.quality_range[1] < math.inf:
@@ -181,10 +208,11 @@ def build(config: Config, accelerator: Accelerator) -> State:
         if config.train == "all":  # its latents will be others, and so will their scale
             vae.register_to_config(**{k: v for k, v in SCALE.items() if k in vae.config})
     else:
-        vae = PatchAutoencoderKL(in_channels=config.channels, **ARCHITECTURES[config.architecture])
+        vae = PatchAutoencoderKL(in_channels=config.channels, **architecture_of(config))
+    check_variant(vae, config)
     if config.kl_weight > 0 and not is_variational(vae):
         raise ConfigError(f"{type(vae).__name__} has no posterior, and so no KL: add --kl-weight 0")
-    if (config.shorter_side or config.resolution) < stride_of(vae):
+    if (config.shorter_side or config.resolution) < stride_of(vae) and config.global_latent is None:
         raise ConfigError(f"--shorter-side {config.shorter_side} is less than the model's stride of {stride_of(vae)}")
     check_resolution(config.resolution, vae)
     if config.train == "decoder":
@@ -235,6 +263,32 @@ def build(config: Config, accelerator: Accelerator) -> State:
     )
 
 
+def architecture_of(config: Config) -> dict[str, Any]:
+    """Keywords of PatchAutoencoderKL: the preset's, and what other flags make of it."""
+    keywords = ARCHITECTURES[config.architecture] | {"deterministic": config.posterior == "deterministic"}
+    keywords["latent_activation"] = ACTIVATION_OF[config.sparsity]
+    if config.global_latent is not None:
+        stride = PatchAutoencoderKL(in_channels=config.channels, **keywords).spatial_compression_ratio
+        if config.resolution % stride:
+            nearest = max(config.resolution // stride, 1) * stride
+            raise ConfigError(f"--resolution {config.resolution} is not a multiple of {stride}: try {nearest}")
+        keywords |= {"latent_channels": config.global_latent, "pool": config.resolution // stride}
+    return keywords
+
+
+ACTIVATION_OF = {"none": "none", "l1": "relu", "kl": "sigmoid"}
+
+
+def check_variant(vae: Any, config: Config) -> None:
+    """Raises ConfigError for flags that the autoencoder of --init was not made for."""
+    if config.init and config.posterior == "deterministic" and is_variational(vae):
+        raise ConfigError(f"{config.init} has a posterior: add --posterior gaussian, or leave out --init")
+    if config.init and config.global_latent is not None:
+        raise ConfigError("--global-latent makes a new network: leave out --init")
+    if config.sparsity != "none" and vae.config.get("latent_activation") != ACTIVATION_OF[config.sparsity]:
+        raise ConfigError(f"{config.init} was not made for --sparsity {config.sparsity}: leave out --init")
+
+
 def save(run: Run, state: State, *, step: int, facts: dict[str, Any]) -> None:
     """The averaged VAE in diffusers' layout, and then the checkpoint: where it is, the model of its step is, too."""
     if run.main:
@@ -243,11 +297,21 @@ def save(run: Run, state: State, *, step: int, facts: dict[str, Any]) -> None:
         run.save(Checkpoint(step=step, tensors=state_tensors(state.parts()), facts=facts))
 
 
-def draw(run: Run, state: State, images: Tensor, *, step: int, accelerator: Accelerator) -> dict[str, float]:
+def corrupted(images: Tensor, corruption: Corruption) -> Tensor:
+    """Images (N, C, H, W) as the network is to see them, always the same."""
+    rngs = [generator_at(0, i, Stream.VALIDATION) for i in range(len(images))]
+    return torch.stack([to_images(corruption(to_pixels(i), rng)[0]) for i, rng in zip(images, rngs, strict=True)])
+
+
+def draw(
+    run: Run, state: State, images: Tensor, *, step: int, accelerator: Accelerator, corruption: Corruption | None
+) -> dict[str, float]:
     """The sample grid of the averaged VAE, and its PSNR on the validation images."""
+    inputs = images if corruption is None else corrupted(images, corruption)
     with state.averaged() as vae, torch.inference_mode(), accelerator.autocast():
-        reconstructions = torch.cat([reconstruct(vae, i[None].to(accelerator.device)).float().cpu() for i in images])
-    reconstruction_grid(images[:8], reconstructions[:8]).save(run.directory / "samples" / f"step-{step}.png")
+        reconstructions = torch.cat([reconstruct(vae, i[None].to(accelerator.device)).float().cpu() for i in inputs])
+    grid = reconstruction_grid(images[:8], reconstructions[:8], None if corruption is None else inputs[:8])
+    grid.save(run.directory / "samples" / f"step-{step}.png")
     return {"val_psnr": float(psnr(to_pixels(images), to_pixels(reconstructions)).mean())}
 
 
@@ -258,7 +322,8 @@ def batches_from(step: int, source: Source, config: Config, accelerator: Acceler
         source,
         seed=config.seed,
         resolution=config.resolution,
-        shorter_side=config.shorter_side,
+        shorter_side=config.shorter_side or (config.resolution if config.global_latent else None),
+        corruption=parse_corruption(config.corruption) if config.corruption else None,
         cache_bytes=int(config.cache_gib * 2**30) // max(num_workers, 1),
     )
     order = MicroBatches(
@@ -288,6 +353,7 @@ def main(config: Config) -> None:
     source = open_source(config.data, channels=config.channels, resolution=side)
     val_source = open_source(config.val_data, channels=config.channels, resolution=side) if config.val_data else source
     state = build(config, accelerator)
+    corruption = parse_corruption(config.corruption) if config.corruption else None
     run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
     loop = Loop(run, state.parts(), config, accelerator)
     if run.main:
@@ -306,7 +372,7 @@ def main(config: Config) -> None:
                 present |= {"kl_weight": float(state.kl_weight)}
                 loop.log_step(result.metrics(accelerator, fixed_deviation=config.prior == "causal") | present)
             if loop.drawing and run.main:
-                metrics = draw(run, state, val_images, step=loop.step, accelerator=accelerator)
+                metrics = draw(run, state, val_images, step=loop.step, accelerator=accelerator, corruption=corruption)
                 loop.log(metrics | {"seconds": loop.facts["seconds"]})
             if loop.saving:
                 save(run, state, step=loop.step, facts=loop.facts)

@@ -24,6 +24,8 @@ FIXED = struct.Struct("<8s BBB II B H BB H 8s 8s B")
 CRC = struct.Struct("<I")
 ALPHA, ICC, EXIF = 1, 2, 3
 SECTIONS = {ALPHA: "alpha", ICC: "ICC profile", EXIF: "EXIF"}
+MAX_LOG2_SYMBOLS = 17
+"""Of a tile's symbols, for each lane: a lane's symbols are decoded one after the other."""
 MAX_VARINT = 6
 """Bytes: 42 bits."""
 
@@ -164,6 +166,9 @@ def unpack(data: bytes, *, limits: Limits | None = None, salvage: bool = False) 
     check_fields(header)
     (limits or Limits()).check(width, height)
     rows, columns = header.grid
+    top, left, bottom, right = header.tile_box(0)
+    if channels * (bottom - top) * (right - left) > header.lanes << MAX_LOG2_SYMBOLS:
+        raise CorruptError(f"the header is damaged: {header.lanes} lanes are too few for tiles of this size")
     if rows * columns * (1 + CRC.size) > len(data):
         raise TruncatedError(f"{len(data)} bytes cannot hold the contents of {rows * columns} tiles")
     entries = Varints(data, FIXED.size)
@@ -213,8 +218,10 @@ def read_contents(entries: Varints, num_sections: int, num_tiles: int) -> tuple[
         name = SECTIONS.get(kind, f"section {kind}") if i < num_sections else f"tile {i - num_sections}"
         part = Part(name=name, begin=begin, end=begin + length, crc=crc)
         begin += length
-        if i < num_sections and sections.setdefault(kind, part) is not part:
-            raise CorruptError(f"the header is damaged: two of {name}")
+        if i < num_sections:
+            if kind <= max(sections, default=-1):
+                raise CorruptError(f"the header is damaged: {name} is out of order, or there twice")
+            sections[kind] = part
         if i >= num_sections:
             tiles.append(part)
     return sections, tiles, begin

@@ -23,7 +23,7 @@ from ldm_vae.codec.bitstream import Contents, Header, Limits
 from ldm_vae.codec.boxes import Box, mark, put
 from ldm_vae.codec.contexts import INT32
 from ldm_vae.codec.picture import Picture, as_picture
-from ldm_vae.codec.refine import HALO, Refiner
+from ldm_vae.codec.refine import HALO, Refiner, noise_for
 from ldm_vae.codec.tables import DIGEST_BYTES, QUALITY_ONE, Tables, load_tables
 from ldm_vae.codec.tiles import CodedTile, decode_tiles, encode_tiles
 from ldm_vae.data.images import Pixels, to_images, to_pixels
@@ -102,19 +102,29 @@ class LatentCodec:
         denoiser = Refiner.from_pretrained(refiner, device=device) if refiner else None
         return cls(vae, load_tables(tables_folder(path)), workers=workers, dtype=dtype, refiner=denoiser)
 
-    def compress(self, image: Image.Image | Pixels | Picture, *, quality: float = 1.0, strip: bool = False) -> bytes:
+    def compress(
+        self,
+        image: Image.Image | Pixels | Picture,
+        *,
+        quality: float = 1.0,
+        strip: bool = False,
+        limits: Limits | None = None,
+    ) -> bytes:
         """A file's bytes.
 
         Args:
             image: PIL's, a `Picture`, or uint8 or uint16 (H, W) or (H, W, C), where the last of 2 or 4 is alpha.
             quality: the quantiser's step in posterior deviations * sqrt(12): more is coarser and smaller.
             strip: leave out ICC profile and EXIF.
+            limits: on the picture's size; Limits() unless given, as in `decompress`.
 
         Raises:
             ConfigError: a quality that a file cannot hold.
+            LimitExceededError: a picture that the same limits would not let anybody decompress.
             BadImageError, ModelError: an image that cannot be compressed, or not with this model.
         """
         given = as_picture(image, channels=channels_of(self.vae))
+        (limits or Limits()).check(given.pixels.shape[1], given.pixels.shape[0])
         return self.pack(given, self.latents_of(given), self.fixed_quality(quality), strip=strip)
 
     def fixed_quality(self, quality: float) -> int:
@@ -128,9 +138,9 @@ class LatentCodec:
             )
         return fixed
 
-    def decompress(self, data: bytes) -> Image.Image:
+    def decompress(self, data: bytes, *, limits: Limits | None = None) -> Image.Image:
         """The image of a file's bytes, as PIL's. See `decompress_picture` for errors and for what PIL cannot hold."""
-        return self.decompress_picture(data).to_pil()
+        return self.decompress_picture(data, limits=limits).to_pil()
 
     def decompress_picture(
         self,
@@ -210,8 +220,9 @@ class LatentCodec:
         height, width = symbols.shape[1:]
         f = self.stride
         pixels = np.empty((header.colours, height * f, width * f), dtype)
+        noise = noise_for((len(self.tables.sigma), height, width)) if refine_steps else None
         for inner, outer in self.network_tiles(height, width, self.vae.decoder_halo if self.exact else 0):
-            part = self.dequantised(symbols, outer, header.quality, refine_steps)
+            part = self.dequantised(symbols, outer, header.quality, refine_steps, noise)
             with self.autocast():
                 images = self.vae.decode(self.on_device(part[None])).sample.float()
             if header.colours == 1:
@@ -247,20 +258,7 @@ class LatentCodec:
     def pack(self, given: Picture, latents: Floats, quality: int, *, strip: bool = False) -> bytes:
         """A file's bytes from a picture and its latents, at a fixed-point quality."""
         symbols = self.quantise(latents, quality)
-        height, width, colours = given.pixels.shape
-        header = Header(
-            width=width,
-            height=height,
-            colours=colours,
-            depth=8 * given.pixels.dtype.itemsize,
-            log2_stride=self.stride.bit_length() - 1,
-            channels=len(symbols),
-            log2_tile=self.log2_tile,
-            log2_lanes=log2_lanes(symbols[:, : 1 << self.log2_tile, : 1 << self.log2_tile].size),
-            quality=quality,
-            tables=self.tables.digest,
-            weights=self.weights,
-        )
+        header = self.header_of(given, quality)
         boxes = map(header.tile_box, range(header.grid[0] * header.grid[1]))
         tiles = encode_tiles(
             [symbols[:, top:bottom, left:right] for top, left, bottom, right in boxes],
@@ -278,6 +276,25 @@ class LatentCodec:
             if metadata and not strip:
                 sections[kind] = zlib.compress(metadata, 9)
         return bitstream.pack(header, sections, tiles)
+
+    def header_of(self, given: Picture, quality: int) -> Header:
+        height, width, colours = given.pixels.shape
+        side = self.stride << self.log2_tile  # of a tile, in pixels
+        largest = -(-min(height, side) // self.stride) * -(-min(width, side) // self.stride)
+        channels = len(self.tables.channels)
+        return Header(
+            width=width,
+            height=height,
+            colours=colours,
+            depth=8 * given.pixels.dtype.itemsize,
+            log2_stride=self.stride.bit_length() - 1,
+            channels=channels,
+            log2_tile=self.log2_tile,
+            log2_lanes=log2_lanes(channels * largest),
+            quality=quality,
+            tables=self.tables.digest,
+            weights=self.weights,
+        )
 
     def quantise(self, latents: Floats, quality: int) -> np.ndarray[Any, Any]:
         """float (c, h, w) -> int32 symbols (C, h, w) of the coded channels: the nearest multiple of each one's step."""
@@ -299,17 +316,21 @@ class LatentCodec:
             latents[c] = means[c] + symbols[i] * steps[i]
         return latents
 
-    def dequantised(self, symbols: np.ndarray[Any, Any], box: Box, quality: int, refine_steps: int) -> Tensor:
+    def dequantised(
+        self, symbols: np.ndarray[Any, Any], box: Box, quality: int, refine_steps: int, noise: Tensor | None
+    ) -> Tensor:
         """Latents (c, h, w) of a box, after so many steps of the refiner, which sees a halo around it."""
         halo = HALO if refine_steps else 0
         top, left = (max(n - halo, 0) for n in box[:2])
-        latents = torch.from_numpy(self.dequantise(symbols[:, top : box[2] + halo, left : box[3] + halo], quality))
-        if refine_steps:
+        part = (slice(None), slice(top, box[2] + halo), slice(left, box[3] + halo))
+        latents = torch.from_numpy(self.dequantise(symbols[part], quality))
+        if noise is not None:
             assert self.refiner is not None
             deviation = torch.zeros(len(latents), 1, 1)
             steps = torch.from_numpy(self.tables.steps(quality)).float()
             deviation[list(self.tables.channels), 0, 0] = steps / math.sqrt(12)
-            latents = self.refiner.refine(latents, deviation, quality / QUALITY_ONE, refine_steps)
+            quality_given = quality / QUALITY_ONE
+            latents = self.refiner.refine(latents, deviation, quality_given, refine_steps, noise=noise[part])
         return latents[:, box[0] - top : box[2] - top, box[1] - left : box[3] - left]
 
     def check(self, header: Header) -> None:
@@ -406,8 +427,8 @@ def fixed_point(quality: float) -> int:
 
 
 def log2_lanes(num_symbols: int) -> int:
-    """Lanes make decoding fast and cost two bytes each: few for a small tile."""
-    return 2 if num_symbols < 1 << 13 else 4 if num_symbols < 1 << 18 else 5
+    """Lanes make decoding fast and cost three bytes each: few for a small tile; in a large one 2^16 symbols each."""
+    return 2 if num_symbols < 1 << 13 else max(3, (num_symbols - 1).bit_length() - 16)
 
 
 def tables_folder(path: str) -> Path:

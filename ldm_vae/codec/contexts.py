@@ -127,7 +127,7 @@ def rests_of(symbols: Integers, contexts: Contexts) -> tuple[Integers, Integers]
     volume = padded(*symbols.shape)
     volume[:, BORDER:-BORDER, BORDER:-BORDER] = symbols
     places, channels, _ = wavefronts(*symbols.shape)
-    rests, tables = np.empty_like(places), np.empty_like(places)
+    rests, tables = (np.empty(len(places), np.int64) for _ in range(2))
     for begin in range(0, len(places), 1 << 15):  # in parts, as the taps of all would fill the memory
         part = slice(begin, begin + (1 << 15))
         prediction, sign, tables[part] = contexts.at(volume, places[part], channels[part])

@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -24,6 +25,13 @@ LAYOUT_TAGS = frozenset(
 """What a TIFF says of how it is stored, with orientation (274) and metadata in other formats: not the picture's."""
 NO_PROFILE = frozenset(("CMYK", "YCbCr", "LAB", "HSV"))
 """Modes that are converted, so that a profile describes the picture no longer."""
+
+FINEST: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True, "exact": True},
+    "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+}
+"""Options of PIL's writers whose defaults lose what can be seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +98,7 @@ def from_pixels(values: Pixels, *, channels: int = 3, icc: bytes = b"", exif: by
 
 def read_picture(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Picture:
     """From a file's bytes; the orientation that EXIF names is applied. Raises BadImageError."""
-    values = read_pixels(data, channels=None, max_pixels=max_pixels)
+    values = read_pixels(data, channels=channels, keep_alpha=True, max_pixels=max_pixels)
     try:
         with Image.open(io.BytesIO(data)) as image:
             icc, exif = metadata_of(image)
@@ -103,14 +111,22 @@ def metadata_of(image: Image.Image) -> tuple[bytes, bytes]:
     """ICC profile and EXIF of PIL's image; nothing for metadata that cannot be read: the pixels are what counts."""
     icc = b"" if image.mode in NO_PROFILE else image.info.get("icc_profile") or b""
     try:
-        tags = Image.Exif()
-        tags.load(image.getexif().tobytes())  # a copy: the image's own stays as it is
-        for tag in LAYOUT_TAGS & set(tags):
-            del tags[tag]
-        exif = tags.tobytes() if len(tags) else b""
+        exif = image.getexif().tobytes()  # a copy: the image's own stays as it is
     except Exception:
         exif = b""
-    return icc, exif.removeprefix(EXIF_PREFIX)
+    return icc, without_layout(exif)
+
+
+def without_layout(exif: bytes) -> bytes:
+    """EXIF without the prefix, and without what described the file that it comes from; nothing if it is damaged."""
+    try:
+        tags = Image.Exif()
+        tags.load(exif)
+        for tag in LAYOUT_TAGS & set(tags):
+            del tags[tag]
+        return (tags.tobytes() if len(tags) else b"").removeprefix(EXIF_PREFIX)
+    except Exception:
+        return b""
 
 
 def png_bytes(picture: Picture) -> bytes:
@@ -135,8 +151,10 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def encode_picture(picture: Picture, extension: str) -> bytes:
     """A file's bytes for an extension: .png and .npy hold everything, others what PIL makes of 8 bits.
 
+    Lossless where a format can be, and next to it where not.
+
     Raises:
-        ConfigError: an extension that is not known, or cannot hold this picture.
+        ConfigError: an extension that is not known, or cannot hold this picture: its alpha, or its colours.
     """
     if extension == ".npy":
         file = io.BytesIO()
@@ -147,10 +165,15 @@ def encode_picture(picture: Picture, extension: str) -> bytes:
     check_extension(extension)
     file = io.BytesIO()
     image = picture.to_pil()
+    kind = Image.registered_extensions()[extension]
     try:
-        image.save(file, Image.registered_extensions()[extension], **picture.metadata())
+        image.save(file, kind, **FINEST.get(kind, {}), **picture.metadata())
+        with Image.open(file) as again:
+            kept = again.size, again.mode
     except Exception as error:  # writers raise many kinds, for metadata that they cannot read, too
         raise ConfigError(f"{extension} cannot hold this picture ({error}): write .png") from None
+    if kept != (image.size, image.mode):
+        raise ConfigError(f"{extension} cannot hold this picture ({image.mode} became {kept[1]}): write .png")
     return file.getvalue()
 
 

@@ -72,6 +72,11 @@ def velocity(
     return predict(network, given, times * NUM_TIMESTEPS, level_of(quality), multiple=multiple)
 
 
+def noise_for(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Normal noise for the latents (c, h, w) of a picture, the same always."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What a refiner was trained for: it goes with nothing else."""
@@ -121,12 +126,13 @@ class Refiner:
                 raise ModelMismatchError(f"the refiner was trained for the {name} {own[:16]}, this is {found[:16]}")
 
     @torch.inference_mode()
-    def refine(self, latents: Tensor, deviation: Tensor, quality: float, num_steps: int, *, seed: int = 0) -> Tensor:
+    def refine(self, latents: Tensor, deviation: Tensor, quality: float, num_steps: int, *, noise: Tensor) -> Tensor:
         """Quantised latents (c, h, w) -> latents whose error was drawn in so many Euler steps.
 
         Args:
             deviation: (c, 1, 1) of each channel's rounding error: its step / sqrt(12), 0 where nothing is coded.
-            seed: of the noise, which no picture depends on at one step but for the network's own error.
+            noise: normal (c, h, w). A picture depends on it at one step by the network's own error alone. For a tile
+                it is cut from that of the whole picture (`noise_for`), so that tiles agree where they meet.
 
         Raises:
             ConfigError: a quality that it was not trained for.
@@ -136,8 +142,7 @@ class Refiner:
             raise ConfigError(f"the refiner was trained for qualities {low:g} to {high:g}, the file has {quality:g}")
         condition = ((latents.to(self.device) - self.mean) / self.std)[None]
         coded = (deviation > 0).to(self.device, condition.dtype)
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-        r = (noise * coded)[None]
+        r = (noise.to(self.device) * coded)[None]
         given = torch.tensor([quality], device=self.device)
         for i in range(num_steps):
             time = torch.tensor([1 - i / num_steps], device=self.device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
-from ldm_vae.codec import bitstream
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.picture import Picture
 from ldm_vae.data.images import Pixels
@@ -32,6 +32,9 @@ def compress_to(
     """
     if (target_bpp is None) == (target_psnr is None):
         raise ConfigError("give one target: bits per pixel, or PSNR")
+    target = target_psnr if target_bpp is None else target_bpp
+    if not 0 < target < math.inf:  # type: ignore[operator]
+        raise ConfigError(f"the target is {target}: it must be a number above 0")
     latents = codec.latents_of(given)
     finest, coarsest = codec.tables.qualities[0], codec.tables.qualities[-1]
 
@@ -45,7 +48,7 @@ def compress_to(
             raise ConfigError(f"{target_bpp:g} bits per pixel cannot be reached: the coarsest file has {least:.3f}")
         return made(quality)
 
-    header = bitstream.unpack(made(finest)).header
+    header = codec.header_of(given, finest)
     height, width = given.pixels.shape[:2]
 
     def fidelity(quality: int) -> float:

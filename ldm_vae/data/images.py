@@ -45,10 +45,10 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """ITU-R BT.601, what PIL's convert("L") uses."""
 
 
-def read_pixels(data: bytes, *, channels: int | None = 3, max_pixels: int = MAX_PIXELS) -> Pixels:
+def read_pixels(data: bytes, *, channels: int = 3, keep_alpha: bool = False, max_pixels: int = MAX_PIXELS) -> Pixels:
     """A file's bytes -> pixels (H, W, channels): uint8, uint16 if the file has 16 bits, or float32 in [0, 1].
 
-    `channels` None: as many as the file has, of which the last of 2 and of 4 is transparency.
+    `keep_alpha`: as many channels as the file has. Unless they are `channels`, the last of 2 and of 4 is transparency.
 
     Reads whatever PIL opens (an animation's first frame; the orientation that EXIF names is applied), 16-bit PNG
     and TIFF at full precision, TIFF with several pages or more than four channels, and NumPy's .npy.
@@ -62,12 +62,14 @@ def read_pixels(data: bytes, *, channels: int | None = 3, max_pixels: int = MAX_
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if data[:6] == b"\x93NUMPY":
-                return exact_channels(read_npy(data, max_pixels), channels)
+                array = read_npy(data, max_pixels)
+                return array if keep_alpha else exact_channels(array, channels)
             if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
                 pixels = read_scientific_tiff(data, channels, max_pixels)
                 if pixels is not None:
-                    return convert_channels(pixels, channels)
-            return convert_channels(read_pil(data, max_pixels), channels)
+                    return pixels if keep_alpha else convert_channels(pixels, channels)
+            pixels = read_pil(data, max_pixels)
+            return pixels if keep_alpha else convert_channels(pixels, channels)
     except BadImageError:
         raise
     except Image.DecompressionBombError:
@@ -127,7 +129,7 @@ def read_npy(data: bytes, max_pixels: int) -> Pixels:
     return array if array.dtype in (np.uint8, np.uint16) else check_float(array)
 
 
-def read_scientific_tiff(data: bytes, channels: int | None, max_pixels: int) -> Pixels | None:
+def read_scientific_tiff(data: bytes, channels: int, max_pixels: int) -> Pixels | None:
     """TIFF that PIL would cut short: pages as channels, more than four channels, over 8 bits; None for any other.
 
     Several pages, or more than four samples, must be exactly the `channels` asked for. Of two or four samples the last
@@ -142,7 +144,7 @@ def read_scientific_tiff(data: bytes, channels: int | None, max_pixels: int) -> 
         if simple or page.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.SEPARATED):
             return None
         check_size(page.imagewidth, page.imagelength, max_pixels)
-        if (num_pages > 1 or samples > 4) and channels is not None and num_pages * samples != channels:
+        if (num_pages > 1 or samples > 4) and num_pages * samples != channels:
             raise BadImageError(f"{num_pages} pages of {samples} channels, the model has {channels}")
         array = np.concatenate([channels_last(p) for p in tiff.pages[:num_pages]], axis=2)
         array = array if array.dtype in (np.uint8, np.uint16) else check_float(array)
@@ -185,16 +187,16 @@ def check_float(array: Pixels) -> Pixels:
     return array.astype(np.float32)
 
 
-def exact_channels(pixels: Pixels, channels: int | None) -> Pixels:
-    if channels is not None and pixels.shape[2] != channels:
+def exact_channels(pixels: Pixels, channels: int) -> Pixels:
+    if pixels.shape[2] != channels:
         raise BadImageError(f"{pixels.shape[2]} channels, the model has {channels}")
     return pixels
 
 
-def convert_channels(pixels: Pixels, channels: int | None) -> Pixels:
+def convert_channels(pixels: Pixels, channels: int) -> Pixels:
     """Grey (1), grey with alpha (2), RGB (3) or RGBA (4) -> the `channels` asked for, 1, 3 or 4."""
     have = pixels.shape[2]
-    if have == channels or channels is None:
+    if have == channels:
         return pixels
     if have > 4 or channels not in (1, 3, 4):
         return exact_channels(pixels, channels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ldm_vae.data.corruption import UNKNOWN_LEVEL, Corruption
 from ldm_vae.data.images import Pixels, resize, to_images
 from ldm_vae.data.order import Stream, generator_at, index_at, positions_of
 from ldm_vae.data.sources import Source
@@ -30,16 +31,28 @@ class Batch:
     images: Tensor
     positions: list[int]
     bad_images: BadImages
+    inputs: Tensor | None = None
+    """What the network sees in the place of the images (B, C, R, R); the images unless they were damaged."""
+    noise_levels: Tensor | None = None
+    """Standard deviation of the noise in the inputs (B,), in 0..255; negative where it is not told."""
 
     def __len__(self) -> int:
         return len(self.images)
 
     def pin_memory(self) -> Batch:
-        return Batch(images=self.images.pin_memory(), positions=self.positions, bad_images=self.bad_images)
+        tensors = {n: getattr(self, n) for n in ("images", "inputs", "noise_levels")}
+        return replace(self, **{n: t.pin_memory() for n, t in tensors.items() if t is not None})
 
 
-Row = tuple[Tensor | None, int, BadImages]
-"""A crop, its position, and the bad images met in finding it; no crop when nothing is usable."""
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A crop, its position, and the bad images met in finding it; no crop when nothing is usable."""
+
+    image: Tensor | None
+    position: int
+    bad_images: BadImages
+    input: Tensor | None = None
+    noise_level: float = UNKNOWN_LEVEL
 
 
 class LoadableBatch(Protocol):
@@ -63,12 +76,21 @@ class CropDataset(Dataset[Row]):
         shorter_side: images are resized so that their shorter side has this many pixels before the crop; None
             keeps their size. Images smaller than the crop are always enlarged.
         cache_bytes: decoded images are kept in this process up to so many bytes.
+        corruption: what is done to the crops that the network sees; every second one is not told how much.
     """
 
     def __init__(
-        self, source: Source, *, seed: int, resolution: int, shorter_side: int | None = None, cache_bytes: int = 0
+        self,
+        source: Source,
+        *,
+        seed: int,
+        resolution: int,
+        shorter_side: int | None = None,
+        cache_bytes: int = 0,
+        corruption: Corruption | None = None,
     ) -> None:
         self.source, self.seed, self.resolution, self.shorter_side = source, seed, resolution, shorter_side
+        self.corruption = corruption
         self.cache: dict[int, Pixels] = {}
         self.cache_left = cache_bytes
         self.bad: dict[int, str] = {}
@@ -83,10 +105,17 @@ class CropDataset(Dataset[Row]):
         tries = 1
         while pixels is None:
             if tries >= min(len(self.source), MAX_TRIES):
-                return None, position, met
+                return Row(image=None, position=position, bad_images=met)
             index, tries = (index + 1) % len(self.source), tries + 1
             pixels = self.load(index, met)
-        return to_images(self.crop(pixels, generator_at(self.seed, position, Stream.CROP))), position, met
+        crop = self.crop(pixels, generator_at(self.seed, position, Stream.CROP))
+        row = Row(image=to_images(crop), position=position, bad_images=met)
+        if self.corruption is None:
+            return row
+        rng = generator_at(self.seed, position, Stream.CORRUPTION)
+        told = rng.random() < 0.5
+        damaged, level = self.corruption(crop, rng)
+        return replace(row, input=to_images(damaged), noise_level=level if told else UNKNOWN_LEVEL)
 
     def load(self, index: int, met: BadImages) -> Pixels | None:
         """Image `index`, made smaller if that is asked for; None, and a line in `met`, for a bad one."""
@@ -150,13 +179,16 @@ class MicroBatches(Sampler[list[int]]):
 def collate(rows: list[Row]) -> Batch:
     """A batch without images when there are none that can be used."""
     bad_images: BadImages = {}
-    for _, _, met in rows:
-        bad_images |= met
-    images = [image for image, _, _ in rows if image is not None]
+    for row in rows:
+        bad_images |= row.bad_images
+    images = [row.image for row in rows if row.image is not None]
+    inputs = [row.input for row in rows if row.input is not None]
     return Batch(
         images=torch.stack(images) if images else torch.empty(0),
-        positions=[position for _, position, _ in rows],
+        positions=[row.position for row in rows],
         bad_images=bad_images,
+        inputs=torch.stack(inputs) if inputs else None,
+        noise_levels=torch.tensor([row.noise_level for row in rows]) if inputs else None,
     )
 
 

@@ -22,6 +22,7 @@ class Stream(IntEnum):
     LABEL = 7
     VALIDATION = 8
     QUALITY = 9
+    CORRUPTION = 10
 
 
 def mix(value: int) -> int:

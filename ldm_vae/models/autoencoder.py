@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,16 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ldm_vae.models.linear_path import LinearDecoder, LinearEncoder, silence
+
+DETERMINISTIC_LOGVAR = -30.0
+"""What stands for the log-variance of latents that have none."""
+NOISE_LEVEL_SCALE = 50.0
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda latents: latents,
+    "relu": functional.relu,
+    "sigmoid": torch.sigmoid,
+}
+"""Of the posterior's mean: sparse latents are 0 where they are not active, or between 0 and 1."""
 
 
 class ResidualBlock(nn.Module):
@@ -54,7 +65,7 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, C, H, W) -> moments (B, 2c, H/f, W/f)."""
+    """Images (B, C, H, W) and, where it takes them, noise levels (B,) -> moments (B, 2c, H/f, W/f)."""
 
     def __init__(
         self,
@@ -64,17 +75,27 @@ class Encoder(nn.Module):
         patch: int,
         widths: tuple[int, ...],
         layers: tuple[int, ...],
+        pool: int,
+        noise_level: bool,
     ) -> None:
         super().__init__()
         self.patch = patch
         self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
+        self.level = nn.Linear(2, widths[0], bias=False) if noise_level else None
         self.stages = nn.ModuleList(Stage(block, w, n) for w, n in zip(widths, layers, strict=True))
         self.downs = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in pairwise(widths))
-        self.conv_out = nn.Conv2d(widths[-1], moments, 3, padding=1)
+        if pool == 1:
+            self.conv_out = nn.Conv2d(widths[-1], moments, 3, padding=1)
+        else:  # all of pool x pool positions, once
+            self.conv_out = nn.Conv2d(widths[-1], moments, pool, stride=pool)
         self.linear: LinearEncoder | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         h = self.conv_in(functional.pixel_unshuffle(x, self.patch))  # (B, w0, H/p, W/p)
+        if self.level is not None and noise_level is not None:
+            known = (noise_level >= 0).to(h.dtype)  # (B,)
+            features = torch.stack([known * noise_level / NOISE_LEVEL_SCALE, known], dim=1).to(h.dtype)
+            h = h + self.level(features)[:, :, None, None]
         for i, stage in enumerate(self.stages):
             if i > 0:
                 h = self.downs[i - 1](functional.pixel_unshuffle(h, 2))  # half as high and wide
@@ -94,11 +115,15 @@ class Decoder(nn.Module):
         patch: int,
         widths: tuple[int, ...],
         layers: tuple[int, ...],
+        pool: int,
     ) -> None:
         super().__init__()
         self.patch = patch
         coarse_to_fine = widths[::-1]
-        self.conv_in = nn.Conv2d(latent_channels, coarse_to_fine[0], 3, padding=1)
+        if pool == 1:
+            self.conv_in = nn.Conv2d(latent_channels, coarse_to_fine[0], 3, padding=1)
+        else:
+            self.conv_in = nn.ConvTranspose2d(latent_channels, coarse_to_fine[0], pool, stride=pool)
         self.stages = nn.ModuleList(Stage(block, w, n) for w, n in zip(coarse_to_fine, layers[::-1], strict=True))
         self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in pairwise(coarse_to_fine))
         self.conv_out = nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1)
@@ -131,6 +156,11 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         encoder_layers_per_block, decoder_layers_per_block: residual blocks at each resolution, finest first.
         linear_path: beside the network, a linear transform of patches of the stride's side and its inverse, which begin
             as the cosine transform; the network begins at nothing, and learns the rest (docs/decisions/011).
+        pool: one latent for so many positions of the coarsest resolution, each way, and the stride as much larger. With
+            crops of that stride's side, an image is one vector of `latent_channels` numbers.
+        deterministic: a plain autoencoder: the posterior is its mean.
+        latent_activation: of the mean: "none", or for sparse latents "relu" or "sigmoid".
+        noise_level: the encoder takes the standard deviation of the noise in an image, where it is known.
         latents_mean, latents_std: per latent channel, measured over a data set; (z - mean) / std are scaled latents.
         scaling_factor, shift_factor: the scalar convention of older diffusers VAEs, for code that asks for it.
 
@@ -154,6 +184,10 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         encoder_layers_per_block: tuple[int, ...] = (0, 1),
         decoder_layers_per_block: tuple[int, ...] = (1, 2),
         linear_path: bool = False,
+        pool: int = 1,
+        deterministic: bool = False,
+        latent_activation: str = "none",
+        noise_level: bool = False,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
         scaling_factor: float = 1.0,
@@ -169,10 +203,15 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
             )
         if patch_size < 1 or patch_size & (patch_size - 1):
             raise ValueError(f"patch_size {patch_size} is not a power of two: try 2 or 4")
+        if pool < 1 or latent_activation not in ACTIVATIONS:
+            raise ValueError(
+                f"pool is {pool}, latent_activation {latent_activation}: at least 1 and one of {', '.join(ACTIVATIONS)}"
+            )
         out_channels = out_channels or in_channels
-        stride = self.spatial_compression_ratio = patch_size * 2 ** (len(widths) - 1)
-        self.encoder = Encoder(self.block, in_channels, 2 * latent_channels, patch_size, widths, encoder_layers)
-        self.decoder = Decoder(self.block, out_channels, latent_channels, patch_size, widths, decoder_layers)
+        stride = self.spatial_compression_ratio = patch_size * 2 ** (len(widths) - 1) * pool
+        moments = 2 * latent_channels
+        self.encoder = Encoder(self.block, in_channels, moments, patch_size, widths, encoder_layers, pool, noise_level)
+        self.decoder = Decoder(self.block, out_channels, latent_channels, patch_size, widths, decoder_layers, pool)
         if linear_path:
             numbers = min(in_channels, out_channels) * stride**2
             if latent_channels > numbers:
@@ -190,7 +229,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         cell, halo = self.config.patch_size, 0
         convolutions = [self.block.radius * n for n in self.config.encoder_layers_per_block]
         convolutions[0] += 1  # conv_in
-        convolutions[-1] += 1  # conv_out
+        convolutions[-1] += self.config.pool == 1  # conv_out; one that pools sees its own cell alone
         for count in convolutions:
             halo += count * cell
             cell *= 2
@@ -201,27 +240,41 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         """Latents beyond its own that the f x f pixels of a latent depend on, each way."""
         convolutions = [self.block.radius * n for n in self.config.decoder_layers_per_block]
         convolutions[0] += 1  # conv_out
-        convolutions[-1] += 1  # conv_in
+        convolutions[-1] += self.config.pool == 1  # conv_in
         halo = 0
         for count in convolutions:  # finest first: halve the reach at each coarser resolution, rounding up
             halo = -(-halo // 2) + count
-        return halo
+        return -(-halo // self.config.pool)
 
     @apply_forward_hook
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Any]:
+    def encode(
+        self, x: Tensor, return_dict: bool = True, noise_level: Tensor | None = None
+    ) -> AutoencoderKLOutput | tuple[Any]:
         """Images (B, C, H, W) in [-1, 1] -> `latent_dist` over latents (B, c, H/f, W/f).
 
+        `noise_level` (B,): standard deviation of the noise in each image, in 0..255, negative where it is not known;
+        for models made with `noise_level`.
+
         Raises:
-            ValueError: H or W not a multiple of f, or a channel count other than the model's.
+            ValueError: H or W not a multiple of f, a channel count other than the model's, or a noise level for a model
+                that takes none.
         """
         stride = self.spatial_compression_ratio
         height, width = x.shape[-2:]
+        if noise_level is not None and not self.config.noise_level:
+            raise ValueError("this model takes no noise level: leave it out")
         if x.shape[1] != self.config.in_channels:
             raise ValueError(f"images have {x.shape[1]} channels, the model takes {self.config.in_channels}")
         if height % stride or width % stride or not height * width:
             nearest = f"{max(height // stride, 1) * stride}x{max(width // stride, 1) * stride}"
             raise ValueError(f"image size {height}x{width} is not a multiple of {stride}: try {nearest}")
-        posterior = DiagonalGaussianDistribution(self.encoder(x))
+        moments = self.encoder(x, noise_level)
+        if self.config.deterministic or self.config.latent_activation != "none":
+            mean, logvar = moments.chunk(2, dim=1)
+            mean = ACTIVATIONS[self.config.latent_activation](mean)
+            logvar = torch.full_like(mean, DETERMINISTIC_LOGVAR) if self.config.deterministic else logvar
+            moments = torch.cat([mean, logvar], dim=1)
+        posterior = DiagonalGaussianDistribution(moments, deterministic=self.config.deterministic)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -273,6 +326,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "block_out_channels": (64, 128, 256),
         "encoder_layers_per_block": (0, 1, 1),
         "decoder_layers_per_block": (1, 1, 2),
+    },
+    "plain": {"latent_channels": 8},
+    "sparse": {"latent_channels": 32},
+    "denoise": {
+        "latent_channels": 48,
+        "patch_size": 2,
+        "block_out_channels": (64, 128),
+        "encoder_layers_per_block": (1, 3),
+        "decoder_layers_per_block": (1, 3),
+        "linear_path": True,
+        "noise_level": True,
     },
     "f8c4-large": {
         "latent_channels": 4,

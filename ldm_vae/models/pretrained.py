@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.files import is_hub_id
-from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.models.autoencoder import DETERMINISTIC_LOGVAR, PatchAutoencoderKL
 
-DETERMINISTIC_LOGVAR = -30.0
 SCALE = {"latents_mean": None, "latents_std": None, "scaling_factor": 1.0, "shift_factor": 0.0}
 """What a VAE's config says of the scale of its latents, and the values that say nothing."""
 
@@ -85,12 +84,13 @@ def as_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def encode_moments(vae: Any, images: Tensor) -> Tensor:
+def encode_moments(vae: Any, images: Tensor, noise_level: Tensor | None = None) -> Tensor:
     """Images (B, C, H, W) -> mean and log-variance of the latents (B, 2c, H/f, W/f).
 
-    For a deterministic autoencoder (AutoencoderTiny, AutoencoderDC) the log-variance is -30.
+    For a deterministic autoencoder (AutoencoderTiny, AutoencoderDC) the log-variance is -30. `noise_level` (B,) is for
+    those that take one.
     """
-    encoded = vae.encode(images)
+    encoded = vae.encode(images) if noise_level is None else vae.encode(images, noise_level=noise_level)
     if hasattr(encoded, "latent_dist"):
         moments: Tensor = encoded.latent_dist.parameters
         return moments
@@ -113,8 +113,8 @@ def reconstruct(vae: Any, images: Tensor) -> Tensor:
 
 
 def is_variational(vae: Any) -> bool:
-    """Whether it has a posterior: AutoencoderTiny and AutoencoderDC have none."""
-    return "KL" in type(vae).__name__
+    """Whether it has a posterior: AutoencoderTiny and AutoencoderDC have none, nor has a plain autoencoder."""
+    return "KL" in type(vae).__name__ and not vae.config.get("deterministic", False)
 
 
 def stride_of(vae: Any) -> int:

@@ -8,25 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_vae.errors import ModelError
+from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.models.pretrained import encode_moments, stride_of
 
 TILE = 64
 """Side of a tile, in latents."""
 
 
-def encode_mean(vae: Any, images: Tensor, *, tile: int | None = None) -> Tensor:
+def encode_mean(vae: Any, images: Tensor, *, tile: int | None = None, noise_level: Tensor | None = None) -> Tensor:
     """Images (B, C, H, W) of any size -> the posterior's mean (B, c, ceil(H/f), ceil(W/f)).
 
     What is missing to a multiple of the stride f is continued by the last row and column.
 
     Args:
         tile: see `tiled_encode_moments`; None: the whole at once.
+        noise_level: (B,), for a VAE that takes it.
     """
     stride = stride_of(vae)
     down, right = -images.shape[-2] % stride, -images.shape[-1] % stride
     padded = nn.functional.pad(images, (0, right, 0, down), mode="replicate") if down or right else images
-    moments = encode_moments(vae, padded) if tile is None else tiled_encode_moments(vae, padded, tile=tile)
+    if tile is None:
+        moments = encode_moments(vae, padded, noise_level)
+    else:
+        moments = tiled_encode_moments(vae, padded, tile=tile, noise_level=noise_level)
     return moments.chunk(2, dim=1)[0]
 
 
@@ -34,6 +38,31 @@ def decode(vae: Any, latents: Tensor, *, tile: int | None = None) -> Tensor:
     """Latents (B, c, h, w) -> images (B, C, h*f, w*f), about [-1, 1] and not clamped; `tile` as above."""
     images: Tensor = vae.decode(latents).sample if tile is None else tiled_decode(vae, latents, tile=tile)
     return images
+
+
+def denoise(vae: Any, images: Tensor, *, sigma: float | None = None, tile: int | None = None) -> Tensor:
+    """Noisy images (B, C, H, W) in [-1, 1] of any size -> images without the noise, of the same size, not clamped.
+
+    Args:
+        vae: trained with a corruption (`train_vae.py denoise`).
+        sigma: standard deviation of the noise in 0..255, for a VAE that takes it; None: it goes by what it sees.
+        tile: as in `encode_mean`.
+
+    Raises:
+        ConfigError: a sigma for a VAE that takes none, or a negative one.
+    """
+    check_noise_level(vae, sigma)
+    level = None if sigma is None else torch.full((len(images),), float(sigma), device=images.device)
+    height, width = images.shape[-2:]
+    return decode(vae, encode_mean(vae, images, tile=tile, noise_level=level), tile=tile)[..., :height, :width]
+
+
+def check_noise_level(vae: Any, sigma: float | None) -> None:
+    """Raises ConfigError for a sigma that cannot be told to this autoencoder."""
+    if sigma is not None and not vae.config.get("noise_level"):
+        raise ConfigError("this autoencoder cannot be told how much noise there is: leave out sigma")
+    if sigma is not None and not 0 <= sigma <= 255:
+        raise ConfigError(f"sigma is {sigma}: it must be from 0 to 255")
 
 
 def turn_on_tiling(vae: Any, tile: int = TILE) -> int | None:
@@ -70,11 +99,13 @@ def tiled_decode(vae: Any, latents: Tensor, *, tile: int = TILE) -> Tensor:
     )
 
 
-def tiled_encode_moments(vae: Any, images: Tensor, *, tile: int = TILE) -> Tensor:
+def tiled_encode_moments(vae: Any, images: Tensor, *, tile: int = TILE, noise_level: Tensor | None = None) -> Tensor:
     """What `encode_moments` gives, tile by tile of tile*f x tile*f pixels; sizes must be multiples of the stride f."""
     stride = stride_of(vae)
     halo = -(-vae.encoder_halo // stride)
-    return in_tiles(lambda x: encode_moments(vae, x), images, tile=tile, halo=halo, unit_in=stride, unit_out=1)
+    return in_tiles(
+        lambda x: encode_moments(vae, x, noise_level), images, tile=tile, halo=halo, unit_in=stride, unit_out=1
+    )
 
 
 def in_tiles(

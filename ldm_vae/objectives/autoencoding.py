@@ -14,9 +14,17 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from ldm_vae.data.corruption import UNKNOWN_LEVEL
 from ldm_vae.data.loader import Batch
 from ldm_vae.data.order import Stream, generator_at, noise_at
-from ldm_vae.models.pretrained import encode_moments, last_layer, latent_channels_of, posterior_of, stride_of
+from ldm_vae.models.pretrained import (
+    encode_moments,
+    is_variational,
+    last_layer,
+    latent_channels_of,
+    posterior_of,
+    stride_of,
+)
 from ldm_vae.models.prior import STEP_LOGVAR, CausalPrior
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.perceptual import Backbone
@@ -51,6 +59,11 @@ class Objective(StepConfig):
     """With the causal prior: qualities that a model is trained for, one drawn for each image."""
     target_bpp: float | None = None
     """Steer the weight of the rate (or KL) to so many bits per pixel, from --kl-weight on."""
+    sparsity: Literal["none", "l1", "kl"] = "none"
+    """Few active latents: by L1 (they are 0 or more) or by a KL to --target-activation (they are between 0 and 1)."""
+    sparsity_weight: float = 0.01
+    target_activation: float = 0.05
+    """The mean latent that --sparsity kl asks for."""
 
 
 class TrainableVAE(nn.Module):
@@ -75,14 +88,19 @@ class TrainableVAE(nn.Module):
                     layer.bias[channels:] = 0
                 vae.encoder.conv_out.bias[channels:] = STEP_LOGVAR
 
-    def forward(self, images: Tensor, noise: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, noise: Tensor, quality: Tensor, noise_level: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images (B, C, H, W), normal noise (B, c, h, w), qualities (B,) -> reconstruction, moments, logvar, nats.
 
-        nats (B,): per pixel, of the posterior's KL, or of what the prior says to the codec's symbols.
+        nats (B,): per pixel, of the posterior's KL, or of what the prior says to the codec's symbols; 0 without a
+        posterior. noise_level (B,): of the images, for a network that takes it.
         """
-        moments = encode_moments(self.vae, images)
+        moments = encode_moments(self.vae, images, noise_level)
         posterior = posterior_of(moments)
-        if self.prior is None:
+        if not is_variational(self.vae):
+            latents, nats = posterior.mean, torch.zeros(len(images), device=images.device)
+        elif self.prior is None:
             latents = posterior.mean + posterior.std * noise
             nats = posterior.kl()
         else:
@@ -146,8 +164,12 @@ def generator_step(
     adversarial: bool,
     first: bool,
     accelerator: Accelerator,
+    inputs: Tensor | None = None,
+    noise_level: Tensor | None = None,
 ) -> GeneratorStep:
     """One forward of the wrapped VAE and its named loss terms. images: (B, C, H, W) in [-1, 1], quality: (B,).
+
+    `inputs`, where they differ from the images, are what the network sees, and `noise_level` (B,) is theirs.
 
     A step q times as wide makes q^2 times the error and has q^2 times the price of a bit (for squared errors at high
     rates). Both terms are divided by q, so that no quality outweighs the others.
@@ -155,7 +177,8 @@ def generator_step(
     `first`: whether this is the step's first micro-batch. Only then is the discriminator in training mode, in which
     spectral norm's power iteration advances: once a step, before anything is judged, however the batch is split.
     """
-    reconstruction, moments, logvar, nats = state.vae(images, noise, quality)
+    seen = images if inputs is None else inputs
+    reconstruction, moments, logvar, nats = state.vae(seen, noise, quality, noise_level)
     scale = torch.exp(-logvar)
     terms: dict[str, Tensor] = {}
     error = losses.reconstruction_loss(reconstruction, images, config.reconstruction, 1 / quality)
@@ -170,6 +193,11 @@ def generator_step(
         terms["logvar"] = logvar
     if config.kl_weight > 0:
         terms["kl"] = state.kl_weight * (quality * nats).mean()
+    if config.sparsity != "none":
+        latents = posterior_of(moments).mean
+        is_l1 = config.sparsity == "l1"
+        sparsity = losses.l1_sparsity(latents) if is_l1 else losses.kl_sparsity(latents, config.target_activation)
+        terms["sparsity"] = config.sparsity_weight * sparsity
     gradient = None
     if adversarial:
         assert state.discriminator is not None
@@ -265,6 +293,13 @@ def train_step(
         result.waited += time.perf_counter() - before
         result.bad_images |= batch.bad_images
         images = batch.images.to(accelerator.device, memory_format=torch.channels_last, non_blocking=True)
+        inputs = batch.inputs
+        if inputs is not None:
+            inputs = inputs.to(accelerator.device, memory_format=torch.channels_last, non_blocking=True)
+        levels = None
+        if vae.config.get("noise_level"):
+            levels = torch.full((len(images),), UNKNOWN_LEVEL) if batch.noise_levels is None else batch.noise_levels
+            levels = levels.to(images.device)
         shape = (latent_channels_of(vae), images.shape[-2] // stride_of(vae), images.shape[-1] // stride_of(vae))
         noise = torch.from_numpy(noise_at(config.seed, batch.positions, shape, Stream.POSTERIOR)).to(images.device)
         quality = qualities_at(batch.positions, config).to(images.device)
@@ -278,11 +313,16 @@ def train_step(
                 adversarial=adversarial,
                 first=micro == 0,
                 accelerator=accelerator,
+                inputs=inputs,
+                noise_level=levels,
             )
             accelerator.backward(sum(done.terms.values()))
             result.add(done.terms)
-            result.add({"bits_per_pixel": done.nats_per_pixel / math.log(2)})
             result.moments = done.moments.detach()
+            if is_variational(vae):
+                result.add({"bits_per_pixel": done.nats_per_pixel / math.log(2)})
+            if config.sparsity != "none":
+                result.add({"active_latents": active_share(result.moments, config.sparsity)})
             if adversarial:
                 assert done.adversarial_gradient is not None
                 assert state.discriminator is not None
@@ -316,6 +356,11 @@ def train_step(
             rate = accelerator.reduce(result.terms["bits_per_pixel"], "mean")
             state.kl_weight.mul_(steering(rate, config.target_bpp))
     return result
+
+
+def active_share(moments: Tensor, sparsity: str) -> Tensor:
+    """The share of latents that are active: above 0 where L1 keeps them at 0, above 1/2 where they are in 0..1."""
+    return (posterior_of(moments).mean > (0.5 if sparsity == "kl" else 0.0)).float().mean()
 
 
 STEERING = 0.001

@@ -67,6 +67,26 @@ def kl_bits_per_channel(posterior: DiagonalGaussianDistribution) -> Tensor:
     return nats.mean(dim=(0, 2, 3)) / math.log(2)
 
 
+def l1_sparsity(latents: Tensor) -> Tensor:
+    """Mean magnitude over root mean square of an image's latents (B, c, h, w), mean over the batch: 1 if all are equal.
+
+    L1 over L2, as in Hoyer 2004 ("Non-negative matrix factorization with sparseness constraints", section 3.1): L1
+    alone is made small by smaller latents and larger weights behind them, which makes nothing sparse.
+    """
+    values = latents.float().flatten(1)  # (B, n)
+    return (values.abs().mean(dim=1) / (values.square().mean(dim=1) + 1e-12).sqrt()).mean()
+
+
+def kl_sparsity(activations: Tensor, target: float) -> Tensor:
+    """KL in nats between the activation rate that is wanted and an image's own, mean over the batch.
+
+    Of Bernoulli variables (Ng 2011, "Sparse autoencoder", section 3), the rate taken over an image's latents
+    (B, c, h, w) in 0..1 instead of over the data, so that splitting a batch changes nothing.
+    """
+    rate = activations.float().flatten(1).mean(dim=1).clamp(1e-6, 1 - 1e-6)  # (B,)
+    return (target * torch.log(target / rate) + (1 - target) * torch.log((1 - target) / (1 - rate))).mean()
+
+
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
     """-mean(logits): the generator's side of the hinge loss (Lim & Ye 2017)."""
     return -fake_logits.float().mean()

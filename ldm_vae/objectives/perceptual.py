@@ -71,6 +71,14 @@ class PerceptualLoss(nn.Module):
         """One distance an image: (B,)."""
         return self.lpips(self.three(reconstruction), self.three(images)).flatten()
 
+    def maps(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """A distance a pixel: (B, H, W), features of coarser layers enlarged."""
+        self.lpips.spatial = True
+        try:
+            return self.lpips(self.three(reconstruction), self.three(images))[:, 0]
+        finally:
+            self.lpips.spatial = False
+
     def three(self, images: Tensor) -> Tensor:
         if self.channels is not None:
             return images[:, self.channels]

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.rate_distortion import Config, difference, main, mean_curve, pillow_codec
+from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.fitting import fit_tables
+from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, DataError
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
 
 
 def pixels_of() -> np.ndarray:
@@ -79,6 +84,42 @@ def test_a_table_plots_and_the_bytes_of_whole_files(tmp_path: Path) -> None:
     assert record["differences"]["jpeg-420"]["jpeg-420"]["psnr"]["of_means"] == pytest.approx(0, abs=1e-9)
     for name in ("table.md", "psnr.png", "ssimulacra2.png", "gallery.png"):
         assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_our_codec_is_measured_beside_others_and_an_exact_copy_does_not_hide_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run, images = tmp_path / "run", tmp_path / "in"
+    images.mkdir()
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(block_out_channels=(8,), encoder_layers_per_block=(1,), decoder_layers_per_block=(1,))
+    vae.save_pretrained(run / "vae")
+    (run / "codec").mkdir()
+    qualities = (0.5, 1.0)
+    fit_tables(vae, open_source("procedural:dead-leaves", resolution=64), num_images=2, qualities=qualities).save(
+        run / "codec"
+    )
+    Image.fromarray(pixels_of()).save(images / "a.png")
+    Image.fromarray(np.full((64, 96, 3), 128, np.uint8)).save(images / "flat.png")  # JPEG gives it back as it is
+    config = Config(
+        codec=(str(run),), data=str(images), output=tmp_path / "out", qualities=qualities, others=("jpeg-420",)
+    )
+    main(config)
+    assert "PSNR" in capsys.readouterr().out.split("1 of 2 images have none")[0]
+    rows = list(csv.DictReader((tmp_path / "out" / "per_image.csv").open()))
+    codec = LatentCodec.from_pretrained(str(run))
+    ours = [r for r in rows if r["codec"] == str(run)]
+    assert len(ours) == 4
+    for row in ours:
+        pixels = np.asarray(Image.open(images / row["image"]))
+        data = codec.compress(pixels, quality=float(row["setting"]))
+        assert int(row["bytes"]) == len(data)
+        error = np.square(np.asarray(codec.decompress(data)).astype(float) - pixels).mean()
+        assert float(row["psnr"]) == pytest.approx(10 * np.log10(255**2 / error))
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["curves"]["jpeg-420"]["psnr"][1][0] == pytest.approx(
+        next(float(r["psnr"]) for r in rows if r["codec"] == "jpeg-420" and r["image"] == "a.png")
+    )
 
 
 def test_what_cannot_work_is_said(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def test_any_flipped_bit_is_an_error() -> None:
         (with_header(width=0), CorruptError),
         (with_header(depth=9), CorruptError),
         (with_header(log2_lanes=11), CorruptError),
+        (with_header(log2_lanes=0, channels=255, log2_tile=8), CorruptError),  # too much for one lane
         (with_header(log2_tile=3), CorruptError),
         (with_header(quality=0), CorruptError),
     ],

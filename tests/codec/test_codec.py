@@ -18,7 +18,7 @@ from ldm_vae.codec.bitstream import Limits
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.contexts import decode_symbols
 from ldm_vae.codec.fitting import fit_tables
-from ldm_vae.codec.picture import Picture
+from ldm_vae.codec.picture import Picture, as_picture
 from ldm_vae.codec.search import bits_per_pixel, compress_to, psnr_of
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.data.sources import open_source
@@ -313,6 +313,18 @@ def test_targets_are_met_as_closely_as_a_quality_can(codec: LatentCodec, photo) 
     for impossible in ({"target_bpp": 1e-3}, {"target_psnr": 90.0}):
         with pytest.raises(ConfigError, match="cannot be reached"):
             compress_to(codec, given, **impossible)
+    with pytest.raises(ConfigError, match="nan"):
+        compress_to(codec, given, target_psnr=float("nan"))
+
+
+def test_nothing_is_written_that_the_same_limits_would_not_read(codec: LatentCodec) -> None:
+    wide = np.zeros((1, 2**15 + 1, 3), np.uint8)
+    with pytest.raises(LimitExceededError):
+        codec.compress(wide)
+    limits = bitstream.Limits(max_side=2**16)
+    data = codec.compress(wide, limits=limits)
+    assert codec.decompress(data, limits=limits).size == (2**15 + 1, 1)
+    assert compress_to(codec, as_picture(wide), target_psnr=5.0)
 
 
 @pytest.mark.parametrize("quality", [0, -1, 1e-9, 80, 256, float("nan"), float("inf")])
@@ -346,6 +358,14 @@ def test_pillow_opens_and_saves(codec: LatentCodec, photo, tmp_path: Path, monke
         assert image.getexif()[0x010E] == "a description"  # before a pixel is decoded
         assert image.info["icc_profile"] == b"a profile"
         assert np.array_equal(np.asarray(image)[:, :, 3], photo[:, :, 0])
+    exif[0x0112] = 6
+    turned = tmp_path / "turned.png"
+    Image.fromarray(photo).save(turned, exif=exif)
+    with Image.open(turned) as image:
+        image.save(file, exif=image.info["exif"])  # people's habit
+    with Image.open(file) as image:
+        assert image.size == (80, 120)  # upright, and no longer to be turned
+        assert dict(image.getexif()) == {0x010E: "a description"}
     for mode in ("L", "LA", "I;16"):
         Image.fromarray(photo).convert("LA" if mode == "LA" else "L").convert("I" if mode == "I;16" else mode).save(
             file

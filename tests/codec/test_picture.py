@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from ldm_vae.codec.picture import (
@@ -64,16 +65,40 @@ def test_the_orientation_is_applied_and_no_longer_said() -> None:
     assert dict(kept) == {0x010E: "kept"}
 
 
+def test_pages_and_bands_of_a_tiff_are_no_transparency() -> None:
+    pages = np.random.default_rng(0).integers(256, size=(2, 9, 14), dtype=np.uint8)
+    file = io.BytesIO()
+    tifffile.imwrite(file, pages, photometric="minisblack")
+    with pytest.raises(BadImageError, match="2 pages"):
+        read_picture(file.getvalue(), channels=3)
+    assert np.array_equal(read_picture(file.getvalue(), channels=2).pixels, np.moveaxis(pages, 0, 2))
+    bands = pixels_of(4, np.uint16)
+    file = io.BytesIO()
+    tifffile.imwrite(file, bands, photometric="rgb", extrasamples=["unspecified"])
+    four = read_picture(file.getvalue(), channels=4)
+    assert np.array_equal(four.pixels, bands)
+    assert four.alpha is None
+    assert np.array_equal(read_picture(file.getvalue(), channels=3).pixels, bands[:, :, :3])
+
+
 def test_other_extensions_hold_what_they_can() -> None:
     given = Picture(pixels=pixels_of(3))
-    for extension in (".bmp", ".tif", ".npy", ".png"):
+    for extension in (".bmp", ".tif", ".npy", ".png", ".webp", ".ppm"):
         found = read_picture(encode_picture(given, extension))
         assert np.array_equal(found.pixels, given.pixels)
     for extension in ("", ".txt", ".xyz"):
         with pytest.raises(ConfigError, match="image file"):
             encode_picture(given, extension)
-    with pytest.raises(ConfigError, match=r"\.png"):
-        encode_picture(Picture(pixels=pixels_of(3), alpha=pixels_of(1)[:, :, 0]), ".jpg")
+    smooth = Picture(pixels=np.indices((40, 60, 3)).sum(axis=0).astype(np.uint8))
+    for extension in (".jpg", ".avif"):
+        found = read_picture(encode_picture(smooth, extension)).pixels.astype(int)
+        assert np.abs(found - smooth.pixels).max() <= 3
+    with_alpha = Picture(pixels=pixels_of(3), alpha=pixels_of(1)[:, :, 0])
+    for extension in (".png", ".npy", ".webp", ".tif"):
+        assert np.array_equal(read_picture(encode_picture(with_alpha, extension)).whole(), with_alpha.whole())
+    for extension in (".jpg", ".bmp", ".ppm", ".gif"):
+        with pytest.raises(ConfigError, match=r"write \.png"):
+            encode_picture(with_alpha, extension)
     with pytest.raises(ConfigError, match="16 bits"):
         encode_picture(Picture(pixels=pixels_of(3, np.uint16)), ".bmp")
 

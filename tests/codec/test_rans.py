@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from ldm_vae.codec import rans
+from ldm_vae.codec.bitstream import Header, pack
+from ldm_vae.codec.codec import log2_lanes
 from ldm_vae.errors import CorruptError
 
 
@@ -45,6 +47,24 @@ def test_symbols_come_back_and_cost_what_their_probabilities_say(lanes: int, alp
     assert np.array_equal(decode_all(payload, tables, groups, f, lanes), symbols)
     ideal = -np.log2(frequencies[tables, symbols] / rans.TOTAL).sum() / 8
     assert ideal <= len(payload) <= ideal * 1.0005 + 4 * lanes + 1
+
+
+@pytest.mark.parametrize(("channels", "rate"), [(8, 0.15), (64, 0.15), (64, 0.6)])
+def test_a_kodak_image_costs_at_most_a_hundred_bytes_more_than_its_symbols(channels: int, rate: float) -> None:
+    """768 x 512 pixels at stride 8: what the lanes cost, with the header and the table of contents."""
+    rng = np.random.default_rng(0)
+    count = channels * 64 * 96
+    rare = rate * 768 * 512 / count / 12  # bits of a symbol; about 12 for one that is not 0
+    frequencies = np.array([[rans.TOTAL - max(round(rare * rans.TOTAL), 1), max(round(rare * rans.TOTAL), 1)]])
+    tables, groups = np.zeros(count, np.int64), np.full(count // 64, 64)
+    symbols = draw(rng, frequencies, tables)
+    payload = rans.encode(symbols, tables, groups, rans.Frequencies(frequencies), lanes=1 << log2_lanes(count))
+    header = Header(
+        **{"width": 768, "height": 512, "colours": 3, "depth": 8, "log2_stride": 3, "channels": channels},
+        **{"log2_tile": 7, "log2_lanes": log2_lanes(count), "quality": 256, "tables": bytes(8), "weights": bytes(8)},
+    )
+    ideal = -np.log2(frequencies[tables, symbols] / rans.TOTAL).sum() / 8
+    assert len(pack(header, {}, [b"\0" + payload])) - ideal <= 100
 
 
 def test_the_rate_is_that_of_an_independent_coder() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ldm_vae.codec.codec import LatentCodec
-from ldm_vae.codec.refine import FOLDER, NUM_LEVELS, Facts, Refiner, level_of, make_refiner
+from ldm_vae.codec.refine import FOLDER, NUM_LEVELS, Facts, Refiner, level_of, make_refiner, noise_for
 from ldm_vae.errors import ConfigError, ModelError, ModelMismatchError
 from training.train_refiner import Quantiser
 
@@ -60,7 +60,7 @@ def test_the_true_error_leads_to_the_true_latents_in_any_number_of_steps(codec: 
     error = torch.where(step > 0, (true - quantised) / deviation, 0.0)
     refiner = refiner_for(codec, latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
     refiner.network = Oracle(error, (quantised - 1) / 2)
-    found = refiner.refine(quantised, deviation, 1.0, num_steps)
+    found = refiner.refine(quantised, deviation, 1.0, num_steps, noise=noise_for(quantised.shape))
     assert torch.allclose(found[:3], true[:3], atol=1e-5)
     assert torch.equal(found[3], quantised[3])
     assert refiner.network.times == pytest.approx([1 - i / num_steps for i in range(num_steps)])
@@ -72,7 +72,7 @@ def test_the_true_error_leads_to_the_true_latents_in_any_number_of_steps(codec: 
 def test_an_error_is_at_most_half_a_step(codec: LatentCodec) -> None:
     refiner, quantised = refiner_for(codec), torch.zeros(4, 6, 8)
     refiner.network = Oracle(torch.full((4, 6, 8), 9.0), quantised)
-    found = refiner.refine(quantised, torch.full((4, 1, 1), 2.0), 1.0, 1)
+    found = refiner.refine(quantised, torch.full((4, 1, 1), 2.0), 1.0, 1, noise=noise_for(quantised.shape))
     assert torch.allclose(found, torch.full((4, 6, 8), 2 * 12**0.5 / 2))
 
 
@@ -117,7 +117,7 @@ def test_refined_pictures_are_the_same_each_time(codec: LatentCodec, photo: np.n
 def test_large_pictures_are_refined_in_tiles_with_a_halo(
     codec: LatentCodec, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A refiner that sees 3 latents each way gives in tiles what it gives in one piece."""
+    """A refiner that sees 3 latents each way in each of 2 steps, and its noise, gives in tiles what it gives whole."""
     seen = []
 
     class Neighbours(torch.nn.Module):
@@ -127,17 +127,17 @@ def test_large_pictures_are_refined_in_tiles_with_a_halo(
             seen.append(tuple(given.shape[2:]))
             noisy, condition = given.chunk(2, dim=1)
             blurred = torch.nn.functional.avg_pool2d(condition, 7, stride=1, padding=3, count_include_pad=False)
-            return SimpleNamespace(sample=noisy - blurred)
+            return SimpleNamespace(sample=0.5 * noisy - blurred)
 
     refiner = refiner_for(codec)
     refiner.network = Neighbours()
     refining = LatentCodec(codec.vae, codec.tables, refiner=refiner)
     data = codec.compress(photo)
-    whole = refining.decompress_picture(data, refine_steps=1).pixels
+    whole = refining.decompress_picture(data, refine_steps=2).pixels
     assert not np.array_equal(whole, codec.decompress_picture(data).pixels)
     monkeypatch.setattr("ldm_vae.codec.codec.TILE", 8)
     seen.clear()
-    in_tiles = refining.decompress_picture(data, refine_steps=1).pixels
+    in_tiles = refining.decompress_picture(data, refine_steps=2).pixels
     assert len(seen) > 4
     assert np.abs(in_tiles.astype(int) - whole).max() <= 1
 

@@ -19,7 +19,8 @@ def test_a_crop_is_a_part_of_its_image_perhaps_mirrored(photos: Path) -> None:
     crops = CropDataset(source, seed=4, resolution=24)
     mirrored = 0
     for position in range(24):
-        image, at, met = crops[position]
+        row = crops[position]
+        image, at, met = row.image, row.position, row.bad_images
         assert (image.shape, at, met) == ((3, 24, 24), position, {})
         whole = to_images(source[index_at(position, size=12, seed=4)].pixels)
         windows = whole.unfold(1, 24, 1).unfold(2, 24, 1)  # (3, y, x, 24, 24)
@@ -53,7 +54,7 @@ def test_images_of_any_size_give_crops_of_one_size(
     Image.fromarray(pixels).save(tmp_path / "a.png")
     crops = CropDataset(open_source(str(tmp_path)), seed=0, resolution=16, shorter_side=shorter_side)
     for position in range(3):
-        image = crops[position][0]
+        image = crops[position].image
         assert image.shape == (3, 16, 16)
         assert image.isfinite().all()
         assert image.abs().max() <= 1
@@ -65,7 +66,7 @@ def test_resizing_first_changes_the_scale_of_the_crop(tmp_path: Path) -> None:
     steps = {}
     for shorter_side in (None, 128, 64):
         crops = CropDataset(open_source(str(tmp_path)), seed=0, resolution=32, shorter_side=shorter_side)
-        image = crops[0][0]
+        image = crops[0].image
         steps[shorter_side] = float((image[0, 0, -1] - image[0, 0, 0]).abs())
     assert steps[128] == pytest.approx(2 * steps[None], rel=0.05)
     assert steps[64] == pytest.approx(4 * steps[None], rel=0.05)

@@ -12,9 +12,10 @@ from PIL import Image
 from ldm_vae.config import parse_flags
 from ldm_vae.data.images import read_pixels, to_images, to_pixels
 from ldm_vae.errors import RunError, one_line_errors
+from ldm_vae.folders import files_of
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import fingerprint, load_autoencoder, reconstruct
-from pipelines.reconstruct import Config, files_of, main
+from pipelines.reconstruct import Config, main
 
 
 @pytest.fixture(scope="module")

@@ -242,7 +242,7 @@ def test_the_mean_and_deviation_that_are_logged_are_those_of_the_latents(photos:
     config = config_for(photos, tmp_path / "run", steps=1, adversarial="none", perceptual="none")
     vae = build(config, Accelerator()).bare.vae
     crops = CropDataset(open_source(str(photos)), seed=0, resolution=32)
-    images = torch.stack([crops[position][0] for position in range(8)])
+    images = torch.stack([crops[position].image for position in range(8)])
     with torch.no_grad():
         posterior = vae.encode(images).latent_dist
     main(config)

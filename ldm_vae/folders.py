@@ -1,0 +1,87 @@
+"""Every image of a source through a function, as PNG files of the same names: on all processes, to be gone on with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm_vae.data.images import to_images, to_pixels
+from ldm_vae.data.sources import check_finite, open_source
+from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
+from ldm_vae.files import check_writable, write_csv
+from ldm_vae.png import finished, own_share, write_png
+
+
+def files_of(names: Sequence[str]) -> dict[str, int]:
+    """PNG file -> index of its image. a.jpg and a.tif beside each other keep their extensions: a.jpg.png, a.tif.png."""
+    short = [str(PurePosixPath(n).with_suffix(".png")) for n in names]
+    taken = Counter(short) + Counter(f"{n}.png" for n in names)
+    return {s if taken[s] == 1 else f"{n}.png": i for i, (n, s) in enumerate(zip(names, short, strict=True))}
+
+
+def stays_inside(file: str) -> bool:
+    """Names come from archives, too."""
+    path = PurePosixPath(file)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def convert_images(
+    given: str,
+    output: Path,
+    function: Callable[[Tensor], Tensor],
+    *,
+    channels: int,
+    settings: Mapping[str, str],
+    accelerator: Accelerator,
+) -> None:
+    """Each image (1, C, H, W) in [-1, 1] of a folder or other source -> function(image), as an 8-bit PNG.
+
+    What is there and whole is left as it is. `bad_images.csv` lists what could not be used.
+
+    Args:
+        given: the source, as `open_source` takes it.
+        function: gives images of the same size; called without gradients, on the process's device.
+        settings: what the results depend on beside the images; files of others are not mixed with these.
+
+    Raises:
+        ConfigError: an output within the input, or a source without end.
+        DataError: nothing that can be used.
+        RunError: files of other settings are there.
+    """
+    share = {"part": accelerator.process_index, "parts": accelerator.num_processes}
+    source = open_source(given, channels=channels)
+    check_finite(source, given, None)
+    if Path(given).is_dir() and output.resolve().is_relative_to(Path(given).resolve()):
+        raise ConfigError(f"--output {output} is inside --input: its files would be images to convert, too")
+    check_writable(output)
+    files = files_of([source.name(i) for i in range(len(source))])
+    settings = {**settings, "images": source.fingerprint()}
+    done = finished(output, files, settings, **share)
+    bad: dict[str, str] = {}
+    for file in tqdm(own_share(files, done, **share), unit="image", disable=not accelerator.is_main_process):
+        name = source.name(files[file])
+        try:
+            if not stays_inside(file):
+                raise BadImageError("its name leads out of the output's folder")
+            images = to_images(source[files[file]].pixels)[None]
+        except BadImageError as error:
+            bad[name] = str(error)
+            continue
+        with torch.inference_mode():
+            made = function(images.to(accelerator.device))
+        write_png(output / file, to_pixels(made[0]), {"image": name, **settings})
+    for part in gather_object([bad]):
+        bad |= part
+    if accelerator.is_main_process:
+        write_csv(output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(bad.items())])
+        if len(bad) == len(files):
+            raise nothing_usable(bad)
+        print(f"{len(files) - len(bad)} images, {len(bad)} bad; they are in {output}")
+    accelerator.end_training()

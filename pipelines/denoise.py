@@ -1,0 +1,57 @@
+"""Take the noise out of images, by an autoencoder that was trained to.
+
+python pipelines/denoise.py --vae RUN_OR_MODEL --input PATH --output DIR [--sigma 25]
+
+Every image at its own size as an 8-bit PNG of the same name. Run again, the command makes what is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers.utils import logging
+
+from ldm_vae.config import parse_flags
+from ldm_vae.data.conversion import check_viewable
+from ldm_vae.errors import one_line_errors
+from ldm_vae.folders import convert_images
+from ldm_vae.models.pretrained import channels_of, fingerprint, load_autoencoder
+from ldm_vae.models.tiling import check_noise_level, denoise, turn_on_tiling
+from ldm_vae.runs import PATIENCE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of the denoiser."""
+
+    vae: str
+    """Run directory (train_vae.py denoise), diffusers folder or hub id."""
+    input: str
+    """Folder or other source of images."""
+    output: Path
+    sigma: float | None = None
+    """Standard deviation of the noise in 0..255; the network goes by what it sees unless given."""
+    tile: bool = False
+    """In tiles: for images that do not fit into memory as a whole."""
+
+
+def main(config: Config) -> None:
+    logging.disable_progress_bar()
+    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
+    vae = load_autoencoder(config.vae).to(accelerator.device)
+    channels = channels_of(vae)
+    check_viewable(channels)
+    check_noise_level(vae, config.sigma)
+    tile = turn_on_tiling(vae) if config.tile else None
+    tiles = "blended" if config.tile and tile is None else "none, or exact"
+    settings = {"model": fingerprint(vae), "tiles": tiles, "sigma": str(config.sigma)}
+    clean = partial(denoise, vae, sigma=config.sigma, tile=tile)
+    convert_images(config.input, config.output, clean, channels=channels, settings=settings, accelerator=accelerator)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_flags(Config, description="Take the noise out of images."))
