@@ -11,27 +11,23 @@ run that was stopped: each part resumes or is skipped.
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 from accelerate import Accelerator
-from PIL import Image
 
 from ldm_vae.config import as_json, differences, parse_config
-from ldm_vae.errors import DataError, RunError, one_line_errors
+from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
+from ldm_vae.errors import RunError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json
 from ldm_vae.runs import git_revision, versions
 from ldm_vae.timing import describe_machine, seconds_of_script
 
 ROOT = Path(__file__).parent.parent
-FASHION = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,20 +93,8 @@ def zips(config: Config) -> tuple[str, str]:
 def write_fashion_mnist(config: Config, part: str) -> str:
     """A zip of PNG, 28x28 padded with black to 32x32, from the idx files (Xiao et al. 2017)."""
     target = config.output / f"{part}.zip"
-    if target.exists():
-        return str(target)
-    try:
-        images = gzip.decompress((config.data / f"{part}-images-idx3-ubyte.gz").read_bytes())
-        labels = gzip.decompress((config.data / f"{part}-labels-idx1-ubyte.gz").read_bytes())
-    except OSError as error:
-        raise DataError(f"{config.data} does not hold Fashion-MNIST's idx.gz files: {error}") from None
-    pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
-    padded = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
-    with atomic(target) as out, zipfile.ZipFile(out, "w") as archive:
-        for i, (image, label) in enumerate(zip(padded, labels[8:], strict=True)):
-            png = io.BytesIO()
-            Image.fromarray(image).save(png, "PNG")
-            archive.writestr(f"{FASHION[label]}/{i:05d}.png", png.getvalue())
+    pixels, labels = read_fashion_mnist(config.data, part)
+    write_class_zip(target, zip(pixels, (FASHION[label] for label in labels), strict=True))
     return str(target)
 
 

@@ -12,6 +12,7 @@ _HOMES = {
     "PatchAutoencoderKL": "ldm_vae.models.autoencoder",
     "PatchDiscriminator": "ldm_vae.models.discriminator",
     "denoise": "ldm_vae.models.tiling",
+    "embed": "ldm_vae.embedding",
     "load_autoencoder": "ldm_vae.models.pretrained",
     "load_pipeline": "ldm_vae.pipeline",
     "open_source": "ldm_vae.data.sources",

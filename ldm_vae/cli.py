@@ -1,4 +1,4 @@
-"""`ldm-vae compress | decompress | info | fit-codec`."""
+"""`ldm-vae compress | decompress | info | fit-codec`, and the commands of `analysis`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from ldm_vae.analysis import Anomaly, Embed, embed_images, find_anomalies
 from ldm_vae.codec import bitstream
 from ldm_vae.codec.bitstream import Limits
 from ldm_vae.config import tyro_errors
@@ -110,21 +111,12 @@ class FitCodec:
 @cache
 def load_codec(model: str, device: str, workers: int, refiner: str | None = None) -> Any:
     from ldm_vae.codec.codec import LatentCodec
+    from ldm_vae.models.pretrained import check_device
 
     if not model:
         raise ConfigError(f"no --model given, and ${MODEL_VARIABLE} is not set")
     check_device(device)
     return LatentCodec.from_pretrained(model, device=device, workers=workers, refiner=refiner)
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError for one that torch does not know, or that is not there."""
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
-        raise ConfigError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def read(name: str) -> bytes:
@@ -348,7 +340,7 @@ def fit_codec(command: FitCodec) -> None:
     from ldm_vae.codec.fitting import QUALITIES, fit_tables
     from ldm_vae.data.sources import check_finite, open_source
     from ldm_vae.files import staged_directory
-    from ldm_vae.models.pretrained import channels_of, load_autoencoder
+    from ldm_vae.models.pretrained import channels_of, check_device, load_autoencoder
 
     if command.num_images < 1:
         raise ConfigError(f"--num-images is {command.num_images}: it must be at least 1")
@@ -382,6 +374,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "decompress": (Decompress, decompress),
     "info": (Info, info),
     "fit-codec": (FitCodec, fit_codec),
+    "embed": (Embed, embed_images),
+    "anomaly": (Anomaly, find_anomalies),
 }
 
 

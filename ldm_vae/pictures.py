@@ -60,6 +60,18 @@ def reconstruction_grid(images: Tensor, reconstructions: Tensor, inputs: Tensor 
     return labelled_rows(rows)
 
 
+def heat_map(image: Tensor, reconstruction: Tensor, values: np.ndarray, threshold: float) -> Image.Image:
+    """An image (C, H, W), its reconstruction, and the image with a map (H, W) over it, beside each other.
+
+    The map shows in red from half of the threshold on, and fully from one and a half times that on.
+    """
+    seen, made = (visible(x[None])[0] for x in (image, reconstruction))
+    strength = np.clip(values / max(threshold, 1e-12) - 0.5, 0, 1)[:, :, None]
+    marked = seen * (1 - 0.7 * strength) + np.array([255, 0, 0]) * 0.7 * strength
+    gap = np.full((seen.shape[0], GAP, 3), 255, np.uint8)
+    return Image.fromarray(np.concatenate([seen, gap, made, gap, marked.round().astype(np.uint8)], axis=1))
+
+
 def labelled_rows(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
     """Rows of pixels (N, H, W, 3) below their labels, as one picture."""
     count, height, width = rows[0][1].shape[:3]

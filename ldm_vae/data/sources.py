@@ -270,6 +270,26 @@ class SplitSource:
         return self.source[self.inner(index)]
 
 
+class HeadSource:
+    """The first images of a source."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        self.source, self.count = source, min(count, len(source))
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def fingerprint(self) -> str:
+        return digest_of([f"the first {self.count}"], [self.source.fingerprint()])
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[index]
+
+
 def check_finite(source: Source, path: str, num_images: int | None) -> None:
     """Raises ConfigError for going through all images of a source without end."""
     if len(source) > ENDLESS and num_images is None:

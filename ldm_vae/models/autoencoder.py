@@ -120,6 +120,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.patch = patch
         coarse_to_fine = widths[::-1]
+        self.conv_in: nn.Conv2d | nn.ConvTranspose2d
         if pool == 1:
             self.conv_in = nn.Conv2d(latent_channels, coarse_to_fine[0], 3, padding=1)
         else:

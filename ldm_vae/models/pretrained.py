@@ -46,6 +46,14 @@ def load_autoencoder(path: str) -> Any:
     return vae.eval()
 
 
+def check_device(device: str) -> None:
+    """Raises ConfigError for one that torch does not know, or that is not there."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        raise ConfigError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 def find_model(path: str) -> tuple[str | None, str]:
     """The subfolder that holds the autoencoder (`vae` in runs and pipelines), and the name of its class."""
     folder = Path(path)

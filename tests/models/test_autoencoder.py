@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ from torch._subclasses import FakeTensorMode
 
 from ldm_vae.errors import ModelError
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
-from ldm_vae.models.pretrained import encode_moments, last_layer, load_autoencoder, reconstruct, stride_of
+from ldm_vae.models.pretrained import (
+    encode_moments,
+    is_variational,
+    last_layer,
+    load_autoencoder,
+    reconstruct,
+    stride_of,
+)
 
 SMALL: list[dict[str, Any]] = [
     {"patch_size": 4, "block_out_channels": (8,), "encoder_layers_per_block": (1,), "decoder_layers_per_block": (2,)},
@@ -21,6 +29,9 @@ SMALL: list[dict[str, Any]] = [
         "encoder_layers_per_block": (1, 0, 1),
         "decoder_layers_per_block": (2, 1, 0),
     },
+    {"patch_size": 2, "block_out_channels": (8, 8), "pool": 2},
+    {"patch_size": 2, "block_out_channels": (8,), "encoder_layers_per_block": (1,), "decoder_layers_per_block": (3,)}
+    | {"pool": 4},
 ]
 
 
@@ -67,6 +78,51 @@ def test_the_receptive_field_is_finite_and_what_the_model_says(keywords: dict[st
     touched = latents.grad[0].abs().sum(dim=0).nonzero()
     assert touched.min(dim=0).values.tolist() == [middle - vae.decoder_halo] * 2
     assert touched.max(dim=0).values.tolist() == [middle + vae.decoder_halo] * 2
+
+
+def test_a_plain_autoencoder_has_no_noise_and_no_kl() -> None:
+    vae = PatchAutoencoderKL(block_out_channels=(8, 8), deterministic=True)
+    posterior = vae.encode(torch.rand(2, 3, 16, 16)).latent_dist
+    assert torch.equal(posterior.sample(), posterior.mean)
+    assert not is_variational(vae)
+    assert is_variational(PatchAutoencoderKL(block_out_channels=(8, 8)))
+
+
+@pytest.mark.parametrize(("activation", "low", "high"), [("relu", 0.0, math.inf), ("sigmoid", 0.0, 1.0)])
+def test_sparse_latents_are_in_their_range_and_nothing_else_changes(activation: str, low: float, high: float) -> None:
+    torch.manual_seed(0)
+    plain = PatchAutoencoderKL(block_out_channels=(8, 8))
+    sparse = PatchAutoencoderKL(block_out_channels=(8, 8), latent_activation=activation)
+    sparse.load_state_dict(plain.state_dict())
+    images = torch.rand(2, 3, 16, 16)
+    wanted, found = (v.encode(images).latent_dist for v in (plain, sparse))
+    assert ((found.mean >= low) & (found.mean <= high)).all()
+    expected = wanted.mean.clamp(min=0) if activation == "relu" else 1 / (1 + torch.exp(-wanted.mean))
+    torch.testing.assert_close(found.mean, expected)
+    assert torch.equal(found.logvar, wanted.logvar)
+    with pytest.raises(ValueError, match="latent_activation swish"):
+        PatchAutoencoderKL(latent_activation="swish")
+
+
+def test_an_image_of_the_strides_side_is_one_vector() -> None:
+    vae = PatchAutoencoderKL(latent_channels=5, block_out_channels=(8, 8), pool=4)
+    assert stride_of(vae) == 32
+    latents = vae.encode(torch.rand(2, 3, 32, 32)).latent_dist.mean
+    assert latents.shape == (2, 5, 1, 1)
+    assert vae.decode(latents).sample.shape == (2, 3, 32, 32)
+
+
+def test_a_noise_level_counts_where_it_is_told_and_an_unknown_one_is_none() -> None:
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(block_out_channels=(8, 8), noise_level=True)
+    images = torch.rand(3, 3, 16, 16)
+    none = vae.encode(images).latent_dist.mean
+    mixed = vae.encode(images, noise_level=torch.tensor([-1.0, 0.0, 30.0])).latent_dist.mean
+    torch.testing.assert_close(mixed[0], none[0])
+    assert (mixed[1] - none[1]).abs().max() > 1e-3  # no noise is something to know, too
+    assert (mixed[2] - none[2]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="takes no noise level"):
+        PatchAutoencoderKL(block_out_channels=(8, 8)).encode(images, noise_level=torch.zeros(3))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 13])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from ldm_vae.objectives import losses
 
@@ -73,3 +73,24 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long() -> None:
     weight = losses.adaptive_weight(other, adversarial)
     assert (weight * adversarial).norm().item() == pytest.approx(other.norm().item(), rel=1e-2)
     assert losses.adaptive_weight(other, torch.zeros(5, 5)).item() <= 1e4
+
+
+def test_l1_sparsity_is_one_for_equal_latents_least_for_a_single_one_and_blind_to_scale() -> None:
+    equal = torch.full((2, 4, 3, 3), -0.7)
+    assert losses.l1_sparsity(equal).item() == pytest.approx(1)
+    single = torch.zeros(1, 4, 3, 3)
+    single[0, 2, 1, 1] = 5.0
+    assert losses.l1_sparsity(single).item() == pytest.approx(1 / math.sqrt(36), rel=1e-5)
+    latents = torch.randn(3, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(losses.l1_sparsity(latents), losses.l1_sparsity(10 * latents))
+    torch.testing.assert_close(  # an image at a time: splitting a batch changes nothing
+        losses.l1_sparsity(latents), torch.stack([losses.l1_sparsity(z[None]) for z in latents]).mean()
+    )
+
+
+def test_kl_sparsity_is_the_divergence_of_two_coins() -> None:
+    rates = torch.tensor([0.05, 0.3])
+    activations = rates[:, None, None, None].expand(2, 4, 3, 3)
+    coins = [kl_divergence(Bernoulli(probs=torch.tensor(0.05)), Bernoulli(probs=r)) for r in rates]
+    torch.testing.assert_close(losses.kl_sparsity(activations, 0.05), torch.stack(coins).mean())
+    assert losses.kl_sparsity(torch.zeros(1, 1, 2, 2), 0.05).isfinite()

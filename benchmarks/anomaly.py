@@ -1,0 +1,320 @@
+"""Find defects and strange images by an autoencoder of good ones, beside what needs no network.
+
+python benchmarks/anomaly.py magnetic-tile --data ../shared/data/magnetic-tile --output DIR
+python benchmarks/anomaly.py fashion-mnist --data ../shared/data/fashion-mnist --output DIR
+
+Trained on good images alone; every tenth of them is held out for the thresholds. magnetic-tile has folders train/good,
+test/KIND and ground_truth/KIND. Of Fashion-MNIST each class is the good one in turn. Beside ours: the error of a
+reconstruction by principal components, scored like ours or by its mean, whichever and with however many components is
+best on the test images (in its favour); and the mean distance to the 5 nearest good images, on pixels. The same command
+goes on with what was trained.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from ldm_vae.anomaly import AnomalyDetector, fit_detector, mean_of_largest, smooth
+from ldm_vae.config import as_json, parse_config
+from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
+from ldm_vae.data.images import Pixels, read_pixels, resize, to_images
+from ldm_vae.data.sources import open_source
+from ldm_vae.errors import DataError, one_line_errors
+from ldm_vae.files import atomic, check_writable, write_csv, write_json
+from ldm_vae.models.pretrained import load_autoencoder
+from ldm_vae.pictures import heat_map
+from ldm_vae.runs import git_revision, versions
+from ldm_vae.timing import describe_machine, seconds_of_script
+
+ROOT = Path(__file__).parent.parent
+COMPONENTS = (4, 8, 16, 32, 64, 128)
+NEIGHBOURS = 5
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of the anomaly benchmark."""
+
+    data: Path = tyro.MISSING
+    output: Path = tyro.MISSING
+    dataset: tyro.conf.Suppress[str] = "magnetic-tile"
+    preset: str = "plain"
+    """Of train_vae.py."""
+    resolution: int = 64
+    """Side of the training crops."""
+    global_latent: int | None = None
+    steps: int = 4000
+    batch_size: int = 16
+    blur: float = 4.0
+    share: float = 0.001
+    side: int = 64
+    """To which images are resized for the comparisons on pixels."""
+    false_alarm_rate: float = 0.1
+    num_test: int | None = None
+    """Only so many test images (Fashion-MNIST: evenly of them)."""
+    seed: int = 0
+
+
+PRESETS = {
+    "magnetic-tile": ("grey photos of tiles with five kinds of defects", Config()),
+    "fashion-mnist": (
+        "each class of clothes against the others",
+        Config(
+            dataset="fashion-mnist",
+            resolution=32,
+            global_latent=16,
+            steps=800,
+            batch_size=64,
+            blur=1.0,
+            share=1.0,
+            side=32,
+            false_alarm_rate=0.05,
+        ),
+    ),
+}
+
+
+def trained(config: Config, good: str, run: Path) -> float:
+    """Seconds of training, 0 for what was trained before."""
+    if (run / "checkpoints" / f"step-{config.steps}").exists():
+        return 0.0
+    words: list[object] = [config.preset, "--data", good, "--output", run, "--channels", 1, "--steps", config.steps]
+    words += ["--resolution", config.resolution, "--batch-size", config.batch_size, "--seed", config.seed]
+    words += ["--tracker", "none", "--log-every", 200, "--sample-every", 2000]
+    words += [] if config.global_latent is None else ["--global-latent", config.global_latent]
+    return seconds_of_script(ROOT / "training" / "train_vae.py", *words)
+
+
+def auroc(scores: Any, anomalous: Any) -> float:
+    """The area under the receiver operating characteristic."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(anomalous, scores))
+
+
+def small(pixels: Pixels, side: int) -> np.ndarray:
+    """In [0, 1], (side * side,)."""
+    return resize(pixels, (side, side))[:, :, 0].astype(np.float32).ravel() / 255
+
+
+# Without a network ---------------------------------------------------------------------------------------------------
+
+
+def by_components(good: np.ndarray, test: np.ndarray, config: Config) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(name, score of each test image, map of each (N, side, side)) for each number of components and each scoring."""
+    from sklearn.decomposition import PCA
+
+    for count in COMPONENTS:
+        if count < min(good.shape):
+            pca = PCA(count, random_state=config.seed).fit(good)
+            errors = np.square(test - pca.inverse_transform(pca.transform(test)))
+            maps = errors.reshape(-1, config.side, config.side)
+            yield f"PCA of {count}, mean", errors.mean(axis=1), maps
+            blur = config.blur * config.side / 256 if config.dataset == "magnetic-tile" else config.blur
+            smoothed = np.stack([smooth(m, blur) for m in np.sqrt(maps)])
+            yield f"PCA of {count}, as ours", np.array([mean_of_largest(m, config.share) for m in smoothed]), smoothed
+
+
+def by_neighbours(good: np.ndarray, test: np.ndarray) -> np.ndarray:
+    from sklearn.neighbors import NearestNeighbors
+
+    return NearestNeighbors(n_neighbors=NEIGHBOURS).fit(good).kneighbors(test)[0].mean(axis=1)
+
+
+# Defects of tiles ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestImage:
+    """Pixels (H, W, 1), its kind, and where it is defective (H, W)."""
+
+    name: str
+    kind: str
+    pixels: Pixels
+    mask: np.ndarray
+
+
+def tiles(config: Config) -> list[TestImage]:
+    """Every image of the test folder. Raises DataError for another layout."""
+    found = []
+    for file in sorted((config.data / "test").rglob("*.jpg")):
+        pixels = read_pixels(file.read_bytes(), channels=1)
+        kind = file.parent.name
+        mask = np.zeros(pixels.shape[:2], bool)
+        if kind != "good":
+            truth = config.data / "ground_truth" / kind / f"{file.stem}.png"
+            mask = read_pixels(truth.read_bytes(), channels=1)[:, :, 0] > 127
+        found.append(TestImage(name=f"{kind}/{file.name}", kind=kind, pixels=pixels, mask=mask))
+    if not found or not (config.data / "train" / "good").is_dir():
+        raise DataError(f"{config.data} does not hold train/good, test/KIND and ground_truth/KIND")
+    return found
+
+
+def judge_tiles(config: Config) -> Row:
+    images = tiles(config)
+    good_folder = str(config.data / "train" / "good")
+    run = config.output / "run"
+    seconds = trained(config, f"{good_folder}#train", run)
+    vae = load_autoencoder(str(run))
+    sources = [open_source(f"{good_folder}#{part}", channels=1) for part in ("train", "held-out")]
+    options = {"false_alarm_rate": config.false_alarm_rate, "blur": config.blur, "share": config.share}
+    detector, _ = fit_detector(vae, *sources, **options)  # type: ignore[arg-type]
+    anomalous = np.array([i.kind != "good" for i in images])
+    scores: dict[str, list[float]] = {m: [] for m in detector.facts.methods}
+    maps: dict[str, list[np.ndarray]] = {m: [] for m in detector.facts.methods}
+    for image in tqdm(images, unit="image"):
+        found, _ = detector.maps(to_images(image.pixels)[None])
+        for method, value in detector.scores(found).items():
+            scores[method].append(value)
+            maps[method].append(found[method])
+    truth = np.concatenate([i.mask.ravel() for i in images])
+    rows = [
+        {
+            "method": f"ours, {m}",
+            "image_auroc": auroc(scores[m], anomalous),
+            "pixel_auroc": auroc(np.concatenate([x.ravel() for x in maps[m]]), truth),
+            **{k: auroc(*of_kind(scores[m], images, k)) for k in kinds(images)},
+            **rates(np.array(scores[m]) > detector.facts.thresholds[m], anomalous),
+        }
+        for m in scores
+    ]
+    good = np.stack([small(sources[0][i].pixels, config.side) for i in range(len(sources[0]))])
+    test = np.stack([small(i.pixels, config.side) for i in images])
+    for name, values, found_maps in by_components(good, test, config):
+        full = [
+            resize(m[:, :, None], i.mask.shape)[:, :, 0].ravel()
+            for m, i in zip(scaled(found_maps), images, strict=True)
+        ]
+        kinds_of = {k: auroc(*of_kind(values, images, k)) for k in kinds(images)}
+        pixel = auroc(np.concatenate(full), truth)
+        rows.append({"method": name, "image_auroc": auroc(values, anomalous), "pixel_auroc": pixel, **kinds_of})
+    near = by_neighbours(good, test)
+    kinds_of = {k: auroc(*of_kind(near, images, k)) for k in kinds(images)}
+    rows.append({"method": f"{NEIGHBOURS} nearest on pixels", "image_auroc": auroc(near, anomalous), **kinds_of})
+    draw_tiles(detector, images, config)
+    return {"training_seconds": seconds, "rows": rows}
+
+
+def scaled(maps: np.ndarray) -> np.ndarray:
+    """In [0, 1], as float images are."""
+    return (maps / maps.max()).astype(np.float32)
+
+
+def kinds(images: list[TestImage]) -> list[str]:
+    return sorted({i.kind for i in images} - {"good"})
+
+
+def of_kind(scores: Any, images: list[TestImage], kind: str) -> tuple[list[float], list[bool]]:
+    """Scores and truth of the good images and of one kind of defects."""
+    pairs = [(s, i.kind == kind) for s, i in zip(scores, images, strict=True) if i.kind in ("good", kind)]
+    return [s for s, _ in pairs], [t for _, t in pairs]
+
+
+def rates(alarms: np.ndarray, anomalous: np.ndarray) -> Row:
+    """At the calibrated threshold."""
+    return {"false_alarms": float(alarms[~anomalous].mean()), "detected": float(alarms[anomalous].mean())}
+
+
+def draw_tiles(detector: AnomalyDetector, images: list[TestImage], config: Config) -> None:
+    """A sheet for each method: two images of each kind with their heat maps."""
+    for method in detector.facts.methods:
+        strips = []
+        for kind in ["good", *kinds(images)]:
+            for image in [i for i in images if i.kind == kind][:2]:
+                tensor = to_images(image.pixels)[None]
+                maps, reconstruction = detector.maps(tensor)
+                strip = heat_map(tensor[0], reconstruction[0], maps[method], detector.facts.thresholds[method])
+                strip.thumbnail((480, 240))
+                strips.append(strip)
+        sheet = Image.new("RGB", (3 * 490, -(-len(strips) // 3) * 250), "white")
+        for i, strip in enumerate(strips):
+            sheet.paste(strip, (i % 3 * 490, i // 3 * 250))
+        sheet.save(config.output / f"{method}.png")
+
+
+# Clothes -------------------------------------------------------------------------------------------------------------
+
+
+def judge_fashion(config: Config) -> Row:
+    """Each class in turn as the good one."""
+    pixels, labels = read_fashion_mnist(config.data, "train")
+    test_pixels, test_labels = read_fashion_mnist(config.data, "t10k")
+    if config.num_test is not None:
+        step = max(len(test_pixels) // config.num_test, 1)
+        test_pixels, test_labels = test_pixels[::step], test_labels[::step]
+    rows, seconds = [], 0.0
+    for label, name in enumerate(FASHION):
+        own = pixels[labels == label]
+        target = config.output / f"{name}.zip"
+        write_class_zip(target, ((p, name) for p in own))
+        run = config.output / name
+        seconds += trained(config, f"{target}#train", run)
+        vae = load_autoencoder(str(run))
+        sources = [open_source(f"{target}#{part}", channels=1) for part in ("train", "held-out")]
+        options = {"false_alarm_rate": config.false_alarm_rate, "blur": config.blur, "share": config.share}
+        detector, _ = fit_detector(vae, *sources, methods=("l1", "mahalanobis"), **options)  # type: ignore[arg-type]
+        anomalous = test_labels != label
+        found = [detector.scores(detector.maps(to_images(p)[None])[0]) for p in tqdm(test_pixels, desc=name)]
+        for method in detector.facts.methods:
+            values = np.array([f[method] for f in found])
+            alarms = rates(values > detector.facts.thresholds[method], anomalous)
+            rows.append({"class": name, "method": f"ours, {method}", "image_auroc": auroc(values, anomalous), **alarms})
+        good = np.stack([small(sources[0][i].pixels, config.side) for i in range(len(sources[0]))])
+        test = np.stack([small(p, config.side) for p in test_pixels])
+        for pca, values, _ in by_components(good, test, config):
+            rows.append({"class": name, "method": pca, "image_auroc": auroc(values, anomalous)})
+        near = auroc(by_neighbours(good, test), anomalous)
+        rows.append({"class": name, "method": f"{NEIGHBOURS} nearest on pixels", "image_auroc": near})
+    means = [
+        {
+            "class": "mean",
+            "method": m,
+            "image_auroc": statistics.fmean(r["image_auroc"] for r in rows if r["method"] == m),
+        }
+        for m in dict.fromkeys(r["method"] for r in rows)
+    ]
+    return {"training_seconds": seconds, "rows": means + rows}
+
+
+def table(rows: list[Row]) -> str:
+    keys = list(dict.fromkeys(k for r in rows for k in r))
+    lines = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
+    for r in rows:
+        cells = ["-" if k not in r else r[k] if isinstance(r[k], str) else f"{r[k]:.3f}" for k in keys]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(config: Config) -> None:
+    check_writable(config.output)
+    found = judge_fashion(config) if config.dataset == "fashion-mnist" else judge_tiles(config)
+    record = {
+        "config": as_json(config),
+        "machine": describe_machine(torch.device("cpu")),
+        "versions": versions(),
+        "git": git_revision(),
+        **found,
+    }
+    write_json(config.output / "results.json", record)
+    every = [{k: r.get(k, "") for k in dict.fromkeys(k for x in found["rows"] for k in x)} for r in found["rows"]]
+    write_csv(config.output / "table.csv", every)
+    with atomic(config.output / "table.md") as out:
+        out.write(table(found["rows"]).encode())
+    print(table(found["rows"]))
+    print(f"trained in {found['training_seconds'] / 60:.1f} minutes; pictures and figures are in {config.output}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_config(PRESETS, description="Find what is unlike good images."))

@@ -1,0 +1,236 @@
+"""`ldm-vae embed` and `ldm-vae anomaly fit | score`: what an autoencoder knows of images, without decoding any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
+from ldm_vae.files import atomic, check_writable, is_hub_id, write_csv
+
+Pooling = Literal["mean", "flatten"]
+Method = Literal["l1", "ssim", "lpips", "mahalanobis"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    """Write one vector an image, from the autoencoder's latents."""
+
+    vae: str
+    """Run directory, model folder or hub id."""
+    data: str
+    """Image folder, .zip, Hugging Face dataset, or procedural:NAME."""
+    output: Path
+    """vectors.npy, with the names and labels in vectors.csv beside it; or vectors.parquet with all three."""
+    resolution: int | None = None
+    """Side of the squares that images are resized to; their own size unless given."""
+    pooling: Pooling = "mean"
+    """Of a map of latents: their mean over the places, or all of them."""
+    num_images: int | None = None
+    overwrite: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Measure good images, and set the thresholds on others that the autoencoder was not trained on."""
+
+    vae: str
+    """Run directory, model folder or hub id of an autoencoder that was trained on good images."""
+    data: str
+    """Good images."""
+    held_out: str | None = None
+    """Good images that the autoencoder was not trained on; every tenth of --data, and the others to measure, unless
+    given."""
+    output: Path | None = None
+    """Folder of the detector; `anomaly` in --vae unless given."""
+    methods: tuple[Method, ...] = ("l1", "ssim", "mahalanobis")
+    """lpips needs the weights of its backbone."""
+    false_alarm_rate: float = 0.05
+    blur: float = 4.0
+    """Smoothing of the maps, in pixels."""
+    share: float = 0.001
+    """The largest part of a map, whose mean is the score."""
+    lpips_backbone: Literal["vgg", "alex", "squeeze"] = "vgg"
+    overwrite: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Score images: a CSV of all, and a heat map of each."""
+
+    vae: str
+    data: str
+    output: Path
+    """Folder for scores.csv and heat_maps/."""
+    detector: Path | None = None
+    """What `anomaly fit` wrote; `anomaly` in --vae unless given."""
+    method: Method | None = None
+    """Of the heat maps; the detector's last unless given."""
+    heat_maps: bool = True
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Anomaly:
+    """Find images that are unlike good ones."""
+
+    action: tyro.conf.OmitArgPrefixes[
+        tyro.conf.OmitSubcommandPrefixes[
+            Annotated[Fit, tyro.conf.subcommand("fit")] | Annotated[Score, tyro.conf.subcommand("score")]
+        ]
+    ]
+
+
+def embed_images(command: Embed) -> None:
+    import numpy as np
+    from tqdm import tqdm
+
+    from ldm_vae.data.sources import HeadSource, check_finite, open_source
+    from ldm_vae.embedding import embed_source
+    from ldm_vae.models.pretrained import channels_of, check_device, load_autoencoder
+
+    kind = command.output.suffix.lower()
+    if kind not in (".npy", ".parquet"):
+        raise ConfigError(f"--output {command.output}: name a .npy or a .parquet file")
+    for value, name in ((command.resolution, "--resolution"), (command.num_images, "--num-images")):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}: it must be at least 1")
+    if kind == ".parquet":
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError:
+            raise ConfigError("parquet files need pyarrow: pip install 'ldm-vae[datasets]', or write .npy") from None
+    if command.output.exists() and not command.overwrite:
+        raise ConfigError(f"{command.output} is there already: add --overwrite to replace it")
+    check_device(command.device)
+    vae = load_autoencoder(command.vae).to(command.device)
+    check_writable(command.output.parent)
+    source = open_source(command.data, channels=channels_of(vae), resolution=command.resolution or 256)
+    check_finite(source, command.data, command.num_images)
+    if command.num_images is not None:
+        source = HeadSource(source, command.num_images)
+    vectors, names, labels, bad = embed_source(
+        vae, source, resolution=command.resolution, pooling=command.pooling, progress=tqdm
+    )
+    classes = ["" if label is None else source.classes[label] for label in labels]
+    if kind == ".npy":
+        with atomic(command.output) as out:
+            np.save(out, vectors)
+        rows = [{"name": n, "class": c} for n, c in zip(names, classes, strict=True)]
+        write_csv(command.output.with_suffix(".csv"), rows)
+    else:
+        table = pyarrow.table({"name": names, "class": classes, "vector": list(vectors)})
+        with atomic(command.output) as out:
+            parquet.write_table(table, out)
+    say_bad(bad)
+    print(f"{len(vectors)} vectors of {vectors.shape[1]} numbers are in {command.output}")
+
+
+def say_bad(bad: dict[str, str]) -> None:
+    for name, reason in bad.items():
+        print(f"left out: {name}: {reason}")
+
+
+def find_anomalies(command: Anomaly) -> None:
+    action: Any = command.action
+    return fit(action) if isinstance(action, Fit) else score(action)
+
+
+def detector_folder(given: Path | None, vae: str) -> Path:
+    from ldm_vae.anomaly import FOLDER
+
+    if given is None and is_hub_id(vae) and not Path(vae).is_dir():
+        raise ConfigError(f"{vae} is on the hub: name the detector's folder")
+    return given if given is not None else Path(vae) / FOLDER
+
+
+def fit(command: Fit) -> None:
+    from ldm_vae.anomaly import fit_detector
+    from ldm_vae.data.sources import check_finite, open_source
+    from ldm_vae.files import staged_directory
+    from ldm_vae.models.pretrained import channels_of, check_device, load_autoencoder
+
+    folder = detector_folder(command.output, command.vae)
+    if folder.exists() and not command.overwrite:
+        raise ConfigError(f"{folder} is there: add --overwrite to replace it, or choose another --output")
+    check_device(command.device)
+    vae = load_autoencoder(command.vae).to(command.device)
+    check_writable(folder.parent)
+    given = command.data if command.held_out is not None else f"{command.data}#train"
+    held_out = command.held_out if command.held_out is not None else f"{command.data}#held-out"
+    sources = [open_source(path, channels=channels_of(vae)) for path in (given, held_out)]
+    for source, path in zip(sources, (given, held_out), strict=True):
+        check_finite(source, path, None)
+    detector, bad = fit_detector(
+        vae,
+        *sources,
+        methods=command.methods,
+        false_alarm_rate=command.false_alarm_rate,
+        blur=command.blur,
+        share=command.share,
+        lpips_backbone=command.lpips_backbone,
+    )
+    with staged_directory(folder) as staging:
+        detector.save(staging)
+    say_bad(bad)
+    facts = detector.facts
+    said = ", ".join(f"{m} {t:.4g}" for m, t in facts.thresholds.items())
+    print(f"thresholds from {facts.held_out} good images held out, for {facts.false_alarm_rate:.1%} alarms: {said}")
+    print(f"the detector is in {folder}")
+
+
+def score(command: Score) -> None:
+    from tqdm import tqdm
+
+    from ldm_vae.anomaly import AnomalyDetector, images_of
+    from ldm_vae.data.conversion import check_viewable
+    from ldm_vae.data.sources import check_finite, open_source
+    from ldm_vae.folders import files_of, stays_inside
+    from ldm_vae.models.pretrained import channels_of, check_device, load_autoencoder
+    from ldm_vae.pictures import heat_map
+
+    folder = detector_folder(command.detector, command.vae)
+    check_device(command.device)
+    vae = load_autoencoder(command.vae).to(command.device)
+    check_viewable(channels_of(vae))
+    detector = AnomalyDetector.load(folder, vae)
+    facts = detector.facts
+    method = command.method or facts.methods[-1]
+    if method not in facts.methods:
+        raise ConfigError(f"the detector has no {method}: it has {', '.join(facts.methods)}")
+    source = open_source(command.data, channels=channels_of(vae))
+    check_finite(source, command.data, None)
+    check_writable(command.output)
+    files = {index: file for file, index in files_of([source.name(i) for i in range(len(source))]).items()}
+    rows, bad = [], {}
+    for index, (name, images) in enumerate(tqdm(images_of(source), total=len(source), unit="image")):
+        try:
+            if isinstance(images, str):
+                raise BadImageError(images)
+            maps, reconstruction = detector.maps(images)
+        except BadImageError as error:
+            bad[name] = str(error)
+            continue
+        scores = detector.scores(maps)
+        row: dict[str, Any] = {"name": name}
+        for m, value in scores.items():
+            row |= {m: f"{value:.6g}", f"{m}_anomalous": int(value > facts.thresholds[m])}
+        rows.append(row)
+        if command.heat_maps and stays_inside(files[index]):
+            target = command.output / "heat_maps" / files[index]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture = heat_map(images[0], reconstruction[0].cpu(), maps[method], facts.thresholds[method])
+            with atomic(target) as out:
+                picture.save(out, "PNG")
+    if not rows:
+        raise nothing_usable(bad)
+    write_csv(command.output / "scores.csv", rows)
+    write_csv(command.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(bad.items())])
+    found = sum(r[f"{method}_anomalous"] for r in rows)
+    print(f"{found} of {len(rows)} images are anomalies by {method}, {len(bad)} bad; see {command.output}")

@@ -1,0 +1,287 @@
+"""What an autoencoder that saw only good images makes of others: a map of scores, a score an image, and a threshold.
+
+A method gives a map (H, W) that is large where an image differs from good ones: by how badly it is reconstructed
+(Bergmann et al. 2019, "MVTec AD", section 4), or by how far its latents are from those of good images (Mahalanobis
+distance, as in Defard et al. 2021, "PaDiM", equation 2, with one Gaussian for all places). The map is smoothed, and an
+image's score is the mean of its largest part. Each image is scored alone: no figure depends on a batch or an order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from scipy.ndimage import gaussian_filter
+from torch import Tensor, nn
+
+from ldm_vae.data.images import to_images
+from ldm_vae.data.sources import Source
+from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError, nothing_usable
+from ldm_vae.files import write_json
+from ldm_vae.metrics import SMALLEST_FOR_SSIM
+from ldm_vae.models.pretrained import channels_of, fingerprint
+from ldm_vae.models.tiling import decode, encode_mean
+from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
+
+Method = Literal["l1", "ssim", "lpips", "mahalanobis"]
+FOLDER = "anomaly"
+FACTS, STATISTICS = "anomaly.json", "statistics.safetensors"
+SHRINKAGE = 0.01
+"""Of the latents' covariance towards a multiple of the identity: so much the least of its eigenvalues is."""
+Map = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What scores depend on beside the autoencoder, and what was measured on good images."""
+
+    vae: str
+    """Fingerprint of the autoencoder."""
+    methods: tuple[Method, ...]
+    blur: float
+    """Standard deviation in pixels of the smoothing of a map."""
+    share: float
+    """The part of a map, the largest of it, whose mean is the image's score."""
+    false_alarm_rate: float
+    """Asked for; on new good images it holds on average over what was held out."""
+    thresholds: dict[str, float]
+    """By method: a higher score is an anomaly."""
+    held_out: int
+    """Good images that the thresholds come from."""
+    lpips_backbone: Backbone
+    lpips_pretrained: bool
+
+
+class AnomalyDetector:
+    """An autoencoder, and what good images look like to it.
+
+    Args:
+        vae: any diffusers autoencoder.
+        mean, whitening: of good images' latents, (c,) and (c, c): |whitening @ (z - mean)| is the Mahalanobis distance.
+
+    Raises:
+        ModelMismatchError: these are another autoencoder's facts.
+    """
+
+    def __init__(self, vae: Any, facts: Facts, *, mean: np.ndarray, whitening: np.ndarray) -> None:
+        if facts.vae != fingerprint(vae):
+            raise ModelMismatchError(
+                f"the detector was fitted for the autoencoder {facts.vae[:16]}, this one is {fingerprint(vae)[:16]}: "
+                "fit it anew with `ldm-vae anomaly fit`"
+            )
+        self.vae, self.facts = vae.eval(), facts
+        self.device = next(vae.parameters()).device
+        self.mean, self.whitening = mean, whitening
+        self.lpips: PerceptualLoss | None = None
+        if "lpips" in facts.methods:
+            self.lpips = PerceptualLoss(
+                facts.lpips_backbone, pretrained=facts.lpips_pretrained, image_channels=channels_of(vae)
+            ).to(self.device)
+
+    @torch.inference_mode()
+    def maps(self, images: Tensor) -> tuple[dict[str, Map], Tensor]:
+        """One image (1, C, H, W) in [-1, 1] -> by method its smoothed map, float32 (H, W); and its reconstruction.
+
+        Raises:
+            BadImageError: too small for a method.
+        """
+        images = images.to(self.device)
+        height, width = images.shape[-2:]
+        latents = encode_mean(self.vae, images)
+        reconstruction = decode(self.vae, latents)[..., :height, :width].clamp(-1, 1)
+        found: dict[str, Map] = {}
+        for method in self.facts.methods:
+            match method:
+                case "l1":
+                    raw = (images - reconstruction).abs().mean(dim=1)
+                case "ssim":
+                    raw = dissimilarity(images, reconstruction)
+                case "lpips":
+                    assert self.lpips is not None
+                    least = SMALLEST_IMAGE[self.facts.lpips_backbone]
+                    check_side(images, least, method)
+                    raw = self.lpips.maps(reconstruction, images)
+                case "mahalanobis":
+                    raw = self.distances(latents, height, width)
+            found[method] = smooth(raw[0].float().cpu().numpy(), self.facts.blur)
+        return found, reconstruction
+
+    def distances(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Latents (1, c, h, w) -> Mahalanobis distances (1, H, W)."""
+        centred = latents[0].double() - torch.from_numpy(self.mean).to(latents.device)[:, None, None]
+        white = torch.einsum("ij,jhw->ihw", torch.from_numpy(self.whitening).to(latents.device), centred)
+        distances = white.square().sum(dim=0).sqrt()[None, None].float()  # (1, 1, h, w)
+        ratio = -(-height // latents.shape[2]), -(-width // latents.shape[3])
+        size = latents.shape[2] * ratio[0], latents.shape[3] * ratio[1]
+        enlarged = nn.functional.interpolate(distances, size=size, mode="bilinear", align_corners=False)
+        return enlarged[:, 0, :height, :width]
+
+    def scores(self, maps: dict[str, Map]) -> dict[str, float]:
+        """By method: the mean of the largest `share` of a map, of one pixel at least."""
+        return {method: mean_of_largest(found, self.facts.share) for method, found in maps.items()}
+
+    def save(self, folder: Path) -> None:
+        """Into an existing folder."""
+        write_json(folder / FACTS, asdict(self.facts))
+        save_file({"mean": self.mean, "whitening": self.whitening}, folder / STATISTICS)
+
+    @classmethod
+    def load(cls, folder: Path, vae: Any) -> Self:
+        """Raises ModelError for a folder without a detector, or with a damaged one."""
+        if not (folder / FACTS).is_file():
+            raise ModelError(f"{folder} holds no detector: fit one with `ldm-vae anomaly fit`")
+        try:
+            record = json.loads((folder / FACTS).read_text())
+            facts = Facts(**{**record, "methods": tuple(record["methods"])})
+            statistics = load_file(folder / STATISTICS)
+            return cls(vae, facts, mean=statistics["mean"], whitening=statistics["whitening"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"cannot load the detector {folder}: {type(error).__name__}: {error}") from None
+
+
+def dissimilarity(images: Tensor, reconstruction: Tensor) -> Tensor:
+    """1 - SSIM at each pixel, mean over the channels: (1, H, W), in 0..2."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    check_side(images, SMALLEST_FOR_SSIM, "ssim")
+    _, full = structural_similarity_index_measure(
+        reconstruction, images, data_range=2.0, return_full_image=True, sigma=1.5
+    )
+    return 1 - full.mean(dim=1)
+
+
+def check_side(images: Tensor, least: int, method: str) -> None:
+    if min(images.shape[-2:]) < least:
+        raise BadImageError(f"{images.shape[-1]}x{images.shape[-2]} pixels: {method} needs {least} each way")
+
+
+def smooth(values: Map, blur: float) -> Map:
+    return np.asarray(gaussian_filter(values, blur, mode="reflect") if blur > 0 else values, np.float32)
+
+
+def mean_of_largest(values: Map, share: float) -> float:
+    count = max(round(share * values.size), 1)
+    return float(np.partition(values, values.size - count, axis=None)[-count:].astype(np.float64).mean())
+
+
+def threshold_at(scores: Sequence[float], false_alarm_rate: float) -> float:
+    """What a new good image's score is above at most at that rate, on average over the good images held out.
+
+    The k-th smallest of n scores, k = ceil((n + 1)(1 - rate)) (conformal prediction: Vovk et al. 2005, section 2.2). It
+    assumes nothing of the scores but that new good images are drawn as these were.
+
+    Raises:
+        DataError: too few to promise so low a rate.
+    """
+    n = len(scores)
+    k = math.ceil((n + 1) * (1 - false_alarm_rate) - 1e-9)
+    if k > n:
+        least = math.ceil(1 / false_alarm_rate) - 1
+        raise DataError(
+            f"{n} good images were held out: a false-alarm rate of {false_alarm_rate:g} needs at least {least}"
+        )
+    return float(np.sort(np.asarray(scores, float))[k - 1])
+
+
+class LatentGaussian:
+    """Mean and covariance of latents (c, h, w) over all their places, added up image by image in float64."""
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.total = np.zeros(channels)
+        self.products = np.zeros((channels, channels))
+
+    def add(self, latents: Tensor) -> None:
+        rows = latents.flatten(1).T.double().cpu().numpy()  # (h * w, c)
+        self.count += len(rows)
+        self.total += rows.sum(axis=0)
+        self.products += rows.T @ rows
+
+    def whitening(self) -> tuple[np.ndarray, np.ndarray]:
+        """mean (c,) and a matrix (c, c) that makes the covariance, shrunk by SHRINKAGE, the identity."""
+        mean = self.total / self.count
+        covariance = self.products / self.count - np.outer(mean, mean)
+        c = len(mean)
+        ridge = max(np.trace(covariance) / c, 1e-12)
+        covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * ridge * np.eye(c)
+        return mean, np.linalg.inv(np.linalg.cholesky(covariance))
+
+
+def images_of(source: Source) -> Any:
+    """(name, images (1, C, H, W) in [-1, 1] or the reason why there are none) of every image, in order."""
+    for i in range(len(source)):
+        try:
+            yield source.name(i), to_images(source[i].pixels)[None]
+        except BadImageError as error:
+            yield source.name(i), str(error)
+
+
+def fit_detector(
+    vae: Any,
+    good: Source,
+    held_out: Source,
+    *,
+    methods: Sequence[Method] = ("l1", "ssim", "mahalanobis"),
+    false_alarm_rate: float = 0.05,
+    blur: float = 4.0,
+    share: float = 0.001,
+    lpips_backbone: Backbone = "vgg",
+    lpips_pretrained: bool = True,
+) -> tuple[AnomalyDetector, dict[str, str]]:
+    """A detector for this autoencoder, and the bad images met: name -> reason.
+
+    Args:
+        good: images without anomalies, whose latents are the measure; the autoencoder may have been trained on them.
+        held_out: others, that it was not trained on: they set the thresholds.
+
+    Raises:
+        ConfigError: no method, or numbers that cannot be.
+        DataError: nothing usable, or too few held out for the rate.
+    """
+    if not methods or not 0 < false_alarm_rate < 1 or not 0 <= blur < math.inf or not 0 < share <= 1:
+        raise ConfigError("at least one method, 0 < false-alarm rate < 1, blur >= 0 and 0 < share <= 1 are needed")
+    bad: dict[str, str] = {}
+    gaussian = LatentGaussian(int(vae.config.latent_channels))
+    device = next(vae.parameters()).device
+    for name, images in images_of(good):
+        if isinstance(images, str):
+            bad[name] = images
+            continue
+        with torch.inference_mode():
+            gaussian.add(encode_mean(vae, images.to(device))[0])
+    if not gaussian.count:
+        raise nothing_usable(bad)
+    mean, whitening = gaussian.whitening()
+    facts = Facts(
+        vae=fingerprint(vae),
+        methods=tuple(dict.fromkeys(methods)),
+        blur=blur,
+        share=share,
+        false_alarm_rate=false_alarm_rate,
+        thresholds={},
+        held_out=0,
+        lpips_backbone=lpips_backbone,
+        lpips_pretrained=lpips_pretrained,
+    )
+    detector = AnomalyDetector(vae, facts, mean=mean, whitening=whitening)
+    rows = []
+    for name, images in images_of(held_out):
+        try:
+            if isinstance(images, str):
+                raise BadImageError(images)
+            rows.append(detector.scores(detector.maps(images)[0]))
+        except BadImageError as error:
+            bad[name] = str(error)
+    if not rows:
+        raise nothing_usable(bad)
+    thresholds = {m: threshold_at([r[m] for r in rows], false_alarm_rate) for m in facts.methods}
+    facts = Facts(**{**asdict(facts), "methods": facts.methods, "thresholds": thresholds, "held_out": len(rows)})
+    detector.facts = facts
+    return detector, bad

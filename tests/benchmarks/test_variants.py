@@ -1,0 +1,134 @@
+"""The benchmarks of denoising, anomalies and embeddings, small: their figures against independent ones."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import anomaly, denoising, embeddings
+from ldm_vae.errors import ConfigError, DataError
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten classes of stripes in the files of Fashion-MNIST."""
+    folder = tmp_path_factory.mktemp("fashion")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 300), ("t10k", 60)):
+        labels = np.arange(count) % 10
+        y, x = np.mgrid[:28, :28]
+        stripes = 127 + 100 * np.sin((x * (labels[:, None, None] + 1) + y) / 6 + rng.normal(size=(count, 1, 1)) / 4)
+        pixels = (stripes + rng.normal(size=stripes.shape) * 5).clip(0, 255).astype(np.uint8)
+        header = bytes(16)
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.tobytes()))
+        label_bytes = bytes(8) + labels.astype(np.uint8).tobytes()
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(label_bytes))
+    return folder
+
+
+def test_denoisers_see_the_same_noise_and_their_figures_are_right(photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    PatchAutoencoderKL(block_out_channels=(8, 8), noise_level=True).save_pretrained(tmp_path / "run" / "vae")
+    denoising.main(
+        denoising.Config(
+            vae=str(tmp_path / "run"),
+            data=str(photos),
+            tune_on=str(photos),
+            output=tmp_path / "out",
+            sigmas=(25.0,),
+            num_images=2,
+            num_tuning=1,
+        )
+    )
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = {r["method"]: r for r in record["results"]}
+    assert list(found) == ["noisy", "Gaussian blur", "non-local means", "ours, blind", "ours, told sigma"]
+    assert found["noisy"]["psnr"] == pytest.approx(20.17, abs=0.4)  # 20 log10(255 / 25), a little more by clipping
+    assert found["non-local means"]["psnr"] > found["noisy"]["psnr"] + 3
+    rows = list(csv.DictReader((tmp_path / "out" / "per_image.csv").open()))
+    assert len(rows) == 2 * 5
+    means = [float(r["psnr"]) for r in rows if r["method"] == "Gaussian blur"]
+    assert found["Gaussian blur"]["psnr"] == pytest.approx(np.mean(means))
+    assert (tmp_path / "out" / "sigma-25.png").stat().st_size > 0
+    with pytest.raises(ConfigError, match="sigmas"):
+        denoising.main(denoising.Config(vae="", data="", tune_on="", output=tmp_path, sigmas=()))
+
+
+def test_embeddings_are_compared_at_equal_length(fashion: Path, tmp_path: Path) -> None:
+    config = embeddings.Config(
+        data=fashion, output=tmp_path, lengths=(2, 5), steps=1, batch_size=8, map_of=5, map_size=50
+    )
+    embeddings.main(config)
+    rows = {(r["length"], r["method"]): r for r in json.loads((tmp_path / "results.json").read_text())["results"]}
+    assert rows.keys() == {(n, m) for n in (2, 5) for m in ("ours", "PCA", "random projection")}
+    train, labels = embeddings.read_fashion_mnist(fashion, "train")
+    test, _ = embeddings.read_fashion_mnist(fashion, "t10k")
+    x, y = (p.reshape(len(p), -1) / 255 for p in (train, test))
+    _, _, directions = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+    for length in (2, 5):
+        basis = directions[:length]
+        error = np.square((y - x.mean(axis=0)) - (y - x.mean(axis=0)) @ basis.T @ basis).mean()
+        assert rows[length, "PCA"]["squared_error"] == pytest.approx(error, rel=1e-3)
+        assert rows[length, "random projection"]["squared_error"] > error
+        assert 0.1 <= rows[length, "PCA"]["linear_probe"] <= 1
+    assert Image.open(tmp_path / "map.png").size == (1600, 1600)
+    assert labels.max() == 9
+    with pytest.raises(DataError, match="idx"):
+        embeddings.main(embeddings.Config(data=tmp_path / "no", output=tmp_path))
+
+
+def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = tmp_path / "tiles"
+    for folder in ("train/good", "test/good", "test/hole", "ground_truth/hole"):
+        (data / folder).mkdir(parents=True)
+    for i in range(30):
+        Image.fromarray(tile(rng)).save(data / "train" / "good" / f"{i}.jpg")
+    for i in range(4):
+        Image.fromarray(tile(rng)).save(data / "test" / "good" / f"{i}.jpg")
+        pixels, mask = tile(rng), np.zeros((40, 56), np.uint8)
+        mask[10:22, 12 + i : 26 + i] = 255
+        pixels[mask > 0] = 255 * (np.indices((40, 56)).sum(axis=0) % 2)[mask > 0]
+        Image.fromarray(pixels).save(data / "test" / "hole" / f"{i}.jpg")
+        Image.fromarray(mask).save(data / "ground_truth" / "hole" / f"{i}.png")
+    config = anomaly.Config(
+        data=data, output=tmp_path / "out", steps=2, resolution=32, batch_size=4, blur=1.0, false_alarm_rate=0.4
+    )
+    anomaly.main(config)
+    rows = {r["method"]: r for r in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
+    assert {"ours, l1", "ours, ssim", "ours, mahalanobis", "5 nearest on pixels"} < rows.keys()
+    assert rows["ours, l1"]["image_auroc"] == rows["ours, l1"]["hole"] == 1.0  # it differs in every way
+    assert rows["ours, l1"]["pixel_auroc"] > 0.8
+    assert rows["ours, l1"]["detected"] == 1.0
+    assert (tmp_path / "out" / "l1.png").stat().st_size > 0
+    with pytest.raises(DataError, match="train/good"):
+        anomaly.main(anomaly.Config(data=tmp_path / "no", output=tmp_path / "out"))
+
+
+def tile(rng: np.random.Generator) -> np.ndarray:
+    return (90 + 8 * rng.normal(size=(1, 56)) + 3 * rng.normal(size=(40, 56))).clip(0, 255).astype(np.uint8)
+
+
+def test_each_class_is_the_good_one_in_turn(fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anomaly, "FASHION", anomaly.FASHION[:2])
+    config = anomaly.PRESETS["fashion-mnist"][1]
+    changes = {"steps": 1, "batch_size": 4, "global_latent": 3, "false_alarm_rate": 0.4, "num_test": 30}
+    anomaly.main(replace(config, data=fashion, output=tmp_path, **changes))
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    means = {r["method"]: r["image_auroc"] for r in rows if r["class"] == "mean"}
+    own = {m: [r["image_auroc"] for r in rows if r["method"] == m and r["class"] != "mean"] for m in means}
+    for method, values in own.items():
+        assert len(values) == 2
+        assert means[method] == pytest.approx(np.mean(values))
+    assert means["5 nearest on pixels"] > 0.8  # stripes are easily told

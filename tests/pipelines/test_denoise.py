@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm_vae.config import parse_flags
+from ldm_vae.data.images import to_images, to_pixels
+from ldm_vae.errors import ConfigError, RunError, one_line_errors
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.models.pretrained import load_autoencoder
+from ldm_vae.models.tiling import denoise
+from pipelines.denoise import Config, main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Untrained, but it knows a noise level."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    PatchAutoencoderKL(block_out_channels=(8, 8), noise_level=True).save_pretrained(folder / "vae")
+    PatchAutoencoderKL(block_out_channels=(8, 8)).save_pretrained(folder / "blind")
+    return str(folder)
+
+
+@pytest.mark.parametrize("sigma", [None, 25.0])
+def test_tiles_give_what_the_whole_gives_at_any_size(sigma: float | None, run: str) -> None:
+    vae = load_autoencoder(run)
+    images = torch.rand(2, 3, 70, 101) * 2 - 1
+    with torch.inference_mode():
+        whole = denoise(vae, images, sigma=sigma)
+        assert whole.shape == images.shape
+        torch.testing.assert_close(denoise(vae, images, sigma=sigma, tile=4), whole, rtol=0, atol=1e-5)
+    assert sigma is None or not torch.allclose(whole, denoise(vae, images))
+
+
+def test_every_image_of_a_folder_is_denoised(run: str, photos: Path, tmp_path: Path) -> None:
+    main(Config(vae=run, input=str(photos), output=tmp_path / "out", sigma=10.0, tile=True))
+    vae = load_autoencoder(run)
+    for file in photos.rglob("*.png"):
+        images = to_images(np.asarray(Image.open(file)))[None]
+        with torch.inference_mode():
+            expected = to_pixels(denoise(vae, images, sigma=10.0))[0]
+        found = np.asarray(Image.open(tmp_path / "out" / file.relative_to(photos)))
+        assert np.abs(found.astype(int) - expected).max() <= 1
+    with pytest.raises(RunError, match="sigma: 10"):  # two kinds are not mixed
+        main(Config(vae=run, input=str(photos), output=tmp_path / "out"))
+
+
+def test_a_level_that_cannot_be_told_is_refused(run: str, photos: Path, tmp_path: Path) -> None:
+    output = {"input": str(photos), "output": tmp_path / "out"}
+    with pytest.raises(ConfigError, match="cannot be told"):
+        main(Config(vae=f"{run}/blind", sigma=25.0, **output))
+    for sigma in (-1.0, 256.0, float("nan")):
+        with pytest.raises(ConfigError, match="from 0 to 255"):
+            main(Config(vae=run, sigma=sigma, **output))
+    with pytest.raises(SystemExit) as exit_, one_line_errors():
+        main(parse_flags(Config, description="", args=["--vae", run, "--input", str(tmp_path / "no"), "--output", "x"]))
+    assert exit_.value.code == 2

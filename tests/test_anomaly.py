@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import binom
+
+from ldm_vae import cli
+from ldm_vae.anomaly import (
+    SHRINKAGE,
+    AnomalyDetector,
+    LatentGaussian,
+    dissimilarity,
+    fit_detector,
+    mean_of_largest,
+    threshold_at,
+)
+from ldm_vae.data.images import to_images
+from ldm_vae.data.sources import open_source
+from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+
+
+def make_vae(seed: int = 0, **keywords: object) -> PatchAutoencoderKL:
+    torch.manual_seed(seed)
+    one = {"block_out_channels": (8,), "encoder_layers_per_block": (1,), "decoder_layers_per_block": (1,)}
+    return PatchAutoencoderKL(**{"latent_channels": 4, "linear_path": True, **one, **keywords}).eval()
+
+
+@pytest.fixture(scope="module")
+def detector() -> AnomalyDetector:
+    good = open_source("procedural:dead-leaves#train", resolution=48)
+    held_out = open_source("procedural:dead-leaves#held-out", resolution=48)
+    return fit_detector(make_vae(), First(good, 20), First(held_out, 20), blur=1.0, share=0.01)[0]
+
+
+class First:
+    """The first images of a source."""
+
+    def __init__(self, source: object, count: int) -> None:
+        self.source, self.count, self.classes = source, count, ()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> object:
+        return self.source[index]  # type: ignore[index]
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
+def leaves(index: int) -> torch.Tensor:
+    return to_images(open_source("procedural:dead-leaves@5", resolution=48)[index].pixels)[None]
+
+
+def test_thresholds_give_the_rate_asked_for_on_fresh_good_images_within_the_binomial_interval() -> None:
+    rng = np.random.default_rng(0)
+    for rate in (0.05, 0.2):
+        alarms = trials = 0
+        for _ in range(300):
+            scores = rng.gamma(2.0, size=139)
+            alarms += int((rng.gamma(2.0, size=20) > threshold_at(scores, rate)).sum())
+            trials += 20
+        low, high = binom.interval(0.999, trials, rate)
+        assert low <= alarms <= high + 0.01 * trials
+    assert threshold_at(list(range(19)), 0.05) == 18
+    assert threshold_at(list(range(99)), 0.05) == 94
+    with pytest.raises(DataError, match="at least 19"):
+        threshold_at(list(range(18)), 0.05)
+
+
+def test_the_latents_distance_is_mahalanobis(detector: AnomalyDetector) -> None:
+    rng = np.random.default_rng(1)
+    mixing = rng.normal(size=(3, 3))
+    rows = rng.normal(size=(500, 3)) @ mixing.T + [1.0, 2.0, 3.0]
+    gaussian = LatentGaussian(3)
+    for part in np.split(rows, 5):
+        gaussian.add(torch.from_numpy(part.T.reshape(3, 10, 10)))
+    mean, whitening = gaussian.whitening()
+    covariance = np.cov(rows.T, bias=True)
+    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * np.trace(covariance) / 3 * np.eye(3)
+    difference = rows[0] - rows.mean(axis=0)
+    expected = np.sqrt(difference @ np.linalg.inv(shrunk) @ difference)
+    assert np.linalg.norm(whitening @ (rows[0] - mean)) == pytest.approx(expected)
+
+
+def test_ssims_map_has_the_mean_of_the_metric() -> None:
+    from skimage.metrics import structural_similarity
+
+    images, other = leaves(0), leaves(1)
+    found = dissimilarity(images, other)
+    assert found.shape == (1, 48, 48)
+    planes = [x[0].permute(1, 2, 0).numpy() for x in (images, other)]
+    options = {"gaussian_weights": True, "use_sample_covariance": False, "sigma": 1.5, "data_range": 2.0}
+    _, full = structural_similarity(*planes, channel_axis=2, full=True, **options)
+    inner = slice(8, -8)
+    assert np.allclose(1 - found[0, inner, inner], full.mean(axis=2)[inner, inner], atol=1e-4)
+
+
+def test_a_strange_patch_is_where_the_maps_are_largest(detector: AnomalyDetector) -> None:
+    images = leaves(3)
+    images[:, :, 20:32, 8:20] = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).sign()
+    for method, found in detector.maps(images)[0].items():
+        y, x = np.unravel_index(found.argmax(), found.shape)
+        assert 17 <= y < 35, method
+        assert 5 <= x < 23, method
+
+
+def test_scores_do_not_depend_on_what_else_is_scored(detector: AnomalyDetector) -> None:
+    first = [detector.scores(detector.maps(leaves(i))[0]) for i in (0, 1, 2)]
+    again = [detector.scores(detector.maps(leaves(i))[0]) for i in (2, 1, 0)]
+    assert first == again[::-1]
+    values = np.arange(200, dtype=np.float32).reshape(10, 20)
+    assert mean_of_largest(values, 0.05) == pytest.approx(np.arange(190, 200).mean())
+    assert mean_of_largest(values, 1e-9) == 199
+
+
+def test_a_detector_is_saved_and_goes_with_its_autoencoder_alone(detector: AnomalyDetector, tmp_path: Path) -> None:
+    detector.save(tmp_path)
+    again = AnomalyDetector.load(tmp_path, make_vae())
+    assert again.scores(again.maps(leaves(0))[0]) == detector.scores(detector.maps(leaves(0))[0])
+    with pytest.raises(ModelMismatchError, match="this one is"):
+        AnomalyDetector.load(tmp_path, make_vae(seed=1))
+    (tmp_path / "statistics.safetensors").write_bytes(b"damage")
+    with pytest.raises(ModelError, match="cannot load the detector"):
+        AnomalyDetector.load(tmp_path, make_vae())
+    with pytest.raises(ModelError, match="holds no detector"):
+        AnomalyDetector.load(tmp_path / "nowhere", make_vae())
+    with pytest.raises(BadImageError, match="ssim needs 11"):
+        detector.maps(torch.zeros(1, 3, 8, 30))
+    with pytest.raises(ConfigError, match="share"):
+        fit_detector(make_vae(), First(None, 0), First(None, 0), share=0.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_vae().save_pretrained(folder / "vae")
+    return folder
+
+
+def run(*words: object) -> None:
+    cli.main([str(w) for w in words])
+
+
+def test_folders_are_scored_with_heat_maps_past_bad_files(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    fitted = ("--output", tmp_path / "fitted", "--methods", "l1", "mahalanobis", "--false-alarm-rate", 0.3)
+    run("anomaly", "fit", "--vae", model, "--data", photos, "--held-out", photos, *fitted)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pixels = np.array(Image.open(sorted(photos.rglob("*.png"))[0]))
+    Image.fromarray(pixels).save(folder / "good.png")
+    strange = pixels.copy()
+    strange[10:40, 10:40] = np.random.default_rng(0).integers(0, 2, size=(30, 30, 1)) * 255
+    Image.fromarray(strange[:50]).save(folder / "strange.png")
+    (folder / "bad.png").write_bytes(b"nothing")
+    words = ("anomaly", "score", "--vae", model, "--data", folder, "--detector", tmp_path / "fitted")
+    run(*words, "--output", tmp_path / "out")
+    rows = {r["name"]: r for r in csv.DictReader((tmp_path / "out" / "scores.csv").open())}
+    assert rows.keys() == {"good.png", "strange.png"}
+    for method in ("l1", "mahalanobis"):
+        assert float(rows["strange.png"][method]) > float(rows["good.png"][method])
+        assert rows["strange.png"][f"{method}_anomalous"] == "1"
+    thresholds = json.loads((tmp_path / "fitted" / "anomaly.json").read_text())["thresholds"]
+    for row in rows.values():
+        assert (float(row["l1"]) > thresholds["l1"]) == (row["l1_anomalous"] == "1")
+    with Image.open(tmp_path / "out" / "heat_maps" / "strange.png") as sheet:
+        assert sheet.size == (3 * 72 + 2 * 4, 50)
+        marked = np.asarray(sheet).astype(int)[:, 2 * 76 :]
+    red = marked[:, :, 0] - marked[:, :, 1]
+    assert red[15:35, 15:35].mean() > red[:, 50:].mean() + 30
+    assert "bad.png" in (tmp_path / "out" / "bad_images.csv").read_text()
+    run(*words, "--output", tmp_path / "csv", "--no-heat-maps", "--method", "l1")
+    assert not (tmp_path / "csv" / "heat_maps").exists()
+    assert (tmp_path / "csv" / "scores.csv").read_text() == (tmp_path / "out" / "scores.csv").read_text()
+
+
+def test_what_cannot_be_fitted_or_scored_is_said(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def fails(*words: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run("anomaly", *words)
+        assert exit_.value.code == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+        return line
+
+    fit = ("fit", "--vae", model, "--data", photos, "--output", tmp_path / "fitted")
+    assert "no such model" in fails("fit", "--vae", tmp_path / "no", "--data", photos)
+    (tmp_path / "empty").mkdir()
+    assert "no images" in fails("fit", "--vae", model, "--data", tmp_path / "empty", "--held-out", photos)
+    assert "at least 19" in fails(*fit)  # two are held out of twelve
+    assert "false-alarm rate" in fails(*fit, "--false-alarm-rate", 2)
+    assert "weights" in fails(*fit, "--methods", "lpips", "--lpips-backbone", "squeeze")
+    assert not (tmp_path / "fitted").exists()
+    run(*fit, "--held-out", photos, "--false-alarm-rate", 0.2)
+    assert "is there" in fails(*fit)
+    score = ("score", "--vae", model, "--data", photos, "--output", tmp_path / "out")
+    assert "holds no detector" in fails(*score)
+    assert "has no lpips" in fails(*score, "--detector", tmp_path / "fitted", "--method", "lpips")
+    small = tmp_path / "small"
+    small.mkdir()
+    Image.new("RGB", (9, 9)).save(small / "a.png")
+    words = ("score", "--vae", model, "--data", small, "--output", tmp_path / "out", "--detector", tmp_path / "fitted")
+    assert "ssim needs 11" in fails(*words)
+    assert "owner/name is on the hub" in fails("score", "--vae", "owner/name", "--data", photos, "--output", tmp_path)

@@ -1,0 +1,130 @@
+"""The autoencoder family: each variant trains by the one trainer, and its own property holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import processes
+import pytest
+import torch
+from processes import ROOT, metrics
+
+from ldm_vae.data.corruption import parse_corruption
+from ldm_vae.data.images import to_images, to_pixels
+from ldm_vae.data.sources import open_source
+from ldm_vae.embedding import embed
+from ldm_vae.errors import ConfigError
+from ldm_vae.metrics import psnr
+from ldm_vae.models.pretrained import encode_moments, is_variational, load_autoencoder, posterior_of
+from ldm_vae.models.tiling import denoise
+from training.train_vae import PRESETS, Config, main
+
+SCRIPT = str(ROOT / "training" / "train_vae.py")
+DATA = "procedural:dead-leaves#train"
+
+
+def config_for(preset: str, output: Path, **changes: Any) -> Config:
+    small = {"data": DATA, "output": output, "resolution": 32, "batch_size": 8, "warmup_steps": 2, "steps": 60}
+    quiet = {"num_workers": 0, "log_every": 10, "sample_every": 1000, "checkpoint_every": 1000, "tracker": "none"}
+    return replace(PRESETS[preset][1], **{**small, **quiet, "mixed_precision": "no", **changes})
+
+
+def held_out(count: int = 6, side: int = 64) -> list[np.ndarray]:
+    source = open_source("procedural:dead-leaves#held-out", resolution=side)
+    return [source[i].pixels for i in range(count)]
+
+
+def test_a_denoiser_beats_its_input_on_images_it_never_saw_blind_and_told(tmp_path: Path) -> None:
+    main(config_for("denoise", tmp_path, corruption="gaussian:40-60"))
+    vae = load_autoencoder(str(tmp_path))
+    assert not is_variational(vae)
+    noise = parse_corruption("gaussian:50")
+    for told in (None, 50.0):
+        for i, clean in enumerate(held_out()):
+            noisy = noise(clean, np.random.default_rng(i))[0]
+            with torch.inference_mode():
+                made = to_pixels(denoise(vae, to_images(noisy)[None], sigma=told))
+            assert psnr(clean[None], made)[0] > psnr(clean[None], noisy[None])[0] + 2
+    assert (tmp_path / "samples" / "step-60.png").exists()
+    assert any("val_psnr" in m for m in metrics(tmp_path))
+
+
+@pytest.mark.parametrize("sparsity", ["l1", "kl"])
+def test_more_weight_on_sparsity_leaves_fewer_latents_active(sparsity: Any, tmp_path: Path) -> None:
+    active = []
+    for weight in (0.0, 0.3):
+        run = tmp_path / str(weight)
+        main(config_for("sparse", run, sparsity=sparsity, sparsity_weight=weight, target_activation=0.02))
+        vae = load_autoencoder(str(run))
+        with torch.inference_mode():
+            latents = torch.cat([encode_moments(vae, to_images(p)[None]).chunk(2, dim=1)[0] for p in held_out()])
+        active.append(float((latents > (0.0 if sparsity == "l1" else 0.5)).float().mean()))
+        logged = [m["active_latents"] for m in metrics(run) if "active_latents" in m]
+        assert logged[-1] == pytest.approx(active[-1], abs=0.15)  # of other images, and not averaged weights
+    assert active[1] < 0.7 * active[0]
+
+
+def test_the_kl_pulls_what_all_images_have_together_to_a_standard_normal(tmp_path: Path) -> None:
+    distance = []
+    for weight in (0.0, 0.3):
+        run = tmp_path / str(weight)
+        main(config_for("f8c8", run, perceptual="none", adversarial="none", kl_weight=weight, learning_rate=2e-3))
+        vae = load_autoencoder(str(run))
+        with torch.inference_mode():
+            posteriors = [posterior_of(encode_moments(vae, to_images(p)[None])) for p in held_out()]
+        means = torch.cat([p.mean for p in posteriors]).transpose(0, 1).flatten(1)  # (c, n)
+        noise = torch.cat([p.var for p in posteriors]).transpose(0, 1).flatten(1).mean(dim=1)
+        variance = means.var(dim=1) + noise
+        distance.append((means.mean(dim=1).abs().max().item(), (variance - 1).abs().max().item()))
+    assert distance[1][0] < 0.2 < 0.5 < distance[0][0] or distance[1][1] < 0.2 < 0.5 < distance[0][1]
+    assert max(distance[1]) < 0.3
+
+
+def test_a_global_latent_is_so_many_numbers_an_image(tmp_path: Path) -> None:
+    main(config_for("plain", tmp_path, global_latent=6, steps=2))
+    vae = load_autoencoder(str(tmp_path))
+    images = to_images(np.stack(held_out(4, side=32)))
+    assert embed(vae, images).shape == (4, 6)
+    assert vae.decode(embed(vae, images)[:, :, None, None]).sample.shape == images.shape
+
+
+def test_variants_combine_and_do_not_depend_on_how_the_batch_is_split(tmp_path: Path) -> None:
+    changes = {"steps": 3, "corruption": "gaussian:0-50", "sparsity": "kl", "global_latent": 5}
+    changes |= {"posterior": "gaussian", "kl_weight": 1e-3, "checkpoint_every": 3}
+    whole = config_for("denoise", tmp_path / "whole", **changes)
+    main(whole)
+    main(replace(whole, output=tmp_path / "micro", gradient_accumulation_steps=2))
+    words = ["denoise", *processes.flags(replace(whole, output=tmp_path / "two"), PRESETS["denoise"][1])]
+    two = processes.launch(SCRIPT, words, 2)
+    assert two.returncode == 0, two.stderr
+    reference = processes.state(tmp_path / "whole", 3)
+    for name in ("micro", "two"):
+        other = processes.state(tmp_path / name, 3)
+        assert processes.largest_difference(reference, other, ("vae", "ema")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corruption": "fog:3"}, "--corruption fog:3"),
+        ({"global_latent": 0}, "global-latent"),
+        ({"global_latent": 4, "resolution": 36}, "not a multiple of 8: try 32"),
+        ({"target_activation": 1.0}, "target-activation"),
+        ({"sparsity_weight": -1.0}, "sparsity-weight"),
+        ({"kl_weight": 1e-3}, "no posterior"),
+        ({"init": "{run}", "global_latent": 4}, "leave out --init"),
+        ({"init": "{run}", "sparsity": "l1"}, "not made for --sparsity l1"),
+        ({"init": "{kl}"}, "has a posterior"),
+    ],
+)
+def test_what_cannot_be_trained_is_said(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    for name, preset in (("run", "plain"), ("kl", "f8c8")):
+        if changes.get("init") == "{" + name + "}":
+            quiet = {"perceptual": "none", "adversarial": "none", "steps": 1}
+            main(config_for(preset, tmp_path / name, **quiet))
+            changes = changes | {"init": str(tmp_path / name)}
+    with pytest.raises(ConfigError, match=message):
+        main(config_for("plain", tmp_path / "out", **changes))
