@@ -142,7 +142,9 @@ class AnomalyDetector:
             facts = Facts(**{**record, "methods": tuple(record["methods"])})
             statistics = load_file(folder / STATISTICS)
             return cls(vae, facts, mean=statistics["mean"], whitening=statistics["whitening"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except ModelMismatchError:
+            raise
+        except Exception as error:  # damaged files raise many kinds
             raise ModelError(f"cannot load the detector {folder}: {type(error).__name__}: {error}") from None
 
 
