@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from ldm_vae import cli
 from ldm_vae.config import parse_config, parse_flags
@@ -88,6 +90,20 @@ def test_the_commands_of_the_guide_to_compression_run(here: Path) -> None:
         exec(example, {})
     assert (here / "restored.png").exists()
     assert (here / "runs" / "rates" / "psnr.png").exists()
+
+
+def test_the_commands_of_the_guide_to_autoencoders_run(here: Path) -> None:
+    page = (ROOT / "docs" / "autoencoders.md").read_text()
+    for folder in ("good", "more-good"):
+        shutil.copytree(here / "photos", here / folder)
+    assert run_commands(page) == 9
+    for example in blocks(page, "python"):
+        scope: dict[str, Any] = {}
+        exec(example, scope)
+        assert scope["clean"].size == Image.open("photo.png").size
+        assert scope["vector"].shape == (8,)
+    assert (here / "scored" / "scores.csv").exists()
+    assert (here / "explored" / "vectors" / "samples.png").exists()
 
 
 def test_the_commands_of_the_readme_run_one_after_the_other(here: Path) -> None:

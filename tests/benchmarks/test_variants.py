@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +66,10 @@ def test_denoisers_see_the_same_noise_and_their_figures_are_right(photos: Path, 
         denoising.main(denoising.Config(vae="", data="", tune_on="", output=tmp_path, sigmas=()))
 
 
-def test_embeddings_are_compared_at_equal_length(fashion: Path, tmp_path: Path) -> None:
+def test_embeddings_are_compared_at_equal_length(
+    fashion: Path, tmp_path: Path, in_process: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embeddings, "seconds_of_script", in_process)
     config = embeddings.Config(
         data=fashion, output=tmp_path, lengths=(2, 5), steps=1, batch_size=8, map_of=5, map_size=50
     )
@@ -88,7 +92,10 @@ def test_embeddings_are_compared_at_equal_length(fashion: Path, tmp_path: Path) 
         embeddings.main(embeddings.Config(data=tmp_path / "no", output=tmp_path))
 
 
-def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(tmp_path: Path) -> None:
+def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(
+    tmp_path: Path, in_process: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anomaly, "seconds_of_script", in_process)
     rng = np.random.default_rng(0)
     data = tmp_path / "tiles"
     for folder in ("train/good", "test/good", "test/hole", "ground_truth/hole"):
@@ -120,7 +127,10 @@ def tile(rng: np.random.Generator) -> np.ndarray:
     return (90 + 8 * rng.normal(size=(1, 56)) + 3 * rng.normal(size=(40, 56))).clip(0, 255).astype(np.uint8)
 
 
-def test_each_class_is_the_good_one_in_turn(fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_class_is_the_good_one_in_turn(
+    fashion: Path, tmp_path: Path, in_process: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anomaly, "seconds_of_script", in_process)
     monkeypatch.setattr(anomaly, "FASHION", anomaly.FASHION[:2])
     config = anomaly.PRESETS["fashion-mnist"][1]
     changes = {"steps": 1, "batch_size": 4, "global_latent": 3, "false_alarm_rate": 0.4, "num_test": 30}
