@@ -12,6 +12,7 @@ from PIL import Image
 
 from ldm_vae import cli
 from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.search import psnr_of
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 
@@ -82,6 +83,29 @@ def test_targets_are_met(model: Path, image: Path, tmp_path: Path) -> None:
     run("compress", image, tmp_path / "coarse.ldi", "--model", model, "--quality", 1)
     sizes = [(tmp_path / f"{name}.ldi").stat().st_size for name in ("coarse", "met", "fine")]
     assert sizes[0] < sizes[1] <= sizes[2]
+    pixels = np.asarray(Image.open(image).convert("RGB"))
+    figures = {}
+    for name in ("coarse", "fine"):
+        figures[name] = psnr_of(
+            pixels,
+            np.asarray(LatentCodec.from_pretrained(str(model)).decompress((tmp_path / f"{name}.ldi").read_bytes())),
+        )
+    wanted = min(figures.values()) - 0.01  # untrained: finer is hardly better
+    run("compress", image, tmp_path / "good.ldi", "--model", model, "--target-psnr", wanted)
+    run("decompress", tmp_path / "good.ldi", tmp_path / "good.png", "--model", model)
+    assert psnr_of(pixels, np.asarray(Image.open(tmp_path / "good.png"))) >= wanted
+
+
+def test_metadata_is_kept_unless_it_is_stripped(model: Path, image: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    Image.open(image).save(tmp_path / "a.png", exif=exif, icc_profile=b"a profile")
+    for words, kept in (((), True), (("--strip",), False)):
+        run("compress", tmp_path / "a.png", tmp_path / "a.ldi", "--model", model, "--overwrite", *words)
+        run("decompress", tmp_path / "a.ldi", tmp_path / "b.png", "--model", model, "--overwrite")
+        with Image.open(tmp_path / "b.png") as found:
+            assert (found.getexif().get(0x010E) == "a description") == kept
+            assert ("icc_profile" in found.info) == kept
 
 
 def test_a_folder_goes_there_and_back_on_two_workers(model: Path, photos: Path, tmp_path: Path) -> None:
