@@ -16,6 +16,13 @@ from typing import IO, Any
 
 from ldm_vae.errors import RunError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+
 
 def sha256(file: Path) -> str:
     with open(file, "rb") as data:
@@ -30,6 +37,24 @@ def check_writable(directory: Path) -> None:
             pass
     except OSError as error:
         raise RunError(f"cannot write to {directory}: {error.strerror or error}") from None
+
+
+def lock(directory: Path) -> IO[bytes]:
+    """Keeps other processes that ask for it out of a directory, until the file is closed or this process ends, however.
+
+    Raises:
+        RunError: another process is in there.
+    """
+    file = open(directory / LOCK, "ab")  # noqa: SIM115  # it is kept
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's: data loaders' workers do not inherit it
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise RunError(f"another process is at work in {directory}: wait for it, or choose another --output") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 @contextmanager

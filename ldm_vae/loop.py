@@ -173,6 +173,7 @@ class Loop:
 
     def __exit__(self, *error: Any) -> None:
         self.stack.__exit__(*error)
+        self.run.release()
         if error[0] is None:
             if self.stopping:
                 received = self.stop.received or "a signal"

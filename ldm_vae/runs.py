@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ldm_vae.config import as_json, differences
 from ldm_vae.errors import DataError, RunError
-from ldm_vae.files import atomic, check_writable, sha256, staged_directory, write_json
+from ldm_vae.files import atomic, check_writable, lock, sha256, staged_directory, write_json
 
 PACKAGES = (
     *("ldm-vae", "torch", "torchvision", "diffusers", "accelerate", "lpips"),
@@ -59,13 +59,14 @@ class Run:
         main: whether this process writes.
 
     Raises:
-        RunError: the directory cannot be written, or holds a run with other settings.
+        RunError: the directory cannot be written, or holds a run with other settings, or another process is in there.
     """
 
     def __init__(self, directory: Path, config: Any, *, free: Sequence[str] = (), main: bool = True) -> None:
         self.directory, self.main = directory, main
         if main:
             check_writable(directory)
+            self.lock = lock(directory)
         try:
             for folder in ("checkpoints", "samples"):
                 (directory / folder).mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,11 @@ class Run:
         except OSError as error:
             raise RunError(f"cannot write the run directory {directory}: {error.strerror or error}") from None
         self.seen_bad_images = self.read_bad_images()
+
+    def release(self) -> None:
+        """Lets other processes in."""
+        if self.main:
+            self.lock.close()
 
     @staticmethod
     def compare(config_file: Path, config: Any, free: Sequence[str]) -> None:

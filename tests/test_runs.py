@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,3 +121,29 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     run.save(checkpoint(1))
     run.add_bad_images({"a": "b"})
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def in_another_process(directory: Path) -> str:
+    """What is said to another process that opens the run."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        try:
+            Run(directory, Config())
+            os.write(writer, b"let in")
+        except RunError as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as said:
+        return said.read()
+
+
+def test_a_second_process_is_kept_out_until_the_first_is_done_or_dead(tmp_path: Path) -> None:
+    run = Run(tmp_path, Config())
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert "another process is at work" in in_another_process(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    Run(tmp_path / "other", Config())
+    run.release()
+    assert in_another_process(tmp_path) == "let in"
+    assert in_another_process(tmp_path) == "let in"  # the one before ended without a word
