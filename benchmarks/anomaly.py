@@ -33,7 +33,7 @@ from ldm_vae.errors import DataError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_csv, write_json
 from ldm_vae.models.pretrained import load_autoencoder
 from ldm_vae.pictures import heat_map
-from ldm_vae.runs import git_revision, versions
+from ldm_vae.runs import git_revision, training_seconds, versions
 from ldm_vae.timing import describe_machine, seconds_of_script
 
 ROOT = Path(__file__).parent.parent
@@ -56,9 +56,10 @@ class Config:
     global_latent: int | None = None
     steps: int = 4000
     batch_size: int = 16
+    mirror: bool = True
     blur: float = 4.0
     share: float = 0.001
-    side: int = 64
+    sides: tuple[int, ...] = (64, 128)
     """To which images are resized for the comparisons on pixels."""
     false_alarm_rate: float = 0.1
     num_test: int | None = None
@@ -78,7 +79,8 @@ PRESETS = {
             batch_size=64,
             blur=1.0,
             share=1.0,
-            side=32,
+            sides=(32,),
+            mirror=False,
             false_alarm_rate=0.05,
         ),
     ),
@@ -86,14 +88,14 @@ PRESETS = {
 
 
 def trained(config: Config, good: str, run: Path) -> float:
-    """Seconds of training, 0 for what was trained before."""
-    if (run / "checkpoints" / f"step-{config.steps}").exists():
-        return 0.0
+    """Seconds of training. What was trained before is not trained again, and refused where the settings were others."""
     words: list[object] = [config.preset, "--data", good, "--output", run, "--channels", 1, "--steps", config.steps]
     words += ["--resolution", config.resolution, "--batch-size", config.batch_size, "--seed", config.seed]
     words += ["--tracker", "none", "--log-every", 200, "--sample-every", 2000]
     words += [] if config.global_latent is None else ["--global-latent", config.global_latent]
-    return seconds_of_script(ROOT / "training" / "train_vae.py", *words)
+    words += [] if config.mirror else ["--no-mirror"]
+    seconds_of_script(ROOT / "training" / "train_vae.py", *words)
+    return training_seconds(run)
 
 
 def auroc(scores: Any, anomalous: Any) -> float:
@@ -111,25 +113,30 @@ def small(pixels: Pixels, side: int) -> np.ndarray:
 # Without a network ---------------------------------------------------------------------------------------------------
 
 
-def by_components(good: np.ndarray, test: np.ndarray, config: Config) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, score of each test image, map of each (N, side, side)) for each number of components and each scoring."""
+def by_components(
+    good: list[Pixels], test: list[Pixels], config: Config
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(name, score of each test image, map of each (N, side, side)) for each size, number of components and scoring."""
     from sklearn.decomposition import PCA
 
-    for count in COMPONENTS:
-        if count < min(good.shape):
-            pca = PCA(count, random_state=config.seed).fit(good)
-            errors = np.square(test - pca.inverse_transform(pca.transform(test)))
-            maps = errors.reshape(-1, config.side, config.side)
-            yield f"PCA of {count}, mean", errors.mean(axis=1), maps
-            blur = config.blur * config.side / 256 if config.dataset == "magnetic-tile" else config.blur
+    for side in config.sides:
+        x, y = (np.stack([small(p, side) for p in part]) for part in (good, test))
+        for count in [c for c in COMPONENTS if c < min(x.shape)]:
+            pca = PCA(count, random_state=config.seed).fit(x)
+            errors = np.square(y - pca.inverse_transform(pca.transform(y)))
+            maps = errors.reshape(-1, side, side)
+            name = f"PCA of {count} at {side}x{side}"
+            yield f"{name}, mean", errors.mean(axis=1), maps
+            blur = config.blur * side / 256 if config.dataset == "magnetic-tile" else config.blur
             smoothed = np.stack([smooth(m, blur) for m in np.sqrt(maps)])
-            yield f"PCA of {count}, as ours", np.array([mean_of_largest(m, config.share) for m in smoothed]), smoothed
+            yield f"{name}, as ours", np.array([mean_of_largest(m, config.share) for m in smoothed]), smoothed
 
 
-def by_neighbours(good: np.ndarray, test: np.ndarray) -> np.ndarray:
+def by_neighbours(good: list[Pixels], test: list[Pixels], side: int) -> np.ndarray:
     from sklearn.neighbors import NearestNeighbors
 
-    return NearestNeighbors(n_neighbors=NEIGHBOURS).fit(good).kneighbors(test)[0].mean(axis=1)
+    x, y = (np.stack([small(p, side) for p in part]) for part in (good, test))
+    return NearestNeighbors(n_neighbors=NEIGHBOURS).fit(x).kneighbors(y)[0].mean(axis=1)
 
 
 # Defects of tiles ----------------------------------------------------------------------------------------------------
@@ -189,8 +196,8 @@ def judge_tiles(config: Config) -> Row:
         }
         for m in scores
     ]
-    good = np.stack([small(sources[0][i].pixels, config.side) for i in range(len(sources[0]))])
-    test = np.stack([small(i.pixels, config.side) for i in images])
+    good = [sources[0][i].pixels for i in range(len(sources[0]))]
+    test = [i.pixels for i in images]
     for name, values, found_maps in by_components(good, test, config):
         full = [
             resize(m[:, :, None], i.mask.shape)[:, :, 0].ravel()
@@ -199,7 +206,7 @@ def judge_tiles(config: Config) -> Row:
         kinds_of = {k: auroc(*of_kind(values, images, k)) for k in kinds(images)}
         pixel = auroc(np.concatenate(full), truth)
         rows.append({"method": name, "image_auroc": auroc(values, anomalous), "pixel_auroc": pixel, **kinds_of})
-    near = by_neighbours(good, test)
+    near = by_neighbours(good, test, config.sides[0])
     kinds_of = {k: auroc(*of_kind(near, images, k)) for k in kinds(images)}
     rows.append({"method": f"{NEIGHBOURS} nearest on pixels", "image_auroc": auroc(near, anomalous), **kinds_of})
     draw_tiles(detector, images, config)
@@ -270,11 +277,10 @@ def judge_fashion(config: Config) -> Row:
             values = np.array([f[method] for f in found])
             alarms = rates(values > detector.facts.thresholds[method], anomalous)
             rows.append({"class": name, "method": f"ours, {method}", "image_auroc": auroc(values, anomalous), **alarms})
-        good = np.stack([small(sources[0][i].pixels, config.side) for i in range(len(sources[0]))])
-        test = np.stack([small(p, config.side) for p in test_pixels])
+        good, test = [sources[0][i].pixels for i in range(len(sources[0]))], list(test_pixels)
         for pca, values, _ in by_components(good, test, config):
             rows.append({"class": name, "method": pca, "image_auroc": auroc(values, anomalous)})
-        near = auroc(by_neighbours(good, test), anomalous)
+        near = auroc(by_neighbours(good, test, config.sides[0]), anomalous)
         rows.append({"class": name, "method": f"{NEIGHBOURS} nearest on pixels", "image_auroc": near})
     means = [
         {

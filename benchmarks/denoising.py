@@ -31,7 +31,7 @@ from ldm_vae.data.sources import HeadSource, Source, check_finite, open_source
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_csv, write_json
 from ldm_vae.metrics import bootstrap_interval, psnr, ssim
-from ldm_vae.models.pretrained import channels_of, load_autoencoder
+from ldm_vae.models.pretrained import channels_of, check_device, fingerprint, load_autoencoder
 from ldm_vae.models.tiling import denoise
 from ldm_vae.pictures import labelled_rows
 from ldm_vae.runs import git_revision, versions
@@ -120,7 +120,7 @@ def methods_for(vae: Any, chosen: dict[tuple[str, float], float], sigma: float) 
     for name, (function, _) in CLASSICAL.items():
         methods[name] = partial(function, strength=chosen[name, sigma])
     methods["ours, blind"] = partial(by_autoencoder, vae, told=False)
-    if vae.config.get("noise_level"):
+    if sigma <= (vae.config.get("noise_level") or 0):
         methods["ours, told sigma"] = partial(by_autoencoder, vae, told=True)
     return methods
 
@@ -134,6 +134,7 @@ def measure(vae: Any, source: Source, chosen: dict[tuple[str, float], float], co
             for name, method in methods_for(vae, chosen, sigma).items():
                 began = time.perf_counter()
                 made = method(given, sigma)
+                seconds = time.perf_counter() - began
                 rows.append(
                     {
                         "image": source.name(index),
@@ -141,7 +142,7 @@ def measure(vae: Any, source: Source, chosen: dict[tuple[str, float], float], co
                         "method": name,
                         "psnr": float(psnr(clean[None], made[None])[0]),
                         "ssim": ssim(clean, made),
-                        "seconds": time.perf_counter() - began,
+                        "seconds": seconds,
                     }
                 )
     return rows
@@ -191,6 +192,7 @@ def gallery(vae: Any, source: Source, chosen: dict[tuple[str, float], float], si
 def main(config: Config) -> None:
     if min(config.num_tuning, config.num_images or 1) < 1 or not config.sigmas or min(config.sigmas) <= 0:
         raise ConfigError("--num-images and --num-tuning must be at least 1, and --sigmas above 0")
+    check_device(config.device)
     vae = load_autoencoder(config.vae).to(config.device)
     if channels_of(vae) != 3:
         raise ConfigError(f"{config.vae} takes images of {channels_of(vae)} channels: this benchmark is of colours")
@@ -209,6 +211,7 @@ def main(config: Config) -> None:
         "versions": versions(),
         "git": git_revision(),
         "images": len(source),
+        "model": fingerprint(vae),
         "strengths": [{"method": m, "sigma": s, "strength": v} for (m, s), v in chosen.items()],
         "results": lines,
     }

@@ -28,7 +28,7 @@ from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json
 from ldm_vae.models.pretrained import load_autoencoder
 from ldm_vae.models.tiling import decode
-from ldm_vae.runs import git_revision, versions
+from ldm_vae.runs import git_revision, training_seconds, versions
 from ldm_vae.timing import describe_machine, seconds_of_script
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ class Config:
     steps: int = 6000
     batch_size: int = 64
     num_train: int = 20_000
-    """Training images that the probes and components see."""
+    """Training images that the probes see; components and networks see all."""
     num_test: int = 10_000
     map_of: int = 32
     """The length whose map is drawn."""
@@ -68,14 +68,14 @@ class Embedding:
 
 
 def by_autoencoder(train: Values, test: Values, config: Config, length: int) -> tuple[Embedding, float]:
-    """Ours, and the seconds of its training: 0 for one trained before. Images are (N, 32, 32, 1) of uint8."""
+    """Ours, and the seconds of its training, by the trainer: it resumes, or refuses other settings than before."""
     run = config.output / f"run-{length}"
-    seconds = 0.0
-    if not (run / "checkpoints" / f"step-{config.steps}").exists():
-        words: list[object] = [config.preset, "--data", config.output / "train.zip", "--output", run, "--channels", 1]
-        words += ["--resolution", 32, "--global-latent", length, "--steps", config.steps, "--seed", config.seed]
-        words += ["--batch-size", config.batch_size, "--tracker", "none", "--log-every", 200, "--sample-every", 3000]
-        seconds = seconds_of_script(ROOT / "training" / "train_vae.py", *words)
+    words: list[object] = [config.preset, "--data", config.output / "train.zip", "--output", run, "--channels", 1]
+    words += ["--resolution", 32, "--global-latent", length, "--steps", config.steps, "--seed", config.seed]
+    words += ["--batch-size", config.batch_size, "--tracker", "none", "--log-every", 200, "--sample-every", 3000]
+    words += ["--no-mirror"]  # boots look to the left
+    seconds_of_script(ROOT / "training" / "train_vae.py", *words)
+    seconds = training_seconds(run)
     vae = load_autoencoder(str(run))
 
     def vectors(pixels: Values) -> Values:
@@ -85,7 +85,7 @@ def by_autoencoder(train: Values, test: Values, config: Config, length: int) -> 
     found = vectors(test)
     with torch.inference_mode():
         parts = torch.from_numpy(found)[:, :, None, None].split(BATCH)
-        made = torch.cat([decode(vae, z) for z in parts]).clamp(-1, 1).add(1).div(2).flatten(1).numpy()
+        made = torch.cat([decode(vae, z) for z in parts]).add(1).div(2).flatten(1).numpy()
     return Embedding(train=vectors(train), test=found, restored=made), seconds
 
 
@@ -124,10 +124,11 @@ def figures(embedding: Embedding, labels: Values, test_labels: Values, test: Val
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(embedding.train, labels)
-    near = KNeighborsClassifier(NEIGHBOURS).fit(embedding.train, labels)
+    seen = embedding.train[: len(labels)]
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(seen, labels)
+    near = KNeighborsClassifier(NEIGHBOURS).fit(seen, labels)
     return {
-        "squared_error": float(np.square(embedding.restored - flat(test)).mean()),
+        "squared_error": float(np.square(embedding.restored.clip(0, 1) - flat(test)).mean()),
         "nearest_neighbours": float(near.score(embedding.test, test_labels)),
         "linear_probe": float(probe.score(embedding.test, test_labels)),
     }
@@ -170,12 +171,12 @@ def main(config: Config) -> None:
     pixels, labels = read_fashion_mnist(config.data, "train")
     test, test_labels = read_fashion_mnist(config.data, "t10k")
     write_class_zip(config.output / "train.zip", zip(pixels, (FASHION[n] for n in labels), strict=True))
-    train, labels = pixels[: config.num_train], labels[: config.num_train]
+    labels = labels[: config.num_train]
     test, test_labels = test[: config.num_test], test_labels[: config.num_test]
     rows = []
     for length in tqdm(config.lengths, unit="length"):
         for name, method in METHODS.items():
-            embedding, seconds = method(train, test, config, length)
+            embedding, seconds = method(pixels, test, config, length)
             found = figures(embedding, labels, test_labels, test)
             rows.append({"length": length, "method": name, **found, "training_seconds": seconds})
             if name == "ours" and length == config.map_of:

@@ -1,7 +1,8 @@
-"""`ldm-vae embed` and `ldm-vae anomaly fit | score`: what an autoencoder knows of images, without decoding any."""
+"""`ldm-vae embed` and `ldm-vae anomaly fit | score`: what an autoencoder knows of images."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,8 +44,8 @@ class Fit:
     data: str
     """Good images."""
     held_out: str | None = None
-    """Good images that the autoencoder was not trained on; every tenth of --data, and the others to measure, unless
-    given."""
+    """Good images that the autoencoder was not trained on. Unless given, every tenth of --data, and the others are
+    measured: train on DATA#train."""
     output: Path | None = None
     """Folder of the detector; `anomaly` in --vae unless given."""
     methods: tuple[Method, ...] = ("l1", "ssim", "mahalanobis")
@@ -106,8 +107,10 @@ def embed_images(command: Embed) -> None:
             from pyarrow import parquet
         except ImportError:
             raise ConfigError("parquet files need pyarrow: pip install 'ldm-vae[datasets]', or write .npy") from None
-    if command.output.exists() and not command.overwrite:
-        raise ConfigError(f"{command.output} is there already: add --overwrite to replace it")
+    names_file = command.output.with_suffix(".csv")
+    for file in (command.output, *([names_file] if kind == ".npy" else [])):
+        if file.exists() and not command.overwrite:
+            raise ConfigError(f"{file} is there already: add --overwrite to replace it")
     check_device(command.device)
     vae = load_autoencoder(command.vae).to(command.device)
     check_writable(command.output.parent)
@@ -123,7 +126,7 @@ def embed_images(command: Embed) -> None:
         with atomic(command.output) as out:
             np.save(out, vectors)
         rows = [{"name": n, "class": c} for n, c in zip(names, classes, strict=True)]
-        write_csv(command.output.with_suffix(".csv"), rows)
+        write_csv(names_file, rows)
     else:
         table = pyarrow.table({"name": names, "class": classes, "vector": list(vectors)})
         with atomic(command.output) as out:
@@ -150,15 +153,32 @@ def detector_folder(given: Path | None, vae: str) -> Path:
     return given if given is not None else Path(vae) / FOLDER
 
 
+def check_unseen(command: Fit) -> None:
+    """Raises ConfigError where the autoencoder was trained on the images that are to be held out."""
+    try:
+        seen = json.loads((Path(command.vae) / "config.json").read_text())["config"]["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # not a run of ours: the user knows
+    held_out = command.held_out if command.held_out is not None else f"{command.data}#held-out"
+    if seen in (held_out, held_out.removesuffix("#held-out")):
+        raise ConfigError(
+            f"{command.vae} was trained on all of {seen}: train on {seen}#train, or give --held-out other good images"
+        )
+
+
 def fit(command: Fit) -> None:
-    from ldm_vae.anomaly import fit_detector
+    from ldm_vae.anomaly import FACTS, STATISTICS, fit_detector
     from ldm_vae.data.sources import check_finite, open_source
     from ldm_vae.files import staged_directory
     from ldm_vae.models.pretrained import channels_of, check_device, load_autoencoder
 
     folder = detector_folder(command.output, command.vae)
-    if folder.exists() and not command.overwrite:
-        raise ConfigError(f"{folder} is there: add --overwrite to replace it, or choose another --output")
+    if folder.exists():
+        if not {p.name for p in folder.iterdir()} <= {FACTS, STATISTICS}:
+            raise ConfigError(f"{folder} holds other things than a detector: choose another --output")
+        if not command.overwrite:
+            raise ConfigError(f"{folder} is there: add --overwrite to replace it, or choose another --output")
+    check_unseen(command)
     check_device(command.device)
     vae = load_autoencoder(command.vae).to(command.device)
     check_writable(folder.parent)
@@ -189,7 +209,6 @@ def score(command: Score) -> None:
     from tqdm import tqdm
 
     from ldm_vae.anomaly import AnomalyDetector, images_of
-    from ldm_vae.data.conversion import check_viewable
     from ldm_vae.data.sources import check_finite, open_source
     from ldm_vae.folders import files_of, stays_inside
     from ldm_vae.models.pretrained import channels_of, check_device, load_autoencoder
@@ -198,7 +217,6 @@ def score(command: Score) -> None:
     folder = detector_folder(command.detector, command.vae)
     check_device(command.device)
     vae = load_autoencoder(command.vae).to(command.device)
-    check_viewable(channels_of(vae))
     detector = AnomalyDetector.load(folder, vae)
     facts = detector.facts
     method = command.method or facts.methods[-1]

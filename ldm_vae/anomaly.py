@@ -26,7 +26,7 @@ from ldm_vae.data.sources import Source
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError, nothing_usable
 from ldm_vae.files import write_json
 from ldm_vae.metrics import SMALLEST_FOR_SSIM
-from ldm_vae.models.pretrained import channels_of, fingerprint
+from ldm_vae.models.pretrained import channels_of, fingerprint, side_for, stride_of
 from ldm_vae.models.tiling import decode, encode_mean
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
 
@@ -94,6 +94,9 @@ class AnomalyDetector:
         """
         images = images.to(self.device)
         height, width = images.shape[-2:]
+        side = side_for(self.vae, None)
+        if side is not None and (height, width) != (side, side):
+            raise BadImageError(f"{width}x{height} pixels: this autoencoder's vector is of {side}x{side}")
         latents = encode_mean(self.vae, images)
         reconstruction = decode(self.vae, latents)[..., :height, :width].clamp(-1, 1)
         found: dict[str, Map] = {}
@@ -118,8 +121,7 @@ class AnomalyDetector:
         centred = latents[0].double() - torch.from_numpy(self.mean).to(latents.device)[:, None, None]
         white = torch.einsum("ij,jhw->ihw", torch.from_numpy(self.whitening).to(latents.device), centred)
         distances = white.square().sum(dim=0).sqrt()[None, None].float()  # (1, 1, h, w)
-        ratio = -(-height // latents.shape[2]), -(-width // latents.shape[3])
-        size = latents.shape[2] * ratio[0], latents.shape[3] * ratio[1]
+        size = [n * stride_of(self.vae) for n in latents.shape[2:]]
         enlarged = nn.functional.interpolate(distances, size=size, mode="bilinear", align_corners=False)
         return enlarged[:, 0, :height, :width]
 
@@ -153,9 +155,8 @@ def dissimilarity(images: Tensor, reconstruction: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     check_side(images, SMALLEST_FOR_SSIM, "ssim")
-    _, full = structural_similarity_index_measure(
-        reconstruction, images, data_range=2.0, return_full_image=True, sigma=1.5
-    )
+    shown = ((x + 1) / 2 for x in (reconstruction, images))  # its term for the light wants values from 0 on
+    _, full = structural_similarity_index_measure(*shown, data_range=1.0, return_full_image=True, sigma=1.5)
     return 1 - full.mean(dim=1)
 
 
@@ -249,18 +250,8 @@ def fit_detector(
     """
     if not methods or not 0 < false_alarm_rate < 1 or not 0 <= blur < math.inf or not 0 < share <= 1:
         raise ConfigError("at least one method, 0 < false-alarm rate < 1, blur >= 0 and 0 < share <= 1 are needed")
-    bad: dict[str, str] = {}
-    gaussian = LatentGaussian(int(vae.config.latent_channels))
-    device = next(vae.parameters()).device
-    for name, images in images_of(good):
-        if isinstance(images, str):
-            bad[name] = images
-            continue
-        with torch.inference_mode():
-            gaussian.add(encode_mean(vae, images.to(device))[0])
-    if not gaussian.count:
-        raise nothing_usable(bad)
-    mean, whitening = gaussian.whitening()
+    if len(held_out) < math.ceil(1 / false_alarm_rate) - 1:
+        threshold_at([0.0] * len(held_out), false_alarm_rate)  # says so before hours are spent
     facts = Facts(
         vae=fingerprint(vae),
         methods=tuple(dict.fromkeys(methods)),
@@ -272,7 +263,19 @@ def fit_detector(
         lpips_backbone=lpips_backbone,
         lpips_pretrained=lpips_pretrained,
     )
-    detector = AnomalyDetector(vae, facts, mean=mean, whitening=whitening)
+    channels = int(vae.config.latent_channels)
+    detector = AnomalyDetector(vae, facts, mean=np.zeros(channels), whitening=np.eye(channels))
+    bad: dict[str, str] = {}
+    gaussian = LatentGaussian(channels)
+    for name, images in images_of(good):
+        if isinstance(images, str):
+            bad[name] = images
+            continue
+        with torch.inference_mode():
+            gaussian.add(encode_mean(vae, images.to(detector.device))[0])
+    if not gaussian.count:
+        raise nothing_usable(bad)
+    detector.mean, detector.whitening = gaussian.whitening()
     rows = []
     for name, images in images_of(held_out):
         try:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm_vae.data.images import centre_square, to_images
 from ldm_vae.data.sources import Source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
-from ldm_vae.models.pretrained import stride_of
+from ldm_vae.models.pretrained import side_for
 from ldm_vae.models.tiling import encode_mean
 
 Pooling = Literal["mean", "flatten"]
@@ -22,24 +22,11 @@ def embed(vae: Any, images: Tensor, *, pooling: Pooling = "mean") -> Tensor:
 
     Args:
         pooling: of a map of latents (c, h, w): "mean" over the places, D = c; or "flatten", D = c * h * w. An
-            autoencoder with a global latent gives its vector either way.
+            autoencoder with a global latent gives its vector either way, of images of the side that it was made for.
     """
     with torch.inference_mode():
         latents = encode_mean(vae, images).float()
     return latents.mean(dim=(2, 3)) if pooling == "mean" else latents.flatten(1)
-
-
-def side_for(vae: Any, resolution: int | None) -> int | None:
-    """The side of the squares that images are resized to; None: they keep their size.
-
-    Raises:
-        ConfigError: another side than the one that a global latent was made for.
-    """
-    if vae.config.get("pool", 1) == 1:
-        return resolution
-    if resolution not in (None, stride_of(vae)):
-        raise ConfigError(f"this autoencoder's vector is of {stride_of(vae)} pixels each way: leave --resolution out")
-    return stride_of(vae)
 
 
 def embed_source(

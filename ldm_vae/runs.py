@@ -182,6 +182,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(step=int(record["step"]), tensors=tensors, facts=dict(record["facts"]))
 
 
+def training_seconds(directory: Path) -> float:
+    """How long a run has trained by its metrics, over all its resumptions."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return max(float(json.loads(line).get("seconds", 0.0)) for line in lines)
+
+
 def step_of(folder: Path) -> int:
     number = folder.name.removeprefix("step-")
     return int(number) if number.isdigit() else -1

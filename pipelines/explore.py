@@ -21,9 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_vae.config import parse_flags
-from ldm_vae.data.conversion import check_viewable
 from ldm_vae.data.sources import open_source
-from ldm_vae.embedding import embed
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import check_writable, write_csv
 from ldm_vae.models.pretrained import (
@@ -32,6 +30,7 @@ from ldm_vae.models.pretrained import (
     is_variational,
     load_autoencoder,
     posterior_of,
+    side_for,
     stride_of,
 )
 from ldm_vae.models.tiling import decode
@@ -54,9 +53,9 @@ class Config:
     """Images whose latents are looked at."""
     output: Path
     resolution: int = 64
-    """Side of the squares that images are resized to."""
+    """Side of the squares that images are resized to; a model of vectors has its own."""
     num_images: int = 500
-    """Images that are measured."""
+    """Images that are measured, up to 1000."""
     rows: int = 8
     """Rows of a sheet."""
     num_samples: int = 0
@@ -103,6 +102,8 @@ def write_samples(space: Space, folder: Path, config: Config) -> None:
     """One PNG a sample, with the channels of the images."""
     grey = channels_of(space.vae) == 1
     folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
     for i, z in enumerate(drawn(space, config.num_samples, config.seed + 1)):
         pixels = space.decoded(z[None])[0]
         Image.fromarray(pixels[:, :, 0] if grey else pixels).save(folder / f"{i:05d}.png")
@@ -134,7 +135,7 @@ def traversals(space: Space, config: Config) -> Image.Image:
 
 def neighbours(space: Space, config: Config) -> Image.Image:
     """Images, and those whose vectors are nearest."""
-    vectors = torch.cat([embed(space.vae, i[None], pooling="flatten") for i in space.images])
+    vectors = space.latents.flatten(1)
     distances = torch.cdist(vectors[: config.rows], vectors)
     nearest = distances.argsort(dim=1)[:, :STEPS]
     titles = ["image, then the nearest ones"] + [""] * (len(nearest) - 1)
@@ -175,8 +176,7 @@ def main(config: Config) -> None:
     check_writable(config.output)
     for path, name in zip(paths, folders, strict=True):
         vae = load_autoencoder(path)
-        check_viewable(channels_of(vae))
-        side = max(config.resolution // stride_of(vae), 1) * stride_of(vae)
+        side = side_for(vae, None) or max(config.resolution // stride_of(vae), 1) * stride_of(vae)
         source = open_source(config.data, channels=channels_of(vae), resolution=side)
         images, bad = validation_images(source, side=side, count=config.num_images, seed=config.seed)
         if len(images) < 2:

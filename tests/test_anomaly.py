@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import binom
+from scipy.stats import betabinom, binom
 
 from ldm_vae import cli
 from ldm_vae.anomaly import (
@@ -20,7 +21,7 @@ from ldm_vae.anomaly import (
     mean_of_largest,
     threshold_at,
 )
-from ldm_vae.data.images import to_images
+from ldm_vae.data.images import to_images, to_pixels
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
@@ -96,11 +97,28 @@ def test_ssims_map_has_the_mean_of_the_metric() -> None:
     images, other = leaves(0), leaves(1)
     found = dissimilarity(images, other)
     assert found.shape == (1, 48, 48)
-    planes = [x[0].permute(1, 2, 0).numpy() for x in (images, other)]
-    options = {"gaussian_weights": True, "use_sample_covariance": False, "sigma": 1.5, "data_range": 2.0}
+    planes = [to_pixels(x[0]).astype(float) for x in (images, other)]
+    options = {"gaussian_weights": True, "use_sample_covariance": False, "sigma": 1.5, "data_range": 255}
     _, full = structural_similarity(*planes, channel_axis=2, full=True, **options)
     inner = slice(8, -8)
-    assert np.allclose(1 - found[0, inner, inner], full.mean(axis=2)[inner, inner], atol=1e-4)
+    assert np.allclose(1 - found[0, inner, inner], full.mean(axis=2)[inner, inner], atol=1e-3)
+    grey = torch.full((1, 3, 20, 20), 0.05)
+    assert dissimilarity(grey, -grey).max() < 0.02  # 13 of 255 steps of light, on both sides of the middle
+
+
+def test_fresh_good_images_raise_alarms_at_the_rate_asked_for(detector: AnomalyDetector) -> None:
+    """A detector of 60 images held out, and 200 fresh ones: within the binomial interval, and that of the threshold."""
+    held_out = open_source("procedural:dead-leaves@1", resolution=48)
+    found = fit_detector(
+        detector.vae, First(held_out, 5), First(held_out, 60), blur=1.0, share=0.01, false_alarm_rate=0.2
+    )[0]
+    for method, threshold in found.facts.thresholds.items():
+        scores = [found.scores(found.maps(leaves(i))[0])[method] for i in range(200)]
+        alarms = int((np.array(scores) > threshold).sum())
+        # of n = 60 the rate above the k-th is Beta(n + 1 - k, k), so alarms are beta-binomial
+        k = math.ceil(61 * 0.8)
+        low, high = betabinom.interval(0.999, 200, 61 - k, k)
+        assert low <= alarms <= high, method
 
 
 def test_a_strange_patch_is_where_the_maps_are_large(detector: AnomalyDetector) -> None:
@@ -204,6 +222,14 @@ def test_what_cannot_be_fitted_or_scored_is_said(
     assert "false-alarm rate" in fails(*fit, "--false-alarm-rate", 2)
     assert "weights" in fails(*fit, "--methods", "lpips", "--lpips-backbone", "squeeze")
     assert not (tmp_path / "fitted").exists()
+    (model / "config.json").write_text(json.dumps({"config": {"data": str(photos)}}))
+    rate = ("--false-alarm-rate", 0.4)
+    assert "was trained on all of" in fails(*fit, *rate)
+    assert "was trained on all of" in fails(*fit, "--held-out", photos, *rate)
+    (model / "config.json").unlink()
+    assert "other things than a detector" in fails("fit", "--vae", model, "--data", photos, "--output", model, *rate)
+    assert "other things" in fails("fit", "--vae", model, "--data", photos, "--output", model, *rate, "--overwrite")
+    assert (model / "vae" / "config.json").exists()
     run("anomaly", *fit, "--held-out", photos, "--false-alarm-rate", 0.2)
     assert "is there" in fails(*fit)
     score = ("score", "--vae", model, "--data", photos, "--output", tmp_path / "out")

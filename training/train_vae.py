@@ -80,6 +80,8 @@ class Config(Training, Objective):
     spectral_norm: bool = False
     """Spectral norm instead of group norm in the discriminator."""
     disc_learning_rate: float = 2e-4
+    mirror: bool = True
+    """Mirror every second crop."""
     cache_gib: float = 1.0
     """Decoded images that each training process may keep in memory."""
 
@@ -166,8 +168,9 @@ def validate(config: Config, num_processes: int) -> None:
         at_least_0=("cache_gib", "disc_start", "coarse_weight", "kl_weight", "lpips_weight", "adversarial_weight")
         + ("sparsity_weight",),
     )
-    if config.corruption is not None:
-        parse_corruption(config.corruption)
+    corruption = parse_corruption(config.corruption) if config.corruption is not None else None
+    if corruption is not None and corruption.kind == "jpeg" and config.channels not in (1, 3):
+        raise ConfigError(f"images of {config.channels} channels cannot be JPEG: choose another --corruption")
     if not 0 < config.target_activation < 1:
         raise ConfigError(f"--target-activation is {config.target_activation}: it must be between 0 and 1")
     if config.target_bpp is not None and (config.target_bpp <= 0 or config.kl_weight <= 0):
@@ -212,8 +215,9 @@ def build(config: Config, accelerator: Accelerator) -> State:
     check_variant(vae, config)
     if config.kl_weight > 0 and not is_variational(vae):
         raise ConfigError(f"{type(vae).__name__} has no posterior, and so no KL: add --kl-weight 0")
-    if (config.shorter_side or config.resolution) < stride_of(vae) and config.global_latent is None:
-        raise ConfigError(f"--shorter-side {config.shorter_side} is less than the model's stride of {stride_of(vae)}")
+    if (config.shorter_side or config.resolution) < stride_of(vae):
+        side = f"--shorter-side {config.shorter_side}" if config.shorter_side else f"--resolution {config.resolution}"
+        raise ConfigError(f"{side} is less than the model's stride of {stride_of(vae)}")
     check_resolution(config.resolution, vae)
     if config.train == "decoder":
         for name, parameter in vae.named_parameters():
@@ -267,8 +271,12 @@ def architecture_of(config: Config) -> dict[str, Any]:
     """Keywords of PatchAutoencoderKL: the preset's, and what other flags make of it."""
     keywords = ARCHITECTURES[config.architecture] | {"deterministic": config.posterior == "deterministic"}
     keywords["latent_activation"] = ACTIVATION_OF[config.sparsity]
+    corruption = parse_corruption(config.corruption) if config.corruption else None
+    if corruption is not None and corruption.kind == "gaussian":
+        keywords["noise_level"] = corruption.high
     if config.global_latent is not None:
-        stride = PatchAutoencoderKL(in_channels=config.channels, **keywords).spatial_compression_ratio
+        one = {"in_channels": config.channels, "latent_channels": 1}
+        stride = PatchAutoencoderKL(**keywords | one).spatial_compression_ratio
         if config.resolution % stride:
             nearest = max(config.resolution // stride, 1) * stride
             raise ConfigError(f"--resolution {config.resolution} is not a multiple of {stride}: try {nearest}")
@@ -324,6 +332,7 @@ def batches_from(step: int, source: Source, config: Config, accelerator: Acceler
         resolution=config.resolution,
         shorter_side=config.shorter_side or (config.resolution if config.global_latent else None),
         corruption=parse_corruption(config.corruption) if config.corruption else None,
+        mirror=config.mirror,
         cache_bytes=int(config.cache_gib * 2**30) // max(num_workers, 1),
     )
     order = MicroBatches(

@@ -77,6 +77,7 @@ class CropDataset(Dataset[Row]):
             keeps their size. Images smaller than the crop are always enlarged.
         cache_bytes: decoded images are kept in this process up to so many bytes.
         corruption: what is done to the crops that the network sees; every second one is not told how much.
+        mirror: whether every second crop is mirrored.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class CropDataset(Dataset[Row]):
         shorter_side: int | None = None,
         cache_bytes: int = 0,
         corruption: Corruption | None = None,
+        mirror: bool = True,
     ) -> None:
         self.source, self.seed, self.resolution, self.shorter_side = source, seed, resolution, shorter_side
-        self.corruption = corruption
+        self.corruption, self.mirror = corruption, mirror
         self.cache: dict[int, Pixels] = {}
         self.cache_left = cache_bytes
         self.bad: dict[int, str] = {}
@@ -153,7 +155,7 @@ class CropDataset(Dataset[Row]):
         else:
             y, x = along * (height - side), across * (width - side)
             crop = resize(pixels, (self.resolution, self.resolution), (x, y, x + side, y + side))
-        return crop[:, ::-1] if mirror < 0.5 else crop
+        return crop[:, ::-1] if self.mirror and mirror < 0.5 else crop
 
 
 class MicroBatches(Sampler[list[int]]):

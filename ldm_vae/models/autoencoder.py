@@ -76,12 +76,14 @@ class Encoder(nn.Module):
         widths: tuple[int, ...],
         layers: tuple[int, ...],
         pool: int,
-        noise_level: bool,
+        takes_level: bool,
     ) -> None:
         super().__init__()
         self.patch = patch
         self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
-        self.level = nn.Linear(2, widths[0], bias=False) if noise_level else None
+        self.level = nn.Linear(2, widths[0], bias=False) if takes_level else None
+        if self.level is not None:
+            nn.init.zeros_(self.level.weight)
         self.stages = nn.ModuleList(Stage(block, w, n) for w, n in zip(widths, layers, strict=True))
         self.downs = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in pairwise(widths))
         if pool == 1:
@@ -161,13 +163,13 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
             crops of that stride's side, an image is one vector of `latent_channels` numbers.
         deterministic: a plain autoencoder: the posterior is its mean.
         latent_activation: of the mean: "none", or for sparse latents "relu" or "sigmoid".
-        noise_level: the encoder takes the standard deviation of the noise in an image, where it is known.
+        noise_level: the encoder takes the standard deviation of the noise in an image where it is known, up to this, in
+            0..255. It begins with no effect.
         latents_mean, latents_std: per latent channel, measured over a data set; (z - mean) / std are scaled latents.
         scaling_factor, shift_factor: the scalar convention of older diffusers VAEs, for code that asks for it.
 
     Raises:
-        ValueError: lengths that differ, a patch size that is not a power of two, or a linear path to more latents than
-            a patch has numbers.
+        ValueError: lengths that differ, a patch size that is not a power of two, or an activation that is not known.
     """
 
     _supports_gradient_checkpointing = True
@@ -188,7 +190,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         pool: int = 1,
         deterministic: bool = False,
         latent_activation: str = "none",
-        noise_level: bool = False,
+        noise_level: float | None = None,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
         scaling_factor: float = 1.0,
@@ -211,14 +213,10 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         out_channels = out_channels or in_channels
         stride = self.spatial_compression_ratio = patch_size * 2 ** (len(widths) - 1) * pool
         moments = 2 * latent_channels
-        self.encoder = Encoder(self.block, in_channels, moments, patch_size, widths, encoder_layers, pool, noise_level)
+        told = noise_level is not None
+        self.encoder = Encoder(self.block, in_channels, moments, patch_size, widths, encoder_layers, pool, told)
         self.decoder = Decoder(self.block, out_channels, latent_channels, patch_size, widths, decoder_layers, pool)
         if linear_path:
-            numbers = min(in_channels, out_channels) * stride**2
-            if latent_channels > numbers:
-                raise ValueError(
-                    f"a patch has {numbers} numbers, too few for a linear path to {latent_channels} latents"
-                )
             self.encoder.linear = LinearEncoder(in_channels, latent_channels, stride)
             self.decoder.linear = LinearDecoder(out_channels, latent_channels, stride)
             silence(self.encoder.conv_out)
@@ -262,7 +260,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         """
         stride = self.spatial_compression_ratio
         height, width = x.shape[-2:]
-        if noise_level is not None and not self.config.noise_level:
+        if noise_level is not None and self.config.noise_level is None:
             raise ValueError("this model takes no noise level: leave it out")
         if x.shape[1] != self.config.in_channels:
             raise ValueError(f"images have {x.shape[1]} channels, the model takes {self.config.in_channels}")
@@ -337,7 +335,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "encoder_layers_per_block": (1, 3),
         "decoder_layers_per_block": (1, 3),
         "linear_path": True,
-        "noise_level": True,
     },
     "f8c4-large": {
         "latent_channels": 4,

@@ -19,17 +19,19 @@ CHROMA = 12.0
 """How much less the differences of the channels count than their mean, in the order of the basis."""
 
 
-def cosine_basis(channels: int, side: int) -> Tensor:
-    """Orthonormal rows (C * side^2, C * side^2): the cosine transform of patches (C, side, side), coarse to fine.
+def cosine_basis(channels: int, side: int, count: int) -> Tensor:
+    """Orthonormal rows (count, C * side^2), or all: the cosine transform of patches (C, side, side), coarse to fine.
 
     Across the channels, too: their mean, then their differences. Rows are in the order of 1 + y^2 + x^2, of the
     frequencies y and x, as natural images' spectra fall; times CHROMA for the differences.
     """
-    count = channels * side**2
+    numbers = channels * side**2
     z, y, x = np.meshgrid(*(np.arange(n) for n in (channels, side, side)), indexing="ij")
     order = np.argsort(((1 + y**2 + x**2) * np.where(z > 0, CHROMA, 1.0)).ravel(), kind="stable")
-    waves = idctn(np.eye(count).reshape(count, channels, side, side), axes=(1, 2, 3), norm="ortho")
-    return torch.from_numpy(waves.reshape(count, count)[order]).float()
+    single = np.zeros((min(count, numbers), numbers))
+    single[np.arange(len(single)), order[: len(single)]] = 1
+    waves = idctn(single.reshape(-1, channels, side, side), axes=(1, 2, 3), norm="ortho")
+    return torch.from_numpy(waves.reshape(len(single), numbers)).float()
 
 
 class LinearEncoder(nn.Module):
@@ -39,7 +41,7 @@ class LinearEncoder(nn.Module):
         super().__init__()
         self.stride = stride
         self.conv = nn.Conv2d(in_channels * stride**2, 2 * latent_channels, 1)
-        start_at(self.conv, GAIN * cosine_basis(in_channels, stride)[:latent_channels])
+        start_at(self.conv, GAIN * cosine_basis(in_channels, stride, latent_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return exactly(self.conv, functional.pixel_unshuffle(x, self.stride))
@@ -52,7 +54,7 @@ class LinearDecoder(nn.Module):
         super().__init__()
         self.stride = stride
         self.conv = nn.Conv2d(latent_channels, out_channels * stride**2, 1)
-        start_at(self.conv, cosine_basis(out_channels, stride)[:latent_channels].T / GAIN)
+        start_at(self.conv, cosine_basis(out_channels, stride, latent_channels).T / GAIN)
 
     def forward(self, z: Tensor) -> Tensor:
         return functional.pixel_shuffle(exactly(self.conv, z), self.stride)

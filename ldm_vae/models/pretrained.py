@@ -144,6 +144,19 @@ def check_resolution(resolution: int, vae: Any) -> None:
         raise ConfigError(f"--resolution {resolution} is not a multiple of {stride}: try {nearest}")
 
 
+def side_for(vae: Any, resolution: int | None) -> int | None:
+    """The side of the squares that images are resized to; None: they keep their size.
+
+    Raises:
+        ConfigError: another side than the one that a global latent was made for.
+    """
+    if vae.config.get("pool", 1) == 1:
+        return resolution
+    if resolution not in (None, stride_of(vae)):
+        raise ConfigError(f"this autoencoder's vector is of {stride_of(vae)} pixels each way: leave --resolution out")
+    return stride_of(vae)
+
+
 def channels_of(vae: Any) -> int:
     """Channels of the images."""
     return int(vae.config.in_channels)

@@ -59,10 +59,13 @@ def denoise(vae: Any, images: Tensor, *, sigma: float | None = None, tile: int |
 
 def check_noise_level(vae: Any, sigma: float | None) -> None:
     """Raises ConfigError for a sigma that cannot be told to this autoencoder."""
-    if sigma is not None and not vae.config.get("noise_level"):
+    if sigma is None:
+        return
+    most = vae.config.get("noise_level")
+    if most is None:
         raise ConfigError("this autoencoder cannot be told how much noise there is: leave out sigma")
-    if sigma is not None and not 0 <= sigma <= 255:
-        raise ConfigError(f"sigma is {sigma}: it must be from 0 to 255")
+    if not 0 <= sigma <= most:
+        raise ConfigError(f"sigma is {sigma}: this autoencoder was trained for 0 to {most:g}")
 
 
 def turn_on_tiling(vae: Any, tile: int = TILE) -> int | None:

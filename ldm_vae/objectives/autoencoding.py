@@ -297,7 +297,7 @@ def train_step(
         if inputs is not None:
             inputs = inputs.to(accelerator.device, memory_format=torch.channels_last, non_blocking=True)
         levels = None
-        if vae.config.get("noise_level"):
+        if vae.config.get("noise_level") is not None:
             levels = torch.full((len(images),), UNKNOWN_LEVEL) if batch.noise_levels is None else batch.noise_levels
             levels = levels.to(images.device)
         shape = (latent_channels_of(vae), images.shape[-2] // stride_of(vae), images.shape[-1] // stride_of(vae))

@@ -40,7 +40,7 @@ def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_denoisers_see_the_same_noise_and_their_figures_are_right(photos: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    PatchAutoencoderKL(block_out_channels=(8, 8), noise_level=True).save_pretrained(tmp_path / "run" / "vae")
+    PatchAutoencoderKL(block_out_channels=(8, 8), noise_level=55.0).save_pretrained(tmp_path / "run" / "vae")
     denoising.main(
         denoising.Config(
             vae=str(tmp_path / "run"),

@@ -114,10 +114,15 @@ def test_an_image_of_the_strides_side_is_one_vector() -> None:
 
 def test_a_noise_level_counts_where_it_is_told_and_an_unknown_one_is_none() -> None:
     torch.manual_seed(0)
-    vae = PatchAutoencoderKL(block_out_channels=(8, 8), noise_level=True)
+    vae = PatchAutoencoderKL(block_out_channels=(8, 8), noise_level=50.0)
     images = torch.rand(3, 3, 16, 16)
     none = vae.encode(images).latent_dist.mean
-    mixed = vae.encode(images, noise_level=torch.tensor([-1.0, 0.0, 30.0])).latent_dist.mean
+    level = torch.tensor([-1.0, 0.0, 30.0])
+    assert torch.equal(
+        vae.encode(images, noise_level=level).latent_dist.mean, none
+    )  # until it has learnt what it means
+    torch.nn.init.normal_(vae.encoder.level.weight)
+    mixed = vae.encode(images, noise_level=level).latent_dist.mean
     torch.testing.assert_close(mixed[0], none[0])
     assert (mixed[1] - none[1]).abs().max() > 1e-3  # no noise is something to know, too
     assert (mixed[2] - none[2]).abs().max() > 1e-3

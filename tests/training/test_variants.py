@@ -14,6 +14,8 @@ from processes import ROOT, metrics
 
 from ldm_vae.data.corruption import parse_corruption
 from ldm_vae.data.images import to_images, to_pixels
+from ldm_vae.data.loader import CropDataset
+from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import open_source
 from ldm_vae.embedding import embed
 from ldm_vae.errors import ConfigError
@@ -91,6 +93,18 @@ def test_a_global_latent_is_so_many_numbers_an_image(tmp_path: Path) -> None:
     assert vae.decode(embed(vae, images)[:, :, None, None]).sample.shape == images.shape
 
 
+def test_grey_images_can_be_denoised_and_mirroring_can_be_left_out(tmp_path: Path) -> None:
+    main(config_for("denoise", tmp_path, channels=1, steps=1, mirror=False))
+    vae = load_autoencoder(str(tmp_path))
+    assert vae.config.noise_level == 55
+    assert denoise(vae, torch.zeros(1, 1, 20, 24), sigma=10).shape == (1, 1, 20, 24)
+    source = open_source("procedural:dead-leaves", resolution=16)
+    crops = CropDataset(source, seed=0, resolution=16, mirror=False)
+    for position in range(6):
+        index = index_at(position, size=len(source), seed=0)
+        assert torch.equal(crops[position].image, to_images(source[index].pixels))
+
+
 def test_variants_combine_and_do_not_depend_on_how_the_batch_is_split(tmp_path: Path) -> None:
     changes = {"steps": 3, "corruption": "gaussian:0-50", "sparsity": "kl", "global_latent": 5}
     changes |= {"posterior": "gaussian", "kl_weight": 1e-3, "checkpoint_every": 3}
@@ -113,6 +127,8 @@ def test_variants_combine_and_do_not_depend_on_how_the_batch_is_split(tmp_path: 
         ({"global_latent": 0}, "global-latent"),
         ({"global_latent": 4, "resolution": 36}, "not a multiple of 8: try 32"),
         ({"target_activation": 1.0}, "target-activation"),
+        ({"corruption": "jpeg:10", "channels": 4}, "4 channels cannot be JPEG"),
+        ({"global_latent": 4, "resolution": 64, "shorter_side": 32}, "--shorter-side 32 is less"),
         ({"sparsity_weight": -1.0}, "sparsity-weight"),
         ({"kl_weight": 1e-3}, "no posterior"),
         ({"init": "{run}", "global_latent": 4}, "leave out --init"),
