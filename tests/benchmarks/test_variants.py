@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import anomaly, denoising, embeddings
+from benchmarks import anomaly, denoising, embeddings, prior_samples
 from ldm_vae.errors import ConfigError, DataError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 
@@ -142,3 +142,18 @@ def test_each_class_is_the_good_one_in_turn(
         assert len(values) == 2
         assert means[method] == pytest.approx(np.mean(values))
     assert means["5 nearest on pixels"] > 0.8  # stripes are easily told
+
+
+def test_prior_samples_of_both_kinds_are_judged_against_real_images(
+    fashion: Path, tmp_path: Path, in_process: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prior_samples, "seconds_of_script", in_process)
+    small = {"length": 4, "steps": 1, "batch_size": 8, "classifier_epochs": 1, "num_samples": 20}
+    prior_samples.main(prior_samples.Config(data=fashion, output=tmp_path, **small))
+    record = json.loads((tmp_path / "results.json").read_text())
+    for name in ("plain", "variational"):
+        drawn = sorted((tmp_path / "explored" / name / "samples").glob("*.png"))
+        assert len(drawn) == 20
+        assert Image.open(drawn[0]).size == (32, 32)
+        assert record["training_seconds"][name] > 0
+        assert any(str(key).endswith(f"{name}/samples") for key in record["figures"])
