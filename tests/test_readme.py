@@ -85,7 +85,7 @@ def run_commands(page: str) -> int:
 
 def test_the_commands_of_the_guide_to_compression_run(here: Path) -> None:
     page = (ROOT / "docs" / "compression.md").read_text()
-    assert run_commands(page) == 8
+    assert run_commands(page) == 9
     for example in blocks(page, "python"):
         exec(example, {})
     assert (here / "restored.png").exists()
@@ -107,7 +107,7 @@ def test_the_commands_of_the_guide_to_autoencoders_run(here: Path) -> None:
 
 
 def test_the_commands_of_the_readme_run_one_after_the_other(here: Path) -> None:
-    assert run_commands(README) == 15
+    assert run_commands(README) == 16
     scope: dict[str, Any] = {}
     for example in blocks(README, "python"):
         exec(example.replace("256, 256", "64, 64").replace("=2.0)", "=2.0, num_inference_steps=2)"), scope)
