@@ -220,7 +220,8 @@ def test_what_cannot_be_fitted_or_scored_is_said(
     assert "no images" in fails("fit", "--vae", model, "--data", tmp_path / "empty", "--held-out", photos)
     assert "at least 19" in fails(*fit)  # two are held out of twelve
     assert "false-alarm rate" in fails(*fit, "--false-alarm-rate", 2)
-    assert "weights" in fails(*fit, "--methods", "lpips", "--lpips-backbone", "squeeze")
+    lpips = ("--methods", "lpips", "--lpips-backbone", "squeeze", "--false-alarm-rate", 0.4)
+    assert "weights" in fails(*fit, *lpips)
     assert not (tmp_path / "fitted").exists()
     (model / "config.json").write_text(json.dumps({"config": {"data": str(photos)}}))
     rate = ("--false-alarm-rate", 0.4)
