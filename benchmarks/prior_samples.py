@@ -45,7 +45,7 @@ class Config:
     seed: int = 0
 
 
-def script(name: str, *words: Any) -> None:
+def script(name: Any, *words: Any) -> None:
     seconds_of_script(ROOT / name, *words)
 
 

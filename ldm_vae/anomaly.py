@@ -155,8 +155,8 @@ def dissimilarity(images: Tensor, reconstruction: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     check_side(images, SMALLEST_FOR_SSIM, "ssim")
-    shown = ((x + 1) / 2 for x in (reconstruction, images))  # its term for the light wants values from 0 on
-    _, full = structural_similarity_index_measure(*shown, data_range=1.0, return_full_image=True, sigma=1.5)
+    made, given = (reconstruction + 1) / 2, (images + 1) / 2  # its term for the light wants values from 0 on
+    _, full = structural_similarity_index_measure(made, given, data_range=1.0, return_full_image=True, sigma=1.5)
     return 1 - full.mean(dim=1)
 
 
