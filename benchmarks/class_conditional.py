@@ -93,8 +93,9 @@ def zips(config: Config) -> tuple[str, str]:
 def write_fashion_mnist(config: Config, part: str) -> str:
     """A zip of PNG, 28x28 padded with black to 32x32, from the idx files (Xiao et al. 2017)."""
     target = config.output / f"{part}.zip"
-    pixels, labels = read_fashion_mnist(config.data, part)
-    write_class_zip(target, zip(pixels, (FASHION[label] for label in labels), strict=True))
+    if not target.exists():
+        pixels, labels = read_fashion_mnist(config.data, part)
+        write_class_zip(target, zip(pixels, (FASHION[label] for label in labels), strict=True))
     return str(target)
 
 

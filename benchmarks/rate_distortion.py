@@ -372,7 +372,7 @@ def main(config: Config) -> None:
     metrics = [m for m in METRICS if all(by_metric[m].values())]
     for m in METRICS:
         left_out = len(images) - len({r["image"] for found in by_metric[m].values() for r in found})
-        if left_out:
+        if left_out and any(m in r for r in every):
             print(f"{METRICS[m]}: {left_out} of {len(images)} images have none, and are left out of it")
     references: list[str] = [r for r in ("jpeg-420", "webp", "avif-420") if r in rows] or [codecs[0].name]
     differences = {

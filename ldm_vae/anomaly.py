@@ -34,7 +34,7 @@ Method = Literal["l1", "ssim", "lpips", "mahalanobis"]
 FOLDER = "anomaly"
 FACTS, STATISTICS = "anomaly.json", "statistics.safetensors"
 SHRINKAGE = 0.01
-"""Of the latents' covariance towards a multiple of the identity: so much the least of its eigenvalues is."""
+"""Of the latents' covariance towards a multiple of the identity: no direction varies less than this share of the mean."""
 Map = np.ndarray[Any, Any]
 
 
