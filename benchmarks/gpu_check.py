@@ -22,8 +22,7 @@ from ldm_vae.config import as_json, parse_flags
 from ldm_vae.errors import one_line_errors
 from ldm_vae.files import check_writable, write_json
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
-from ldm_vae.models.pretrained import reconstruct
-from ldm_vae.models.tiling import tiled_decode
+from ldm_vae.models.tiling import reconstruct, tiled_decode
 from ldm_vae.models.unet import make_denoiser
 from ldm_vae.objectives.diffusion import make_scheduler
 from ldm_vae.pipeline import LatentDiffusionPipeline

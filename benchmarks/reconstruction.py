@@ -26,7 +26,8 @@ from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_csv, write_json
 from ldm_vae.metrics import bootstrap_interval, ms_ssim, psnr, ssim, ssimulacra2
-from ldm_vae.models.pretrained import channels_of, encode_moments, load_autoencoder, reconstruct, stride_of
+from ldm_vae.models.pretrained import channels_of, encode_moments, load_autoencoder, stride_of
+from ldm_vae.models.tiling import reconstruct
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
 from ldm_vae.pictures import labelled_rows, visible
 from ldm_vae.runs import versions

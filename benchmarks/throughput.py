@@ -29,7 +29,7 @@ from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import check_writable, write_json
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.discriminator import PatchDiscriminator
-from ldm_vae.models.pretrained import reconstruct
+from ldm_vae.models.tiling import reconstruct
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
 from ldm_vae.objectives.perceptual import PerceptualLoss
 from ldm_vae.runs import versions

@@ -16,7 +16,7 @@ _HOMES = {
     "load_autoencoder": "ldm_vae.models.pretrained",
     "load_pipeline": "ldm_vae.pipeline",
     "open_source": "ldm_vae.data.sources",
-    "reconstruct": "ldm_vae.models.pretrained",
+    "reconstruct": "ldm_vae.models.tiling",
 }
 __all__ = sorted(_HOMES)
 

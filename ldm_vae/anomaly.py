@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,7 +26,7 @@ from ldm_vae.data.sources import Source
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError, nothing_usable
 from ldm_vae.files import write_json
 from ldm_vae.metrics import SMALLEST_FOR_SSIM
-from ldm_vae.models.pretrained import channels_of, fingerprint, side_for, stride_of
+from ldm_vae.models.pretrained import channels_of, fingerprint, latent_channels_of, side_for, stride_of
 from ldm_vae.models.tiling import decode, encode_mean
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
 
@@ -34,7 +34,7 @@ Method = Literal["l1", "ssim", "lpips", "mahalanobis"]
 FOLDER = "anomaly"
 FACTS, STATISTICS = "anomaly.json", "statistics.safetensors"
 SHRINKAGE = 0.01
-"""Of the latents' covariance towards a multiple of the identity: no direction varies less than this share of the mean."""
+"""Of the latents' covariance towards a multiple of the identity: no eigenvalue is below this share of their mean."""
 Map = np.ndarray[Any, Any]
 
 
@@ -64,13 +64,16 @@ class AnomalyDetector:
 
     Args:
         vae: any diffusers autoencoder.
+        lpips: needed for that method alone.
         mean, whitening: of good images' latents, (c,) and (c, c): |whitening @ (z - mean)| is the Mahalanobis distance.
 
     Raises:
         ModelMismatchError: these are another autoencoder's facts.
     """
 
-    def __init__(self, vae: Any, facts: Facts, *, mean: np.ndarray, whitening: np.ndarray) -> None:
+    def __init__(
+        self, vae: Any, facts: Facts, *, mean: np.ndarray, whitening: np.ndarray, lpips: PerceptualLoss | None
+    ) -> None:
         if facts.vae != fingerprint(vae):
             raise ModelMismatchError(
                 f"the detector was fitted for the autoencoder {facts.vae[:16]}, this one is {fingerprint(vae)[:16]}: "
@@ -78,12 +81,7 @@ class AnomalyDetector:
             )
         self.vae, self.facts = vae.eval(), facts
         self.device = next(vae.parameters()).device
-        self.mean, self.whitening = mean, whitening
-        self.lpips: PerceptualLoss | None = None
-        if "lpips" in facts.methods:
-            self.lpips = PerceptualLoss(
-                facts.lpips_backbone, pretrained=facts.lpips_pretrained, image_channels=channels_of(vae)
-            ).to(self.device)
+        self.mean, self.whitening, self.lpips = mean, whitening, lpips
 
     @torch.inference_mode()
     def maps(self, images: Tensor) -> tuple[dict[str, Map], Tensor]:
@@ -143,11 +141,18 @@ class AnomalyDetector:
             record = json.loads((folder / FACTS).read_text())
             facts = Facts(**{**record, "methods": tuple(record["methods"])})
             statistics = load_file(folder / STATISTICS)
-            return cls(vae, facts, mean=statistics["mean"], whitening=statistics["whitening"])
-        except ModelMismatchError:
-            raise
         except Exception as error:  # damaged files raise many kinds
             raise ModelError(f"cannot load the detector {folder}: {type(error).__name__}: {error}") from None
+        lpips = lpips_for(vae, facts)
+        return cls(vae, facts, mean=statistics["mean"], whitening=statistics["whitening"], lpips=lpips)
+
+
+def lpips_for(vae: Any, facts: Facts) -> PerceptualLoss | None:
+    """None where no method needs it. Raises ModelError for weights that are not there."""
+    if "lpips" not in facts.methods:
+        return None
+    lpips = PerceptualLoss(facts.lpips_backbone, pretrained=facts.lpips_pretrained, image_channels=channels_of(vae))
+    return lpips.to(next(vae.parameters()).device)
 
 
 def dissimilarity(images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -263,19 +268,20 @@ def fit_detector(
         lpips_backbone=lpips_backbone,
         lpips_pretrained=lpips_pretrained,
     )
-    channels = int(vae.config.latent_channels)
-    detector = AnomalyDetector(vae, facts, mean=np.zeros(channels), whitening=np.eye(channels))
+    lpips = lpips_for(vae, facts)
+    device = next(vae.parameters()).device
     bad: dict[str, str] = {}
-    gaussian = LatentGaussian(channels)
+    gaussian = LatentGaussian(latent_channels_of(vae))
     for name, images in images_of(good):
         if isinstance(images, str):
             bad[name] = images
             continue
         with torch.inference_mode():
-            gaussian.add(encode_mean(vae, images.to(detector.device))[0])
+            gaussian.add(encode_mean(vae, images.to(device))[0])
     if not gaussian.count:
         raise nothing_usable(bad)
-    detector.mean, detector.whitening = gaussian.whitening()
+    mean, whitening = gaussian.whitening()
+    detector = AnomalyDetector(vae, facts, mean=mean, whitening=whitening, lpips=lpips)
     rows = []
     for name, images in images_of(held_out):
         try:
@@ -286,7 +292,6 @@ def fit_detector(
             bad[name] = str(error)
     if not rows:
         raise nothing_usable(bad)
-    thresholds = {m: threshold_at([r[m] for r in rows], false_alarm_rate) for m in facts.methods}
-    facts = Facts(**{**asdict(facts), "methods": facts.methods, "thresholds": thresholds, "held_out": len(rows)})
-    detector.facts = facts
+    thresholds: dict[str, float] = {m: threshold_at([r[m] for r in rows], false_alarm_rate) for m in facts.methods}
+    detector.facts = replace(facts, thresholds=thresholds, held_out=len(rows))
     return detector, bad

@@ -9,18 +9,18 @@ makes what is missing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers.utils import logging
-from torch import Tensor
 
 from ldm_vae.config import parse_flags
 from ldm_vae.data.conversion import check_viewable
 from ldm_vae.errors import one_line_errors
 from ldm_vae.folders import convert_images
 from ldm_vae.models.pretrained import channels_of, fingerprint, load_autoencoder
-from ldm_vae.models.tiling import decode, encode_mean, turn_on_tiling
+from ldm_vae.models.tiling import reconstruct, turn_on_tiling
 from ldm_vae.runs import PATIENCE
 
 
@@ -45,15 +45,9 @@ def main(config: Config) -> None:
     check_viewable(channels)
     tile = turn_on_tiling(vae) if config.tile else None
     tiles = "blended" if config.tile and tile is None else "none, or exact"
-
-    def reconstruct(images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        return decode(vae, encode_mean(vae, images, tile=tile), tile=tile)[..., :height, :width]
-
     settings = {"model": fingerprint(vae), "tiles": tiles}
-    convert_images(
-        config.input, config.output, reconstruct, channels=channels, settings=settings, accelerator=accelerator
-    )
+    again = partial(reconstruct, vae, tile=tile)
+    convert_images(config.input, config.output, again, channels=channels, settings=settings, accelerator=accelerator)
 
 
 if __name__ == "__main__":

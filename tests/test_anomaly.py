@@ -22,7 +22,7 @@ from ldm_vae.anomaly import (
     threshold_at,
 )
 from ldm_vae.data.images import to_images, to_pixels
-from ldm_vae.data.sources import open_source
+from ldm_vae.data.sources import HeadSource, open_source
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 
@@ -37,23 +37,7 @@ def make_vae(seed: int = 0, **keywords: object) -> PatchAutoencoderKL:
 def detector() -> AnomalyDetector:
     good = open_source("procedural:dead-leaves#train", resolution=48)
     held_out = open_source("procedural:dead-leaves#held-out", resolution=48)
-    return fit_detector(make_vae(), First(good, 20), First(held_out, 20), blur=1.0, share=0.01)[0]
-
-
-class First:
-    """The first images of a source."""
-
-    def __init__(self, source: object, count: int) -> None:
-        self.source, self.count, self.classes = source, count, ()
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> object:
-        return self.source[index]  # type: ignore[index]
-
-    def name(self, index: int) -> str:
-        return str(index)
+    return fit_detector(make_vae(), HeadSource(good, 20), HeadSource(held_out, 20), blur=1.0, share=0.01)[0]
 
 
 def leaves(index: int) -> torch.Tensor:
@@ -110,7 +94,7 @@ def test_fresh_good_images_raise_alarms_at_the_rate_asked_for(detector: AnomalyD
     """A detector of 60 images held out, and 200 fresh ones: within the binomial interval, and that of the threshold."""
     held_out = open_source("procedural:dead-leaves@1", resolution=48)
     found = fit_detector(
-        detector.vae, First(held_out, 5), First(held_out, 60), blur=1.0, share=0.01, false_alarm_rate=0.2
+        detector.vae, HeadSource(held_out, 5), HeadSource(held_out, 60), blur=1.0, share=0.01, false_alarm_rate=0.2
     )[0]
     for method, threshold in found.facts.thresholds.items():
         scores = [found.scores(found.maps(leaves(i))[0])[method] for i in range(200)]
@@ -154,8 +138,9 @@ def test_a_detector_is_saved_and_goes_with_its_autoencoder_alone(detector: Anoma
         AnomalyDetector.load(tmp_path / "nowhere", make_vae())
     with pytest.raises(BadImageError, match="ssim needs 11"):
         detector.maps(torch.zeros(1, 3, 8, 30))
+    good = open_source("procedural:dead-leaves", resolution=48)
     with pytest.raises(ConfigError, match="share"):
-        fit_detector(make_vae(), First(None, 0), First(None, 0), share=0.0)
+        fit_detector(make_vae(), good, good, share=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -38,10 +38,10 @@ from ldm_vae.models.pretrained import (
     is_variational,
     latent_channels_of,
     load_autoencoder,
-    reconstruct,
     stride_of,
 )
 from ldm_vae.models.prior import CausalPrior
+from ldm_vae.models.tiling import reconstruct
 from ldm_vae.objectives import losses, perceptual
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
 from ldm_vae.pictures import reconstruction_grid, validation_images
@@ -167,7 +167,7 @@ def validate(config: Config, num_processes: int) -> None:
         at_least_0=("cache_gib", "disc_start", "coarse_weight", "kl_weight", "lpips_weight", "adversarial_weight")
         + ("sparsity_weight",),
     )
-    corruption = parse_corruption(config.corruption) if config.corruption is not None else None
+    corruption = corruption_of(config)
     if corruption is not None and corruption.kind == "jpeg" and config.channels not in (1, 3):
         raise ConfigError(f"images of {config.channels} channels cannot be JPEG: choose another --corruption")
     if not 0 < config.target_activation < 1:
@@ -270,7 +270,7 @@ def architecture_of(config: Config) -> dict[str, Any]:
     """Keywords of PatchAutoencoderKL: the preset's, and what other flags make of it."""
     keywords = ARCHITECTURES[config.architecture] | {"deterministic": config.posterior == "deterministic"}
     keywords["latent_activation"] = ACTIVATION_OF[config.sparsity]
-    corruption = parse_corruption(config.corruption) if config.corruption else None
+    corruption = corruption_of(config)
     if corruption is not None and corruption.kind == "gaussian":
         keywords["noise_level"] = corruption.high
     if config.global_latent is not None:
@@ -304,6 +304,10 @@ def save(run: Run, state: State, *, step: int, facts: dict[str, Any]) -> None:
         run.save(Checkpoint(step=step, tensors=state_tensors(state.parts()), facts=facts))
 
 
+def corruption_of(config: Config) -> Corruption | None:
+    return None if config.corruption is None else parse_corruption(config.corruption)
+
+
 def corrupted(images: Tensor, corruption: Corruption) -> Tensor:
     """Images (N, C, H, W) as the network is to see them, always the same."""
     rngs = [generator_at(0, i, Stream.VALIDATION) for i in range(len(images))]
@@ -311,13 +315,12 @@ def corrupted(images: Tensor, corruption: Corruption) -> Tensor:
 
 
 def draw(
-    run: Run, state: State, images: Tensor, *, step: int, accelerator: Accelerator, corruption: Corruption | None
+    run: Run, state: State, images: Tensor, inputs: Tensor, *, step: int, accelerator: Accelerator
 ) -> dict[str, float]:
-    """The sample grid of the averaged VAE, and its PSNR on the validation images."""
-    inputs = images if corruption is None else corrupted(images, corruption)
+    """The sample grid of the averaged VAE, and its PSNR on the validation images; `inputs` are what it sees of them."""
     with state.averaged() as vae, torch.inference_mode(), accelerator.autocast():
         reconstructions = torch.cat([reconstruct(vae, i[None].to(accelerator.device)).float().cpu() for i in inputs])
-    grid = reconstruction_grid(images[:8], reconstructions[:8], None if corruption is None else inputs[:8])
+    grid = reconstruction_grid(images[:8], reconstructions[:8], None if inputs is images else inputs[:8])
     grid.save(run.directory / "samples" / f"step-{step}.png")
     return {"val_psnr": float(psnr(to_pixels(images), to_pixels(reconstructions)).mean())}
 
@@ -330,7 +333,7 @@ def batches_from(step: int, source: Source, config: Config, accelerator: Acceler
         seed=config.seed,
         resolution=config.resolution,
         shorter_side=config.shorter_side or (config.resolution if config.global_latent else None),
-        corruption=parse_corruption(config.corruption) if config.corruption else None,
+        corruption=corruption_of(config),
         mirror=config.mirror,
         cache_bytes=int(config.cache_gib * 2**30) // max(num_workers, 1),
     )
@@ -361,13 +364,14 @@ def main(config: Config) -> None:
     source = open_source(config.data, channels=config.channels, resolution=side)
     val_source = open_source(config.val_data, channels=config.channels, resolution=side) if config.val_data else source
     state = build(config, accelerator)
-    corruption = parse_corruption(config.corruption) if config.corruption else None
     run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
     loop = Loop(run, state.parts(), config, accelerator)
     if run.main:
         with run.listing_bad_images():
             val_images, met = validation_images(val_source, side=side - side % stride_of(state.bare.vae))
             run.add_bad_images(met)
+        corruption = corruption_of(config)
+        val_inputs = val_images if corruption is None else corrupted(val_images, corruption)
     accelerator.print(describe(config, state, source, accelerator))
     with loop:
         for step, batches in loop.steps(lambda step: batches_from(step, source, config, accelerator)):
@@ -380,7 +384,7 @@ def main(config: Config) -> None:
                 present |= {"kl_weight": float(state.kl_weight)}
                 loop.log_step(result.metrics(accelerator, fixed_deviation=config.prior == "causal") | present)
             if loop.drawing and run.main:
-                metrics = draw(run, state, val_images, step=loop.step, accelerator=accelerator, corruption=corruption)
+                metrics = draw(run, state, val_images, val_inputs, step=loop.step, accelerator=accelerator)
                 loop.log(metrics | {"seconds": loop.facts["seconds"]})
             if loop.saving:
                 save(run, state, step=loop.step, facts=loop.facts)

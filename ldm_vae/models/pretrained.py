@@ -106,20 +106,6 @@ def encode_moments(vae: Any, images: Tensor, noise_level: Tensor | None = None) 
     return torch.cat([latents, torch.full_like(latents, DETERMINISTIC_LOGVAR)], dim=1)
 
 
-def reconstruct(vae: Any, images: Tensor) -> Tensor:
-    """Images (B, C, H, W) of any size -> their reconstruction through the posterior's mean, same size.
-
-    Sizes that are not a multiple of the stride are continued by their last row and column.
-    """
-    stride = stride_of(vae)
-    height, width = images.shape[-2:]
-    down, right = -height % stride, -width % stride
-    padded = nn.functional.pad(images, (0, right, 0, down), mode="replicate") if down or right else images
-    mean = encode_moments(vae, padded).chunk(2, dim=1)[0]
-    sample: Tensor = vae.decode(mean).sample
-    return sample[..., :height, :width]
-
-
 def is_variational(vae: Any) -> bool:
     """Whether it has a posterior: AutoencoderTiny and AutoencoderDC have none, nor has a plain autoencoder."""
     return "KL" in type(vae).__name__ and not vae.config.get("deterministic", False)

@@ -40,6 +40,16 @@ def decode(vae: Any, latents: Tensor, *, tile: int | None = None) -> Tensor:
     return images
 
 
+def reconstruct(vae: Any, images: Tensor, *, tile: int | None = None, noise_level: Tensor | None = None) -> Tensor:
+    """Images (B, C, H, W) of any size -> their reconstruction through the posterior's mean, same size, not clamped.
+
+    Sizes that are not a multiple of the stride are continued by their last row and column. Arguments as in
+    `encode_mean`.
+    """
+    height, width = images.shape[-2:]
+    return decode(vae, encode_mean(vae, images, tile=tile, noise_level=noise_level), tile=tile)[..., :height, :width]
+
+
 def denoise(vae: Any, images: Tensor, *, sigma: float | None = None, tile: int | None = None) -> Tensor:
     """Noisy images (B, C, H, W) in [-1, 1] of any size -> images without the noise, of the same size, not clamped.
 
@@ -49,12 +59,11 @@ def denoise(vae: Any, images: Tensor, *, sigma: float | None = None, tile: int |
         tile: as in `encode_mean`.
 
     Raises:
-        ConfigError: a sigma for a VAE that takes none, or a negative one.
+        ConfigError: a sigma for a VAE that takes none, or beyond what it was trained for.
     """
     check_noise_level(vae, sigma)
     level = None if sigma is None else torch.full((len(images),), float(sigma), device=images.device)
-    height, width = images.shape[-2:]
-    return decode(vae, encode_mean(vae, images, tile=tile, noise_level=level), tile=tile)[..., :height, :width]
+    return reconstruct(vae, images, tile=tile, noise_level=level)
 
 
 def check_noise_level(vae: Any, sigma: float | None) -> None:

@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL
 
 from ldm_vae.errors import ModelError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.pretrained import encode_moments, reconstruct
-from ldm_vae.models.tiling import decode, encode_mean, tiled_decode, tiled_encode_moments, turn_on_tiling
+from ldm_vae.models.pretrained import encode_moments
+from ldm_vae.models.tiling import decode, encode_mean, reconstruct, tiled_decode, tiled_encode_moments, turn_on_tiling
 
 SHAPES: list[dict[str, Any]] = [
     {"patch_size": 4, "block_out_channels": (8,), "encoder_layers_per_block": (2,), "decoder_layers_per_block": (3,)},

@@ -18,7 +18,7 @@ from ldm_vae.config import parse_flags
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import RunError, one_line_errors
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.pretrained import reconstruct
+from ldm_vae.models.tiling import reconstruct
 from ldm_vae.objectives.diffusion import make_scheduler
 from ldm_vae.pipeline import LatentDiffusionPipeline, fingerprint_of, load_pipeline
 from pipelines import generate

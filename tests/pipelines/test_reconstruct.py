@@ -14,7 +14,8 @@ from ldm_vae.data.images import read_pixels, to_images, to_pixels
 from ldm_vae.errors import RunError, one_line_errors
 from ldm_vae.folders import files_of
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.pretrained import fingerprint, load_autoencoder, reconstruct
+from ldm_vae.models.pretrained import fingerprint, load_autoencoder
+from ldm_vae.models.tiling import reconstruct
 from pipelines.reconstruct import Config, main
 
 
