@@ -70,10 +70,6 @@ class Config:
     output: Path
     qualities: tuple[float, ...] = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
     """Of our codecs."""
-    refiner: str | None = None
-    """A run of training/train_refiner.py, to measure the codec with it, too."""
-    refine: tuple[int, ...] = (1, 10)
-    """Its steps."""
     others: tuple[Other, ...] = ("jpeg-420", "jpeg-444", "webp", "avif-420", "jpeg2000", "jpeg-xl")
     """Codecs to compare with; those that are not installed are left out, and said so."""
     between: tuple[float, float] = (0.15, 0.6)
@@ -139,13 +135,13 @@ def pillow_codec(name: str) -> Codec | None:
     return Codec(name=name, settings=settings, encode=encode, decode=open_by_pillow)
 
 
-def our_codec(path: str, config: Config, refine_steps: int = 0) -> Codec:
-    codec = LatentCodec.from_pretrained(path, device=config.device, refiner=config.refiner if refine_steps else None)
+def our_codec(path: str, config: Config) -> Codec:
+    codec = LatentCodec.from_pretrained(path, device=config.device)
     return Codec(
-        name=f"{path}, refined in {refine_steps}" if refine_steps else path,
+        name=path,
         settings=config.qualities,
         encode=lambda pixels, quality: codec.compress(pixels, quality=quality),
-        decode=lambda data: codec.decompress_picture(data, refine_steps=refine_steps).pixels,
+        decode=lambda data: codec.decompress_picture(data).pixels,
     )
 
 
@@ -350,10 +346,6 @@ def main(config: Config) -> None:
     check_writable(config.output)
     paths = list(dict.fromkeys(config.codec))
     codecs = [our_codec(path, config) for path in paths]
-    if config.refiner is not None:
-        if len(paths) != 1:
-            raise ConfigError("--refiner is one codec's: give --codec once")
-        codecs += [our_codec(paths[0], config, steps) for steps in config.refine]
     for name in dict.fromkeys(config.others):
         codec = pillow_codec(name)
         if codec is None:

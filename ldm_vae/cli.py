@@ -72,10 +72,6 @@ class Decompress(Transfer):
     """Left, top, width and height in pixels: only this part."""
     salvage: bool = False
     """Decode what is whole of a damaged file, and mark the rest."""
-    refine: int = 0
-    """Steps of the refiner on the quantised latents; 1 is the most faithful."""
-    refiner: str = ""
-    """Run of training/train_refiner.py; the folder `refiner` in --model unless given."""
     extension: str = ".png"
     """Of a folder's images, and of standard output."""
 
@@ -109,14 +105,14 @@ class FitCodec:
 
 
 @cache
-def load_codec(model: str, device: str, workers: int, refiner: str | None = None) -> Any:
+def load_codec(model: str, device: str, workers: int) -> Any:
     from ldm_vae.codec.codec import LatentCodec
     from ldm_vae.models.pretrained import check_device
 
     if not model:
         raise ConfigError(f"no --model given, and ${MODEL_VARIABLE} is not set")
     check_device(device)
-    return LatentCodec.from_pretrained(model, device=device, workers=workers, refiner=refiner)
+    return LatentCodec.from_pretrained(model, device=device, workers=workers)
 
 
 def read(name: str) -> bytes:
@@ -141,7 +137,7 @@ def compress_file(command: Compress) -> str | None:
     from ldm_vae.models.pretrained import channels_of
 
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours
-    codec = load_codec(command.model, command.device, command.workers, None)
+    codec = load_codec(command.model, command.device, command.workers)
     channels = channels_of(codec.vae)
     given = read_picture(read(command.input), channels=channels, max_pixels=command.max_pixels)
     command.limits().check(given.pixels.shape[1], given.pixels.shape[0])
@@ -159,25 +155,12 @@ def decompress_file(command: Decompress) -> str | None:
 
     extension = command.extension if command.output == STREAM else Path(command.output).suffix.lower()
     check_extension(extension)
-    codec = load_codec(command.model, command.device, command.workers, refiner_of(command))
+    codec = load_codec(command.model, command.device, command.workers)
     damage: list[str] | None = [] if command.salvage else None
     data = read(command.input)
-    found = codec.decompress_picture(
-        data, region=command.region, limits=command.limits(), damage=damage, refine_steps=command.refine
-    )
+    found = codec.decompress_picture(data, region=command.region, limits=command.limits(), damage=damage)
     write(command.output, encode_picture(found, extension))
     return "; ".join(damage) if damage else None
-
-
-def refiner_of(command: Decompress) -> str | None:
-    """Where the refiner is; None for none. Raises ConfigError for steps that cannot be."""
-    if command.refine < 0:
-        raise ConfigError(f"--refine is {command.refine}: it must not be negative")
-    if command.refiner and not command.refine:
-        raise ConfigError("--refiner needs --refine, the number of its steps")
-    if command.refine and command.region is not None:
-        raise ConfigError("--refine is of whole pictures: leave out --region")
-    return (command.refiner or command.model) if command.refine else None
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
@@ -193,8 +176,7 @@ def in_worker(act: Callable[[Any], str | None], command: Any) -> str | None:
 
 def transfer_folder(act: Callable[[Any], str | None], command: Command, pairs: Sequence[tuple[Path, Path]]) -> None:
     """Every pair of files on all workers, with progress. Raises DataError at the end when some could not be done."""
-    refiner = refiner_of(command) if isinstance(command, Decompress) else None
-    load_codec(command.model, command.device, 1, refiner)  # what is wrong with it is said once
+    load_codec(command.model, command.device, 1)  # what is wrong with it is said once
     jobs = []
     for source, target in pairs:
         if command.overwrite or not target.exists():

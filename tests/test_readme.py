@@ -22,7 +22,6 @@ SMALLER = {
     "train_vae": "--steps 2 --batch-size 2 --resolution 64 --lpips-backbone squeeze --perceptual random",
     "cache_latents": "--resolution 64 --num-workers 0",
     "train_diffusion": "--steps 2 --batch-size 2 --num-workers 0",
-    "train_refiner": "--steps 2 --batch-size 2 --resolution 32 --num-workers 0",
     "generate": "--steps 2",
     "train_classifier": "--epochs 1 --batch-size 8",
     "generation": "--num-images 4",

@@ -6,7 +6,6 @@ Floats end at `quantise`: which bytes are written for given symbols, and read fo
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,6 @@ from ldm_vae.codec.bitstream import Contents, Header, Limits
 from ldm_vae.codec.boxes import Box, mark, put
 from ldm_vae.codec.contexts import INT32
 from ldm_vae.codec.picture import Picture, as_picture
-from ldm_vae.codec.refine import HALO, Refiner, noise_for
 from ldm_vae.codec.tables import DIGEST_BYTES, QUALITY_ONE, Tables, load_tables
 from ldm_vae.codec.tiles import CodedTile, decode_tiles, encode_tiles
 from ldm_vae.data.images import Pixels, to_images, to_pixels
@@ -49,10 +47,9 @@ class LatentCodec:
         tables: fitted for it, see `fitting.fit_tables`.
         workers: processes for the tiles of one large picture (1024 x 1024 pixels each, at stride 8).
         dtype: in which the network computes (autocast). Rounding moves a symbol now and then; any reads all files.
-        refiner: a denoiser of quantised latents, for `refine_steps` of `decompress_picture`.
 
     Raises:
-        ModelMismatchError: the tables were fitted for another autoencoder, or the refiner was, or for other tables.
+        ModelMismatchError: the tables were fitted for another autoencoder.
     """
 
     def __init__(
@@ -62,7 +59,6 @@ class LatentCodec:
         *,
         workers: int = 1,
         dtype: torch.dtype = torch.float32,
-        refiner: Refiner | None = None,
     ) -> None:
         self.vae, self.tables, self.workers = vae.eval(), tables, workers
         found = fingerprint(vae)
@@ -71,9 +67,6 @@ class LatentCodec:
                 f"the tables were fitted for the autoencoder {tables.vae[:16]}, this one is {found[:16]}: "
                 "fit them anew with `ldm-vae fit-codec`"
             )
-        if refiner is not None:
-            refiner.check(vae=found, tables=tables.digest.hex())
-        self.refiner = refiner
         self.weights = bytes.fromhex(found)[:DIGEST_BYTES]
         self.log2_tile = LOG2_TILE
         self.dtype = dtype
@@ -88,19 +81,14 @@ class LatentCodec:
         device: str | torch.device = "cpu",
         workers: int = 1,
         dtype: torch.dtype = torch.float32,
-        refiner: str | None = None,
     ) -> Self:
         """The codec of a run directory, a model folder or a hub id: its VAE, and its tables in `codec/`.
 
-        Args:
-            refiner: a run of training/train_refiner.py.
-
         Raises:
-            ModelError: there is no such model or refiner, or it has no tables.
+            ModelError: there is no such model, or it has no tables.
         """
         vae = load_autoencoder(path).to(device)
-        denoiser = Refiner.from_pretrained(refiner, device=device) if refiner else None
-        return cls(vae, load_tables(tables_folder(path)), workers=workers, dtype=dtype, refiner=denoiser)
+        return cls(vae, load_tables(tables_folder(path)), workers=workers, dtype=dtype)
 
     def compress(
         self,
@@ -149,7 +137,6 @@ class LatentCodec:
         region: tuple[int, int, int, int] | None = None,
         limits: Limits | None = None,
         damage: list[str] | None = None,
-        refine_steps: int = 0,
     ) -> Picture:
         """The picture of a file's bytes.
 
@@ -159,15 +146,11 @@ class LatentCodec:
             limits: on what the file may ask for.
             damage: takes a message for each tile and section that is damaged. It is marked, or left out, and the rest
                 is given; without this list the first one is an error.
-            refine_steps: steps of the refiner on the latents, see `ldm_vae.codec.refine`.
 
         Raises:
             CompressedFileError: see `ldm_vae.errors`; a file of another model is a ModelMismatchError.
-            ConfigError: a region outside the picture, or one together with refinement, or that without a refiner.
+            ConfigError: a region outside the picture.
         """
-        if refine_steps < 0 or (refine_steps and (self.refiner is None or region is not None)):
-            why = "needs a refiner" if self.refiner is None else "is of the whole picture, in 0 steps or more"
-            raise ConfigError(f"refinement {why}")
         contents = bitstream.unpack(data, limits=limits, salvage=damage is not None)
         header = contents.header
         self.check(header)
@@ -178,14 +161,13 @@ class LatentCodec:
             )
         box = self.latents_for(header, left, top, width, height)
         symbols, bad_tiles = self.read_symbols(contents, box, damage)
-        pixels = self.pixels_of(symbols, header, refine_steps)  # of the whole box
+        pixels = self.pixels_of(symbols, header)  # of the whole box
         for tile in bad_tiles:
             reach = self.vae.decoder_halo if self.exact else 0  # what it made wrong around it
             grown = (tile[0] - reach, tile[1] - reach, tile[2] + reach, tile[3] + reach)
             mark(pixels, [self.stride * (grown[i] - box[i % 2]) for i in range(4)])
-        if bad_tiles and damage is not None and (refine_steps or not self.exact):
-            seer = "the refiner" if refine_steps else "this autoencoder"
-            damage.append(f"{seer} sees the whole image: what is not marked may differ, too")
+        if bad_tiles and damage is not None and not self.exact:
+            damage.append("this autoencoder sees the whole image: what is not marked may differ, too")
         y, x = top - box[0] * self.stride, left - box[1] * self.stride
         alpha, icc, exif = self.read_sections(contents, damage)
         return Picture(
@@ -214,17 +196,16 @@ class LatentCodec:
         return latents
 
     @torch.inference_mode()
-    def pixels_of(self, symbols: np.ndarray[Any, Any], header: Header, refine_steps: int = 0) -> Pixels:
+    def pixels_of(self, symbols: np.ndarray[Any, Any], header: Header) -> Pixels:
         """Symbols (C, h, w) -> pixels (h*f, w*f, colours) of the depth that the header names."""
         dtype = np.uint16 if header.depth == 16 else np.uint8
         height, width = symbols.shape[1:]
         f = self.stride
         pixels = np.empty((header.colours, height * f, width * f), dtype)
-        noise = noise_for((len(self.tables.sigma), height, width)) if refine_steps else None
         for inner, outer in self.network_tiles(height, width, self.vae.decoder_halo if self.exact else 0):
-            part = self.dequantised(symbols, outer, header.quality, refine_steps, noise)
+            latents = self.dequantise(symbols[:, outer[0] : outer[2], outer[1] : outer[3]], header.quality)
             with self.autocast():
-                images = self.vae.decode(self.on_device(part[None])).sample.float()
+                images = self.vae.decode(self.on_device(torch.from_numpy(latents)[None])).sample.float()
             if header.colours == 1:
                 images = images.mean(dim=1, keepdim=True)
             made = np.moveaxis(to_pixels(images[0], dtype), 2, 0)
@@ -315,23 +296,6 @@ class LatentCodec:
         for i, c in enumerate(self.tables.channels):
             latents[c] = means[c] + symbols[i] * steps[i]
         return latents
-
-    def dequantised(
-        self, symbols: np.ndarray[Any, Any], box: Box, quality: int, refine_steps: int, noise: Tensor | None
-    ) -> Tensor:
-        """Latents (c, h, w) of a box, after so many steps of the refiner, which sees a halo around it."""
-        halo = HALO if refine_steps else 0
-        top, left = (max(n - halo, 0) for n in box[:2])
-        part = (slice(None), slice(top, box[2] + halo), slice(left, box[3] + halo))
-        latents = torch.from_numpy(self.dequantise(symbols[part], quality))
-        if noise is not None:
-            assert self.refiner is not None
-            deviation = torch.zeros(len(latents), 1, 1)
-            steps = torch.from_numpy(self.tables.steps(quality)).float()
-            deviation[list(self.tables.channels), 0, 0] = steps / math.sqrt(12)
-            quality_given = quality / QUALITY_ONE
-            latents = self.refiner.refine(latents, deviation, quality_given, refine_steps, noise=noise[part])
-        return latents[:, box[0] - top : box[2] - top, box[1] - left : box[3] - left]
 
     def check(self, header: Header) -> None:
         """Raises ModelMismatchError or CorruptError for a file that this codec cannot have written."""
