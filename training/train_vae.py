@@ -149,7 +149,7 @@ PRESETS = {
     "sparse": ("stride 8, 32 channels, of which few are not 0", plain_preset("sparse", sparsity="l1")),
     "denoise": (
         "stride 4, 48 channels, takes Gaussian noise of up to 55 of 255 away",
-        plain_preset("denoise", corruption="gaussian:0-55"),
+        plain_preset("denoise", corruption="gaussian:0-55", resolution=96, batch_size=8),
     ),
     "f8c4-large": (
         "stride 8, 4 channels, about the parameters of Stable Diffusion's VAE, for GPUs",
