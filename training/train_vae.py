@@ -74,7 +74,8 @@ class Config(Training, Objective):
     """One vector of so many numbers for a crop instead of a map. Images are resized to the crop, unless --shorter-side
     says otherwise."""
     corruption: str | None = None
-    """What the network undoes: gaussian:SIGMA (in 0..255), masking:RATIO, jpeg:QUALITY, poisson:PEAK; or LOW-HIGH."""
+    """What the network undoes: gaussian:SIGMA (in 0..255), masking:RATIO, jpeg:QUALITY, poisson:PEAK, blemishes:COUNT;
+    or LOW-HIGH."""
     train: Literal["all", "decoder"] = "all"
     """decoder leaves the encoder, and so the latents, as they are."""
     spectral_norm: bool = False
@@ -150,6 +151,10 @@ PRESETS = {
     "denoise": (
         "stride 4, 48 channels, takes Gaussian noise of up to 55 of 255 away",
         plain_preset("denoise", corruption="gaussian:0-55", resolution=96, batch_size=8),
+    ),
+    "restore": (
+        "stride 8, 32 channels, takes what does not belong there away: for anomalies",
+        plain_preset("restore", corruption="blemishes:0-3", reconstruction="l1"),
     ),
     "f8c4-large": (
         "stride 8, 4 channels, about the parameters of Stable Diffusion's VAE, for GPUs",

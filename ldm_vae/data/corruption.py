@@ -1,4 +1,4 @@
-"""What a denoising autoencoder is to undo: noise, missing pixels and compression, on pixels as a file holds them."""
+"""What a denoising autoencoder is to undo: noise, missing pixels, compression and blemishes, on pixels as files have."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 from ldm_vae.data.images import Pixels
 from ldm_vae.errors import BadImageError, ConfigError
 
 UNKNOWN_LEVEL = -1.0
-RANGES = {"gaussian": (0.0, 255.0), "masking": (0.0, 1.0), "jpeg": (1.0, 100.0), "poisson": (1e-3, 1e6)}
+RANGES = {
+    "gaussian": (0.0, 255.0),
+    "masking": (0.0, 1.0),
+    "jpeg": (1.0, 100.0),
+    "poisson": (1e-3, 1e6),
+    "blemishes": (0.0, 100.0),
+}
 """Kinds, and the least and the largest of what each is given."""
-FORM = "gaussian:SIGMA, masking:RATIO, jpeg:QUALITY or poisson:PEAK, or LOW-HIGH for a range"
+FORM = "gaussian:SIGMA, masking:RATIO, jpeg:QUALITY, poisson:PEAK or blemishes:COUNT, or LOW-HIGH for a range"
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,8 @@ class Corruption:
 
     gaussian: normal noise of that standard deviation, in 0..255. poisson: shot noise of so many counts at white.
     masking: that share of the pixels becomes mid-grey (masking noise, Vincent et al. 2008, section 2.3). jpeg: of that
-    quality, for grey and colour. What comes out is clipped and rounded, as a file would hold it.
+    quality, for grey and colour. blemishes: so many regions that do not belong there, see `blemished`.
+    What comes out is clipped and rounded, as a file would hold it.
     """
 
     kind: str
@@ -52,8 +60,45 @@ class Corruption:
                 values = np.where(rng.random((*values.shape[:2], 1)) < amount, np.float32(0.5), values)
             case "jpeg":
                 values = as_jpeg(values, round(amount))
+            case "blemishes":
+                for _ in range(round(amount)):
+                    values = blemished(values, rng)
         values = values.clip(0, 1) * top
         return (values if pixels.dtype == np.float32 else values.round()).astype(pixels.dtype), level
+
+
+SMALLEST_BLEMISH, LARGEST_BLEMISH = 1.0, 0.4
+"""Radii: in pixels, and as a share of the shorter side."""
+
+
+def blemished(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An image (H, W, C) in [0, 1] with a region that is of other brightness, or from another place and turned.
+
+    An ellipse with a rough outline, its radius log-uniform, up to 7 times as long as wide. To undo it a network has to
+    know what belongs there: the idea of CutPaste (Li et al. 2021) and DRAEM (Zavrtanik et al. 2021), without their
+    textures of other images.
+    """
+    height, width = values.shape[:2]
+    largest = max(LARGEST_BLEMISH * min(height, width), SMALLEST_BLEMISH)
+    radius = math.exp(rng.uniform(math.log(SMALLEST_BLEMISH), math.log(largest)))
+    longer = math.exp(rng.uniform(0, 1))
+    angle = rng.uniform(0, math.pi)
+    y, x = np.mgrid[:height, :width].astype(np.float32) - rng.uniform(0, 1, (2, 1, 1)) * [[[height]], [[width]]]
+    along, across = (x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle))
+    rough = gaussian_filter(rng.standard_normal((height, width), dtype=np.float32), max(radius / 2, 0.6))
+    outline = (along / (radius * longer)) ** 2 + (across * longer / radius) ** 2 + 0.5 * rough / rough.std()
+    share = gaussian_filter((outline < 1).astype(np.float32), 0.5)[:, :, None]
+    if rng.random() < 0.5:
+        other = values * math.exp(rng.normal(0, 0.35))
+    else:
+        turn, shift = rng.uniform(0, 2 * math.pi), rng.uniform(0, 1, 2) * [height, width]
+        places = (
+            y * math.cos(turn) - x * math.sin(turn) + shift[0],
+            y * math.sin(turn) + x * math.cos(turn) + shift[1],
+        )
+        turned = [map_coordinates(values[:, :, c], places, order=1, mode="mirror") for c in range(values.shape[2])]
+        other = np.stack(turned, axis=2) + rng.normal(0, 0.05)
+    return np.asarray(values + share * (other - values), np.float32)
 
 
 def as_jpeg(values: np.ndarray, quality: int) -> np.ndarray:
@@ -67,7 +112,7 @@ def as_jpeg(values: np.ndarray, quality: int) -> np.ndarray:
 
 
 def parse_corruption(text: str) -> Corruption:
-    """`gaussian:25`, `gaussian:0-55`, `masking:0.5`, `jpeg:10-40`, `poisson:30` -> a Corruption.
+    """`gaussian:25`, `gaussian:0-55`, `masking:0.5`, `jpeg:10-40`, `poisson:30`, `blemishes:0-3` -> a Corruption.
 
     Raises:
         ConfigError: another kind, or numbers out of its range.

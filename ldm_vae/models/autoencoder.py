@@ -336,6 +336,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "decoder_layers_per_block": (1, 3),
         "linear_path": True,
     },
+    "restore": {
+        "latent_channels": 32,
+        "patch_size": 2,
+        "block_out_channels": (32, 64, 128),
+        "encoder_layers_per_block": (1, 1, 2),
+        "decoder_layers_per_block": (1, 1, 2),
+    },
     "f8c4-large": {
         "latent_channels": 4,
         "patch_size": 2,

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks import anomaly, denoising, embeddings, prior_samples
+from ldm_vae.data.images import read_pixels
 from ldm_vae.errors import ConfigError, DataError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 
@@ -113,12 +114,19 @@ def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(
         data=data, output=tmp_path / "out", steps=2, resolution=32, batch_size=4, blur=1.0, false_alarm_rate=0.4
     )
     anomaly.main(config)
-    rows = {r["method"]: r for r in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = {r["method"]: r for r in record["rows"]}
     assert {"ours, l1", "ours, ssim", "ours, mahalanobis", "5 nearest on pixels"} < rows.keys()
     assert rows["ours, l1"]["image_auroc"] == rows["ours, l1"]["hole"] == 1.0  # it differs in every way
     assert rows["ours, l1"]["pixel_auroc"] > 0.8
     assert rows["ours, l1"]["detected"] == 1.0
     assert (tmp_path / "out" / "l1.png").stat().st_size > 0
+    assert record["ours"] == max(record["chosen_by_blemishes"], key=record["chosen_by_blemishes"].get)
+    ours, pca = (rows[name]["image_auroc"] for name in (f"ours, {record['ours']}", record["above_pca"]["than"]))
+    assert pca == max(r["image_auroc"] for name, r in rows.items() if name.startswith("PCA"))
+    assert record["above_pca"]["low"] <= ours - pca <= record["above_pca"]["high"]
+    seen = read_pixels((tmp_path / "out" / "good" / "0.png").read_bytes(), channels=1)
+    assert seen.shape == (20, 28, 1)  # half as large
     with pytest.raises(DataError, match="train/good"):
         anomaly.main(anomaly.Config(data=tmp_path / "no", output=tmp_path / "out"))
 
