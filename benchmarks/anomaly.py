@@ -319,7 +319,7 @@ def judge_fashion(config: Config) -> Row:
         vae = load_autoencoder(str(run))
         sources = [open_source(f"{target}#{part}", channels=1) for part in ("train", "held-out")]
         options = {"false_alarm_rate": config.false_alarm_rate, "blur": config.blur, "share": config.share}
-        detector, _ = fit_detector(vae, *sources, methods=("l1", "mahalanobis"), **options)  # type: ignore[arg-type]
+        detector, _ = fit_detector(vae, *sources, methods=("l1", "mahalanobis", "standardised"), **options)  # type: ignore[arg-type]
         anomalous = test_labels != label
         found = [detector.scores(detector.maps(to_images(p)[None])[0]) for p in tqdm(test_pixels, desc=name)]
         for method in detector.facts.methods:

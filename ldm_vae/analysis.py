@@ -13,7 +13,7 @@ from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
 from ldm_vae.files import atomic, check_writable, is_hub_id, write_csv
 
 Pooling = Literal["mean", "flatten"]
-Method = Literal["l1", "ssim", "lpips", "mahalanobis"]
+Method = Literal["l1", "ssim", "lpips", "mahalanobis", "standardised"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,11 +30,12 @@ from ldm_vae.models.pretrained import channels_of, fingerprint, latent_channels_
 from ldm_vae.models.tiling import decode, encode_mean
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
 
-Method = Literal["l1", "ssim", "lpips", "mahalanobis"]
+Method = Literal["l1", "ssim", "lpips", "mahalanobis", "standardised"]
 FOLDER = "anomaly"
 FACTS, STATISTICS = "anomaly.json", "statistics.safetensors"
 SHRINKAGE = 0.01
-"""Of the latents' covariance towards a multiple of the identity: no eigenvalue is below this share of their mean."""
+"""Of the latents' covariance towards a multiple of the identity: no eigenvalue is below this share of their mean. And
+of the errors' variance towards its mean."""
 Map = np.ndarray[Any, Any]
 
 
@@ -66,13 +67,21 @@ class AnomalyDetector:
         vae: any diffusers autoencoder.
         lpips: needed for that method alone.
         mean, whitening: of good images' latents, (c,) and (c, c): |whitening @ (z - mean)| is the Mahalanobis distance.
+        variance: of good images' errors at each pixel (H, W), needed for the method `standardised` alone.
 
     Raises:
         ModelMismatchError: these are another autoencoder's facts.
     """
 
     def __init__(
-        self, vae: Any, facts: Facts, *, mean: np.ndarray, whitening: np.ndarray, lpips: PerceptualLoss | None
+        self,
+        vae: Any,
+        facts: Facts,
+        *,
+        mean: np.ndarray,
+        whitening: np.ndarray,
+        variance: np.ndarray | None,
+        lpips: PerceptualLoss | None,
     ) -> None:
         if facts.vae != fingerprint(vae):
             raise ModelMismatchError(
@@ -81,7 +90,7 @@ class AnomalyDetector:
             )
         self.vae, self.facts = vae.eval(), facts
         self.device = next(vae.parameters()).device
-        self.mean, self.whitening, self.lpips = mean, whitening, lpips
+        self.mean, self.whitening, self.variance, self.lpips = mean, whitening, variance, lpips
 
     @torch.inference_mode()
     def maps(self, images: Tensor) -> tuple[dict[str, Map], Tensor]:
@@ -111,6 +120,9 @@ class AnomalyDetector:
                     raw = self.lpips.maps(reconstruction, images)
                 case "mahalanobis":
                     raw = self.distances(latents, height, width)
+                case "standardised":
+                    assert self.variance is not None
+                    raw = squared_error(images, reconstruction) / torch.from_numpy(self.variance).to(self.device)
             found[method] = smooth(raw[0].float().cpu().numpy(), self.facts.blur)
         return found, reconstruction
 
@@ -130,7 +142,8 @@ class AnomalyDetector:
     def save(self, folder: Path) -> None:
         """Into an existing folder."""
         write_json(folder / FACTS, asdict(self.facts))
-        save_file({"mean": self.mean, "whitening": self.whitening}, folder / STATISTICS)
+        tensors = {"mean": self.mean, "whitening": self.whitening}
+        save_file(tensors if self.variance is None else tensors | {"variance": self.variance}, folder / STATISTICS)
 
     @classmethod
     def load(cls, folder: Path, vae: Any) -> Self:
@@ -140,11 +153,12 @@ class AnomalyDetector:
         try:
             record = json.loads((folder / FACTS).read_text())
             facts = Facts(**{**record, "methods": tuple(record["methods"])})
-            statistics = load_file(folder / STATISTICS)
+            tensors = load_file(folder / STATISTICS)
+            mean, whitening = tensors["mean"], tensors["whitening"]
+            variance = tensors["variance"] if "standardised" in facts.methods else None
         except Exception as error:  # damaged files raise many kinds
             raise ModelError(f"cannot load the detector {folder}: {type(error).__name__}: {error}") from None
-        lpips = lpips_for(vae, facts)
-        return cls(vae, facts, mean=statistics["mean"], whitening=statistics["whitening"], lpips=lpips)
+        return cls(vae, facts, mean=mean, whitening=whitening, variance=variance, lpips=lpips_for(vae, facts))
 
 
 def lpips_for(vae: Any, facts: Facts) -> PerceptualLoss | None:
@@ -153,6 +167,11 @@ def lpips_for(vae: Any, facts: Facts) -> PerceptualLoss | None:
         return None
     lpips = PerceptualLoss(facts.lpips_backbone, pretrained=facts.lpips_pretrained, image_channels=channels_of(vae))
     return lpips.to(next(vae.parameters()).device)
+
+
+def squared_error(images: Tensor, reconstruction: Tensor) -> Tensor:
+    """Mean over the channels, at each pixel: (1, H, W)."""
+    return (images - reconstruction).square().mean(dim=1)
 
 
 def dissimilarity(images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -222,6 +241,11 @@ class LatentGaussian:
         return mean, np.linalg.inv(np.linalg.cholesky(covariance))
 
 
+def shrunk(variance: np.ndarray) -> np.ndarray:
+    """By SHRINKAGE towards its mean, so that pixels that never vary count no more than 1 / SHRINKAGE times the mean."""
+    return np.asarray((1 - SHRINKAGE) * variance + SHRINKAGE * max(variance.mean(), 1e-12), np.float32)
+
+
 def images_of(source: Source) -> Any:
     """(name, images (1, C, H, W) in [-1, 1] or the reason why there are none) of every image, in order."""
     for i in range(len(source)):
@@ -250,11 +274,13 @@ def fit_detector(
         held_out: others, that it was not trained on: they set the thresholds.
 
     Raises:
-        ConfigError: no method, or numbers that cannot be.
+        ConfigError: no method, one that this autoencoder does not have, or numbers that cannot be.
         DataError: nothing usable, or too few held out for the rate.
     """
     if not methods or not 0 < false_alarm_rate < 1 or not 0 <= blur < math.inf or not 0 < share <= 1:
         raise ConfigError("at least one method, 0 < false-alarm rate < 1, blur >= 0 and 0 < share <= 1 are needed")
+    if "standardised" in methods and side_for(vae, None) is None:
+        raise ConfigError("standardised is for one vector an image (--global-latent), whose images are all of one size")
     if len(held_out) < math.ceil(1 / false_alarm_rate) - 1:
         threshold_at([0.0] * len(held_out), false_alarm_rate)  # says so before hours are spent
     facts = Facts(
@@ -272,16 +298,23 @@ def fit_detector(
     device = next(vae.parameters()).device
     bad: dict[str, str] = {}
     gaussian = LatentGaussian(latent_channels_of(vae))
+    errors, count = np.zeros(()), 0
     for name, images in images_of(good):
         if isinstance(images, str):
             bad[name] = images
             continue
         with torch.inference_mode():
-            gaussian.add(encode_mean(vae, images.to(device))[0])
+            latents = encode_mean(vae, images.to(device))
+            gaussian.add(latents[0])
+            if "standardised" in facts.methods:
+                made = decode(vae, latents).clamp(-1, 1)
+                errors = errors + squared_error(images.to(device), made)[0].double().cpu().numpy()
+                count += 1
     if not gaussian.count:
         raise nothing_usable(bad)
     mean, whitening = gaussian.whitening()
-    detector = AnomalyDetector(vae, facts, mean=mean, whitening=whitening, lpips=lpips)
+    variance = shrunk(errors / count) if count else None
+    detector = AnomalyDetector(vae, facts, mean=mean, whitening=whitening, variance=variance, lpips=lpips)
     rows = []
     for name, images in images_of(held_out):
         try:

@@ -75,6 +75,28 @@ def test_the_latents_distance_is_mahalanobis(detector: AnomalyDetector) -> None:
     assert np.linalg.norm(whitening @ (rows[0] - mean)) == pytest.approx(expected)
 
 
+def test_standardised_errors_are_in_units_of_their_variance_at_each_pixel(tmp_path: Path) -> None:
+    vae = make_vae(latent_channels=5, pool=12, linear_path=False)  # one vector for 48 x 48
+    good = [HeadSource(open_source(f"procedural:dead-leaves@{i}", resolution=48), 12) for i in (0, 1)]
+    options = {"methods": ("standardised",), "blur": 0.0, "share": 1.0, "false_alarm_rate": 0.2}
+    found = fit_detector(vae, *good, **options)[0]  # type: ignore[arg-type]
+
+    def errors(source: HeadSource) -> np.ndarray:
+        images = torch.cat([to_images(source[i].pixels)[None] for i in range(12)])
+        with torch.inference_mode():
+            return (images - vae(images).sample.clamp(-1, 1)).square().mean(dim=1).numpy()
+
+    variance = errors(good[0]).mean(axis=0)
+    variance = (1 - SHRINKAGE) * variance + SHRINKAGE * variance.mean()
+    maps = found.maps(to_images(good[1][3].pixels)[None])[0]
+    assert np.allclose(maps["standardised"], errors(good[1])[3] / variance, rtol=1e-3)
+    found.save(tmp_path)
+    again = AnomalyDetector.load(tmp_path, vae).maps(to_images(good[1][3].pixels)[None])[0]
+    assert np.array_equal(again["standardised"], maps["standardised"])
+    with pytest.raises(ConfigError, match="one vector"):
+        fit_detector(make_vae(), *good, **options)  # type: ignore[arg-type]
+
+
 def test_ssims_map_has_the_mean_of_the_metric() -> None:
     from skimage.metrics import structural_similarity
 

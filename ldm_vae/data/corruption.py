@@ -1,4 +1,4 @@
-"""What a denoising autoencoder is to undo: noise, missing pixels, compression and blemishes, on pixels as files have."""
+"""What a denoising autoencoder is to undo: noise, missing pixels, compression and blemishes, on pixels as in files."""
 
 from __future__ import annotations
 
