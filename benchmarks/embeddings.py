@@ -5,7 +5,8 @@ python benchmarks/embeddings.py --data ../shared/data/fashion-mnist --output DIR
 For each length: the squared error of what a decoder makes of the vector again, and how often a class is known from it,
 by the 5 nearest neighbours and by a linear probe (logistic regression on standardised vectors), on test images. Ours
 are train_vae.py's presets with --global-latent, trained here; the same command goes on with what was trained. A random
-projection's decoder is the least-squares one. The map is t-SNE's (van der Maaten & Hinton 2008) of the test vectors.
+projection's decoder is the least-squares one. The map is t-SNE's (van der Maaten & Hinton 2008) of the test vectors, each
+shown as what its decoder makes of it.
 """
 
 from __future__ import annotations
@@ -181,7 +182,8 @@ def main(config: Config) -> None:
             rows.append({"length": length, "method": name, **found, "training_seconds": seconds})
             if name == "ours" and length == config.map_of:
                 shown = slice(config.map_size)
-                picture = draw_map(embedding.test[shown], test[shown], test_labels[shown], config.seed)
+                made = (embedding.restored[shown].reshape(-1, *test.shape[1:]).clip(0, 1) * 255).astype(np.uint8)
+                picture = draw_map(embedding.test[shown], made, test_labels[shown], config.seed)
                 picture.save(config.output / "map.png")
     record = {
         "config": as_json(config),
