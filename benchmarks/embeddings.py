@@ -5,8 +5,8 @@ python benchmarks/embeddings.py --data ../shared/data/fashion-mnist --output DIR
 For each length: the squared error of what a decoder makes of the vector again, and how often a class is known from it,
 by the 5 nearest neighbours and by a linear probe (logistic regression on standardised vectors), on test images. Ours
 are train_vae.py's presets with --global-latent, trained here; the same command goes on with what was trained. A random
-projection's decoder is the least-squares one. The map is t-SNE's (van der Maaten & Hinton 2008) of the test vectors, each
-shown as what its decoder makes of it.
+projection's decoder is the least-squares one. The map is t-SNE's (van der Maaten & Hinton 2008) of the test vectors,
+drawn as what their decoder makes of them.
 """
 
 from __future__ import annotations
