@@ -1,4 +1,4 @@
-"""`ldm-vae compress | decompress | info | fit-codec`, and the commands of `analysis`."""
+"""`ldm-vae compress | decompress | info | fit-codec`, and the commands of `analysis` and `packing`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ldm_vae.codec.bitstream import Limits
 from ldm_vae.config import tyro_errors
 from ldm_vae.errors import CompressedFileError, ConfigError, DataError, LdmVaeError, one_line_errors
 from ldm_vae.files import atomic, check_writable, is_hub_id
+from ldm_vae.packing import Shards, work_on_shards
 
 EXTENSION = ".ldi"
 MODEL_VARIABLE = "LDM_VAE_MODEL"
@@ -280,7 +281,7 @@ def transfer(
 
 
 def compress(command: Compress) -> None:
-    from ldm_vae.data.sources import EXTENSIONS
+    from ldm_vae.data.image_files import EXTENSIONS
 
     given = [command.target_bpp is not None, command.target_psnr is not None, command.quality != 1.0]
     if sum(given) > 1:
@@ -358,6 +359,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "fit-codec": (FitCodec, fit_codec),
     "embed": (Embed, embed_images),
     "anomaly": (Anomaly, find_anomalies),
+    "shards": (Shards, work_on_shards),
 }
 
 

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from ldm_vae.config import parse_flags
 from ldm_vae.data.conversion import check_viewable
+from ldm_vae.data.image_files import is_image
 from ldm_vae.data.images import MAX_PIXELS, Pixels, centre_square, resize, to_images, to_pixels
-from ldm_vae.data.sources import FileSource, FolderReader, Source, check_finite, is_image, open_source
+from ldm_vae.data.sources import FileSource, FolderReader, Source, check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, sha256, write_csv
 from ldm_vae.models.pretrained import channels_of, stride_of

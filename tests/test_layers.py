@@ -15,7 +15,7 @@ LAYERS = (
     ("ldm_vae.config", "ldm_vae.runs", "ldm_vae.state", "ldm_vae.metrics", "ldm_vae.pictures", "ldm_vae.timing")
     + ("ldm_vae.anomaly", "ldm_vae.embedding")
     + ("ldm_vae.pipeline", "ldm_vae.sampling", "ldm_vae.png", "ldm_vae.loop", "ldm_vae.folders"),
-    ("ldm_vae.cli", "ldm_vae.analysis", "ldm_vae.pillow_plugin"),
+    ("ldm_vae.cli", "ldm_vae.analysis", "ldm_vae.packing", "ldm_vae.pillow_plugin"),
     ("training", "pipelines", "benchmarks"),
 )
 BANNED = {"utils", "util", "common", "helpers", "helper", "misc"}

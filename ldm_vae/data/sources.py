@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import lzma
 import os
 import re
 import zipfile
-import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from ldm_vae.data.image_files import EXTENSIONS, MAX_FILE_BYTES, UNREADABLE, digest_of, is_image
 from ldm_vae.data.images import MAX_PIXELS, Sample, read_pixels
 from ldm_vae.data.procedural import PROCEDURAL, ProceduralSource
+from ldm_vae.data.shards import ShardSource, is_shards
 from ldm_vae.errors import BadImageError, ConfigError, DataError
 from ldm_vae.files import is_hub_id
 
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .tif .tiff .bmp .dib .avif .gif .npy".split()
-    + ".jp2 .ppm .pgm .pbm .pnm .tga .ico".split()
-)
-MAX_FILE_BYTES = 2**30
-UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, NotImplementedError, EOFError)
-"""What reading a file or a member of a zip raises; RuntimeError is for one that is encrypted."""
 HELD_OUT_EVERY = 10
 ENDLESS = 10**9
 SPLITS = {"#train": False, "#held-out": True}
@@ -47,13 +37,6 @@ class Reader(Protocol):
 
     def __call__(self, name: str) -> bytes: ...
     def mark(self, name: str) -> str: ...
-
-
-def digest_of(settings: Iterable[str], lines: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for line in chain(settings, [""], lines):
-        digest.update(line.encode(errors="surrogateescape") + b"\n")
-    return digest.hexdigest()
 
 
 class FileSource:
@@ -79,29 +62,27 @@ class FileSource:
         lines = (f"{name} {self.read.mark(name)}" for name in self.names)
         return digest_of([f"{self.channels} channels, at most {self.max_pixels} pixels", *self.classes], lines)
 
-    def __getitem__(self, index: int) -> Sample:
-        name = self.names[index]
+    def label(self, index: int) -> int | None:
+        folder = class_of(self.names[index])
+        return self.label_of[folder] if folder else None
+
+    def content(self, index: int) -> bytes:
+        """The file's bytes. Raises BadImageError."""
         try:
-            data = self.read(name)
+            return self.read(self.names[index])
         except UNREADABLE as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise BadImageError(f"cannot be read: {reason}") from None
-        pixels = read_pixels(data, channels=self.channels, max_pixels=self.max_pixels)
-        folder = class_of(name)
-        return Sample(pixels=pixels, label=self.label_of[folder] if folder else None, name=name)
+
+    def __getitem__(self, index: int) -> Sample:
+        pixels = read_pixels(self.content(index), channels=self.channels, max_pixels=self.max_pixels)
+        return Sample(pixels=pixels, label=self.label(index), name=self.name(index))
 
 
 def class_of(name: str) -> str | None:
     """The first folder of a name; None for a file at the top."""
     parts = PurePosixPath(name).parts
     return parts[0] if len(parts) > 1 else None
-
-
-def is_image(name: str) -> bool:
-    """By its extension; hidden files, and what archivers of macOS leave behind, are not."""
-    parts = PurePosixPath(name).parts
-    hidden = any(p.startswith(".") or p == "__MACOSX" for p in parts)
-    return not hidden and PurePosixPath(name).suffix.lower() in EXTENSIONS
 
 
 def folder_source(root: Path, *, channels: int, max_pixels: int) -> FileSource:
@@ -303,7 +284,7 @@ def is_hugging_face_folder(path: Path) -> bool:
 
 
 def open_source(path: str, *, channels: int = 3, resolution: int = 256, max_pixels: int = MAX_PIXELS) -> Source:
-    """The images that `path` names: a folder, a .zip, a Hugging Face dataset or `procedural:NAME[@SEED]`.
+    """The images that `path` names: a folder, a .zip, tar shards, a Hugging Face dataset or `procedural:NAME[@SEED]`.
 
     With `#held-out` behind it, every tenth of them; with `#train`, the others.
 
@@ -335,6 +316,8 @@ def open_source(path: str, *, channels: int = 3, resolution: int = 256, max_pixe
         if not Path(path.removeprefix("imagefolder:")).is_dir():
             raise DataError(f"no such folder: {path.removeprefix('imagefolder:')}")
         source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
+    elif is_shards(path):
+        source = ShardSource(path, channels=channels, max_pixels=max_pixels)
     elif local.is_dir():
         if is_hugging_face_folder(local):
             source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
@@ -352,5 +335,7 @@ def open_source(path: str, *, channels: int = 3, resolution: int = 256, max_pixe
     else:
         raise DataError(f"no such folder or file: {path}")
     if len(source) == 0:
+        if local.is_dir() and any(local.glob("*.tar")):
+            raise DataError(f"the shards of {path} have no index: run `ldm-vae shards index {path}`")
         raise DataError(f"no images in {path}: looked for {' '.join(sorted(EXTENSIONS))}")
     return source

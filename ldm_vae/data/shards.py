@@ -1,0 +1,327 @@
+"""Tar shards in WebDataset's layout: `KEY.jpg`, with `KEY.cls` or `KEY.json` beside it, read at random by an index.
+
+The index has one row a sample: its shard, its label, and where its bytes are. It is built once (`ldm-vae shards index`)
+and lies beside the shards, or for remote ones in the user's cache. Rows are read one at a time from its file, which is
+not mapped into memory: pages that were touched at random would count as the process's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
+from fsspec.core import url_to_fs
+
+from ldm_vae.data.image_files import MAX_FILE_BYTES, UNREADABLE, digest_of, is_image
+from ldm_vae.data.images import Sample, read_pixels
+from ldm_vae.errors import BadImageError, DataError
+from ldm_vae.files import check_writable, staged_directory, write_json
+
+ROW = np.dtype([("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("size", "<u8")])
+ROWS, FACTS = "rows.npy", "shards.json"
+VERSION = 1
+HEADER = tarfile.BLOCKSIZE
+MAX_LABEL_BYTES = 1 << 20
+MAX_CLASSES = 1_000_000
+REMOTE_AT_ONCE = 32
+
+
+def shards_of(path: str) -> list[str]:
+    """The .tar files that a folder, or a pattern such as `s3://bucket/images-{0000..0999}.tar`, names.
+
+    Raises:
+        DataError: none, or a pattern that is not one.
+    """
+    if Path(path).is_dir():
+        found = sorted(str(p) for p in Path(path).glob("*.tar"))
+    else:
+        try:
+            found = list(braceexpand(path))
+        except UnbalancedBracesError as error:
+            raise DataError(f"{path} is not a pattern: {error}") from None
+    if not found:
+        raise DataError(f"no .tar in {path}")
+    return found
+
+
+def is_shards(path: str) -> bool:
+    """A folder is shards when these are indexed: one of images may hold a .tar, too."""
+    if Path(path).is_dir():
+        found = sorted(str(p) for p in Path(path).glob("*.tar"))
+        return bool(found) and (index_folder(found) / FACTS).is_file()
+    return path.endswith(".tar")
+
+
+def index_folder(shards: Sequence[str]) -> Path:
+    """Where the index of these shards lies: it may move with them."""
+    if any("://" in s for s in shards):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm-vae"
+        return cache / f"shards-{short_digest(shards)}"
+    folder = os.path.dirname(os.path.abspath(shards[0]))
+    return Path(folder) / f"index-{short_digest([os.path.relpath(s, folder) for s in shards])}"
+
+
+def short_digest(names: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def marks_of(shards: Sequence[str]) -> list[list[Any]]:
+    """Size and time, or what else its server says of its version, of each shard. Raises DataError for one not there."""
+
+    def mark(shard: str) -> list[Any]:
+        try:
+            fs, path = url_to_fs(shard)
+            info = fs.info(path)
+        except Exception as error:  # each file system has its own
+            raise DataError(f"no such shard: {shard} ({type(error).__name__}: {error})") from None
+        version = next((info[k] for k in ("ETag", "etag", "mtime", "LastModified", "updated") if info.get(k)), "")
+        return [info["size"], str(version)]
+
+    with ThreadPoolExecutor(REMOTE_AT_ONCE) as pool:
+        return list(pool.map(mark, shards))
+
+
+# Building ------------------------------------------------------------------------------------------------------------
+
+
+def scan(shard: str) -> tuple[np.ndarray, list[str]]:
+    """Rows of a shard's samples in their order, `label` being an index into the texts that come with them; -1 for none.
+
+    Raises:
+        DataError: it is no tar, or cut.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    texts: dict[str, str] = {}
+    try:
+        fs, path = url_to_fs(shard)
+        with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if not member.isreg() or member.issparse():
+                    continue
+                key, extension = key_of(member.name)
+                if is_image(member.name):
+                    places.setdefault(key, (member.offset_data, member.size))
+                elif extension in ("cls", "json") and member.size <= MAX_LABEL_BYTES:
+                    content = tar.extractfile(member)
+                    text = label_text(content.read() if content else b"", extension)
+                    if text is not None and (extension == "json" or key not in texts):
+                        texts[key] = text
+                tar.members.clear()  # type: ignore[attr-defined]  # the library keeps them all
+    except DataError:
+        raise
+    except Exception as error:  # tarfile and file systems have many kinds
+        raise DataError(f"{shard} cannot be read: {type(error).__name__}: {error}") from None
+    names = sorted(set(texts.values()))
+    label_of = {name: i for i, name in enumerate(names)}
+    rows = np.zeros(len(places), ROW)
+    for row, (key, (offset, size)) in zip(rows, places.items(), strict=True):
+        row["label"] = label_of[texts[key]] if key in texts else -1
+        row["offset"], row["size"] = offset, size
+    return rows, names
+
+
+def key_of(name: str) -> tuple[str, str]:
+    """`a/b.seg.png` -> `a/b` and `seg.png`: WebDataset's."""
+    folder, _, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}/{stem}", extension.lower()
+
+
+def label_text(content: bytes, extension: str) -> str | None:
+    """The class that a .cls names, or a .json under `class` or `label`; None where it names none."""
+    text = content.decode(errors="replace").strip()
+    if extension == "json":
+        try:
+            facts = json.loads(text)
+        except ValueError:
+            return None
+        if not isinstance(facts, dict):
+            return None
+        found = facts.get("class", facts.get("label"))
+        text = str(found) if isinstance(found, (str, int)) else ""
+    return text or None
+
+
+def build_index(shards: Sequence[str], *, workers: int = 1) -> Path:
+    """Reads the headers of all shards, in that many processes, and writes their index.
+
+    Raises:
+        DataError: a shard that is not there or damaged, no images, or too many classes.
+    """
+    target = index_folder(shards)
+    marks = marks_of(shards)
+    check_writable(target.parent)
+    with staged_directory(target) as staging:
+        part = staging / "rows.part"
+        digest, count, texts = hashlib.sha256(), 0, dict[str, int]()
+        with open(part, "wb") as out:
+            for number, (rows, names) in enumerate(scanned(shards, workers)):
+                labels = np.array([texts.setdefault(n, len(texts)) for n in names] + [-1], np.int32)
+                rows["label"] = labels[rows["label"]]
+                rows["shard"] = number
+                out.write(rows.tobytes())
+                count += len(rows)
+        if not count:
+            raise DataError(f"no images in {shards[0]}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else ""))
+        classes, order = ordered(list(texts))
+        with open(staging / ROWS, "wb") as out:
+            np.lib.format.write_array_header_2_0(
+                out, {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (count,)}
+            )
+            for rows in in_parts(part):
+                rows["label"] = order[rows["label"]]
+                digest.update(rows.tobytes())
+                out.write(rows.tobytes())
+        part.unlink()
+        facts = {"version": VERSION, "samples": count, "classes": classes, "rows": digest.hexdigest(), "marks": marks}
+        write_json(staging / FACTS, facts)
+    return target
+
+
+def scanned(shards: Sequence[str], workers: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+    if min(workers, len(shards)) <= 1:
+        yield from map(scan, shards)
+        return
+    with ProcessPoolExecutor(min(workers, len(shards)), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(scan, shards)
+
+
+def ordered(texts: list[str]) -> tuple[list[str], np.ndarray]:
+    """Classes, by number where all are numbers and else by name; and the class of each text, with -1 for -1."""
+    if len(texts) > MAX_CLASSES:
+        raise DataError(f"{len(texts)} classes are more than {MAX_CLASSES}")
+    if texts and all(t.isdecimal() and t.isascii() and len(t) <= 7 for t in texts):
+        numbers = [int(t) for t in texts]
+        if max(numbers) >= MAX_CLASSES:
+            raise DataError(f"class {max(numbers)} is more than {MAX_CLASSES}")
+        return [str(i) for i in range(max(numbers) + 1)], np.array(numbers + [-1], np.int32)
+    classes = sorted(texts)
+    label_of = {name: i for i, name in enumerate(classes)}
+    return classes, np.array([label_of[t] for t in texts] + [-1], np.int32)
+
+
+def in_parts(file: Path, rows: int = 1 << 16) -> Iterator[np.ndarray]:
+    with open(file, "rb") as data:
+        while content := data.read(rows * ROW.itemsize):
+            yield np.frombuffer(content, ROW).copy()
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """The index's rows, read where they lie; the file is opened anew in each process."""
+
+    file: Path
+    count: int
+    begin: int
+    descriptor: int | None = None
+    process: int = 0
+
+    @classmethod
+    def of(cls, file: Path) -> Rows:
+        """Raises ValueError or OSError for what is no such array."""
+        mapped = np.load(file, mmap_mode="r")
+        if mapped.dtype != ROW or mapped.ndim != 1:
+            raise ValueError(f"{file} does not hold rows")
+        return cls(file, len(mapped), mapped.offset)
+
+    def __getitem__(self, index: int) -> np.void:
+        if self.descriptor is None or self.process != os.getpid():
+            self.descriptor, self.process = os.open(self.file, os.O_RDONLY), os.getpid()
+        content = os.pread(self.descriptor, ROW.itemsize, self.begin + index * ROW.itemsize)
+        return np.frombuffer(content, ROW)[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"file": self.file, "count": self.count, "begin": self.begin, "descriptor": None, "process": 0}
+
+
+class ShardSource:
+    """The samples of indexed shards.
+
+    Raises:
+        DataError: there is no index, it is damaged, or a shard has changed since it was made.
+    """
+
+    def __init__(self, path: str, *, channels: int, max_pixels: int) -> None:
+        self.shards = shards_of(path)
+        folder = index_folder(self.shards)
+        advice = f"run `ldm-vae shards index '{path}'`"
+        if not (folder / FACTS).is_file():
+            raise DataError(f"{path} has no index: {advice}")
+        try:
+            facts = json.loads((folder / FACTS).read_text())
+            if facts["version"] != VERSION:
+                raise ValueError(f"version {facts['version']}")
+            self.rows = Rows.of(folder / ROWS)
+            self.classes: tuple[str, ...] = tuple(facts["classes"])
+            self.digest: str = facts["rows"]
+            self.marks: list[list[Any]] = facts["marks"]
+            if self.rows.count != facts["samples"] or len(self.marks) != len(self.shards):
+                raise ValueError("its parts do not belong together")
+        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+            raise DataError(f"the index {folder} is damaged ({error}): {advice}") from None
+        for shard, then, now in zip(self.shards, self.marks, marks_of(self.shards), strict=True):
+            if then != now:
+                raise DataError(f"{shard} has changed since it was indexed: {advice}")
+        self.channels, self.max_pixels = channels, max_pixels
+
+    def __len__(self) -> int:
+        return self.rows.count
+
+    def fingerprint(self) -> str:
+        """Of the shards' names and sizes, and all rows; the shards are not read."""
+        lines = [f"{PurePosixPath(s).name} {size}" for s, (size, _) in zip(self.shards, self.marks, strict=True)]
+        settings = [f"{self.channels} channels, at most {self.max_pixels} pixels", *self.classes]
+        return digest_of(settings, [self.digest, *lines])
+
+    def content(self, shard: str, begin: int, end: int) -> bytes:
+        """Raises BadImageError."""
+        try:
+            if "://" not in shard:
+                with open(shard, "rb") as file:
+                    return os.pread(file.fileno(), end - begin, begin)
+            fs, path = url_to_fs(shard)
+            return bytes(fs.cat_file(path, start=begin, end=end))
+        except UNREADABLE as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise BadImageError(f"cannot be read: {reason}") from None
+
+    def header(self, shard: str, offset: int, content: bytes, size: int) -> str:
+        """The member's name. Raises BadImageError where there is no such member."""
+        try:
+            member = tarfile.TarInfo.frombuf(content[:HEADER], tarfile.ENCODING, "surrogateescape")
+        except tarfile.HeaderError:
+            member = None
+        if member is None or (member.size != size and member.size != 0):  # 0: the size is in a record before
+            raise BadImageError(f"there is no image at byte {offset} of {shard}: it has changed since it was indexed")
+        return f"{PurePosixPath(shard).name}/{member.name}"
+
+    def name(self, index: int) -> str:
+        row = self.rows[index]
+        shard, offset = self.shards[row["shard"]], int(row["offset"])
+        try:
+            return self.header(shard, offset, self.content(shard, offset - HEADER, offset), int(row["size"]))
+        except BadImageError:
+            return f"{PurePosixPath(shard).name}/{offset}"
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.rows[index]
+        shard, offset, size = self.shards[row["shard"]], int(row["offset"]), int(row["size"])
+        if size > MAX_FILE_BYTES:
+            raise BadImageError(f"file larger than {MAX_FILE_BYTES} bytes")
+        content = self.content(shard, offset - HEADER, offset + size)
+        name = self.header(shard, offset, content, size)
+        pixels = read_pixels(content[HEADER:], channels=self.channels, max_pixels=self.max_pixels)
+        return Sample(pixels=pixels, label=int(row["label"]) if row["label"] >= 0 else None, name=name)

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_vae import cli
+from ldm_vae.data.loader import CropDataset
+from ldm_vae.data.shards import FACTS, ROW, ROWS, ShardSource, build_index, index_folder, shards_of
+from ldm_vae.data.sources import open_source
+from ldm_vae.errors import BadImageError, DataError
+
+
+def png(seed: int, side: int = 9) -> bytes:
+    pixels = np.random.default_rng(seed).integers(256, size=(side, side + 2, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(file: Path, members: list[tuple[str, bytes]], tar_format: int = tarfile.DEFAULT_FORMAT) -> None:
+    with tarfile.open(file, "w", format=tar_format) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve images in three classes, and one that is none."""
+    for i in range(12):
+        target = tmp_path / "images" / "abc"[i % 3] / f"{i}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(png(i, side=9 + i))
+    return tmp_path / "images"
+
+
+def test_packed_shards_give_what_the_folder_gives(folder: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    cli.main(["shards", "pack", str(folder), str(packed), "--shard-mib", "1", "--workers", "2"])
+    whole, shards = open_source(str(folder)), open_source(str(packed))
+    assert isinstance(shards, ShardSource)
+    assert shards.classes == ("a", "b", "c")
+    assert len(shards) == 12
+    for i in range(12):
+        assert np.array_equal(shards[i].pixels, whole[i].pixels)
+        assert shards[i].label == whole[i].label
+        assert shards.name(i) == f"images-000000.tar/{i:09d}.png"
+    crops, same = (CropDataset(s, seed=1, resolution=8) for s in (whole, pickle.loads(pickle.dumps(shards))))
+    for position in (0, 5, 10**11):
+        assert np.array_equal(crops[position].image, same[position].image)
+
+
+def test_shards_are_read_through_a_pattern_and_any_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    paths = []
+    for shard in range(3):
+        file = tmp_path / f"x-{shard}.tar"
+        members = [(f"{shard}/{i}.png", png(10 * shard + i)) for i in range(4)]
+        members += [(f"{shard}/{i}.cls", str(7 - i).encode()) for i in range(3)]
+        write_tar(file, [*members, (f"{shard}/0.json", b'{"width": 3}'), ("readme.txt", b"")])
+        memory.pipe(f"/bucket/x-{shard}.tar", file.read_bytes())
+        paths.append(str(file))
+    for pattern in (str(tmp_path / "x-{0..2}.tar"), "memory://bucket/x-{0..2}.tar"):
+        with pytest.raises(DataError, match="ldm-vae shards index"):
+            open_source(pattern)
+        build_index(shards_of(pattern))
+        source = open_source(pattern)
+        assert len(source) == 12
+        assert source.classes == tuple("01234567")
+        assert [source[i].label for i in range(4)] == [7, 6, 5, None]
+        expected = np.asarray(Image.open(io.BytesIO(png(21))))
+        assert np.array_equal(source[9].pixels, expected)
+        assert source.name(9) == "x-2.tar/2/1.png"
+    assert index_folder(paths).parent == tmp_path
+    assert index_folder(["memory://bucket/x-0.tar"]).is_relative_to(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_kind_of_tar_and_long_names(tmp_path: Path, tar_format: int) -> None:
+    long = "d" * 90 + "/" + "é" * 30 + "-long-enough-for-a-record-of-its-own" * (tar_format != tarfile.USTAR_FORMAT) * 3
+    members = [(f"{long}{i}.png", png(i)) for i in range(3)]
+    write_tar(
+        tmp_path / "a.tar", [*members, (f"{long}1.seg.png", png(9)), (f"{long}2.json", b'{"class": "cat"}')], tar_format
+    )
+    build_index(shards_of(str(tmp_path)))
+    source = open_source(str(tmp_path))
+    assert len(source) == 3
+    assert source.classes == ("cat",)
+    assert [source[i].label for i in range(3)] == [None, None, 0]
+    for i in range(3):
+        assert np.array_equal(source[i].pixels, np.asarray(Image.open(io.BytesIO(png(i)))))
+
+
+def test_a_changed_shard_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "a.tar"
+    write_tar(file, [(f"{i}.png", png(i)) for i in range(3)])
+    build_index([str(file)])
+    source = ShardSource(str(file), channels=3, max_pixels=1000)
+    before = source.fingerprint()
+    write_tar(file, [("0.png", png(0, side=40)), ("1.png", png(1)), ("2.png", png(2))])
+    with pytest.raises(BadImageError, match="has changed since"):
+        source[1]
+    assert source.name(1).startswith("a.tar/")
+    with pytest.raises(DataError, match="has changed since it was indexed: run"):
+        open_source(str(file))
+    build_index([str(file)])
+    again = open_source(str(file), max_pixels=1000)
+    assert again.fingerprint() != before
+    with pytest.raises(BadImageError, match="pixels"):
+        again[0]
+    file.unlink()
+    with pytest.raises(BadImageError, match="cannot be read"):
+        again[1]
+    with pytest.raises(DataError, match="no such shard"):
+        open_source(str(file))
+
+
+def test_what_is_no_shard_or_no_index_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(*words: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["shards", *words])
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    file = tmp_path / "a.tar"
+    file.write_bytes(b"no tar" * 1000)
+    assert "cannot be read" in fails("index", str(file))
+    write_tar(file, [("0.txt", b"")])
+    assert "no images" in fails("index", str(file))
+    write_tar(file, [(f"{i}.png", png(i)) for i in range(3)])
+    file.write_bytes(file.read_bytes()[:2000])
+    assert "cannot be read" in fails("index", str(file))
+    assert "no such shard" in fails("index", str(tmp_path / "b-{0..3}.tar"))
+    (tmp_path / "empty").mkdir()
+    assert "no .tar" in fails("index", str(tmp_path / "empty"))
+    assert "not a pattern" in fails("index", str(tmp_path / "b-{0.tar"))
+    write_tar(file, [("0.png", png(0)), ("0.cls", b"99999999999999")])
+    build_index([str(file)])  # a name, not a number
+    write_tar(file, [("0.png", png(0)), ("0.cls", b"1000000")])
+    assert "class 1000000 is more" in fails("index", str(file))
+    write_tar(file, [("0.png", png(0))])
+    cli.main(["shards", "index", str(file)])
+    index = index_folder([str(file)])
+    whole = {name: (index / name).read_bytes() for name in (FACTS, ROWS)}
+    for name, content in whole.items():
+        for damaged in (b"", content[: len(content) // 2], b"\x00" * len(content)):
+            (index / name).write_bytes(damaged)
+            with pytest.raises(DataError, match="damaged"):
+                open_source(str(file))
+        (index / name).write_bytes(content)
+    facts = json.loads(whole[FACTS])
+    (index / FACTS).write_text(json.dumps(facts | {"version": 2}))
+    with pytest.raises(DataError, match="version 2"):
+        open_source(str(file))
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(png(0))
+    (folder / "1.png").symlink_to(tmp_path / "nowhere")
+    cli.main(["shards", "pack", str(folder), str(tmp_path / "packed")])
+    assert "1.png" in (tmp_path / "packed" / "bad_images.csv").read_text()
+    assert "already" in fails("pack", str(folder), str(tmp_path / "packed"))
+    cli.main(["shards", "pack", str(folder), str(tmp_path / "packed"), "--overwrite"])
+    assert len(open_source(str(tmp_path / "packed"))) == 1
+
+
+def test_links_and_names_that_lead_elsewhere_are_names(tmp_path: Path) -> None:
+    file = tmp_path / "a.tar"
+    with tarfile.open(file, "w") as tar:
+        for name, kind in (("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+        for name in ("../../../etc/left-out.png", "/etc/evil.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(png(1))
+            tar.addfile(member, io.BytesIO(png(1)))
+    build_index([str(file)])
+    source = open_source(str(file))
+    assert len(source) == 1
+    assert np.array_equal(source[0].pixels, np.asarray(Image.open(io.BytesIO(png(1)))))
+
+
+def test_a_hundred_million_rows_cost_no_memory(tmp_path: Path) -> None:
+    """A sparse file of so many rows: the last one is read as fast as the first, and nothing is held."""
+    file = tmp_path / "a.tar"
+    write_tar(file, [("0.png", png(0))])
+    index = build_index([str(file)])
+    row = np.load(index / ROWS)
+    count = 10**8
+    with open(index / ROWS, "wb") as out:
+        np.lib.format.write_array_header_2_0(
+            out, {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (count,)}
+        )
+        begin = out.tell()
+        out.truncate(begin + count * ROW.itemsize)
+        out.seek(begin + (count - 1) * ROW.itemsize)
+        out.write(row.tobytes())
+    facts = json.loads((index / FACTS).read_text())
+    (index / FACTS).write_text(json.dumps(facts | {"samples": count}))
+    source = open_source(str(file))
+    assert len(source) == count
+    assert source[count - 1].name == "a.tar/0.png"
+    with pytest.raises(BadImageError):
+        source[0]
