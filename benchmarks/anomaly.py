@@ -26,7 +26,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_vae.anomaly import AnomalyDetector, fit_detector, mean_of_largest, smooth
+from ldm_vae.anomaly import AnomalyDetector, fit_detector, mean_of_largest, relative, smooth
 from ldm_vae.config import as_json, parse_config
 from ldm_vae.data.corruption import parse_corruption
 from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
@@ -65,8 +65,9 @@ class Config:
     steps: int = 12_000
     batch_size: int = 16
     mirror: bool = True
-    blur: float = 2.0
-    """In pixels of what the network sees."""
+    blur: float = 4.0
+    """In pixels of what the network sees, as are the surroundings."""
+    surroundings: float = 12.0
     share: float = 0.05
     sides: tuple[int, ...] = (64, 128)
     """To which images are resized for the comparisons on pixels."""
@@ -88,6 +89,7 @@ PRESETS = {
             steps=800,
             batch_size=64,
             blur=1.0,
+            surroundings=0.0,
             share=1.0,
             sides=(32,),
             mirror=False,
@@ -106,6 +108,11 @@ def trained(config: Config, good: str, run: Path) -> float:
     words += [] if config.mirror else ["--no-mirror"]
     seconds_of_script(ROOT / "training" / "train_vae.py", *words)
     return training_seconds(run)
+
+
+def options_of(config: Config) -> dict[str, Any]:
+    """Of fit_detector."""
+    return {k: getattr(config, k) for k in ("false_alarm_rate", "blur", "surroundings", "share")}
 
 
 def auroc(scores: Any, anomalous: Any) -> float:
@@ -137,9 +144,12 @@ def by_components(
             maps = errors.reshape(-1, side, side)
             name = f"PCA of {count} at {side}x{side}"
             yield f"{name}, mean", errors.mean(axis=1), maps
-            blur = config.blur / config.scale * side / 256 if config.dataset == "magnetic-tile" else config.blur
-            smoothed = np.stack([smooth(m, blur) for m in np.sqrt(maps)])
-            yield f"{name}, as ours", np.array([mean_of_largest(m, config.share) for m in smoothed]), smoothed
+            size = side / 256 / config.scale if config.dataset == "magnetic-tile" else 1.0
+            smoothed = np.stack([smooth(m, size * config.blur) for m in np.sqrt(maps)])
+            yield f"{name}, smooth", np.array([mean_of_largest(m, config.share) for m in smoothed]), smoothed
+            if config.surroundings > 0:
+                found = np.stack([relative(m, size * config.surroundings) for m in smoothed])
+                yield f"{name}, as ours", np.array([mean_of_largest(m, config.share) for m in found]), found
 
 
 def by_neighbours(good: list[Pixels], test: list[Pixels], side: int) -> np.ndarray:
@@ -226,8 +236,8 @@ def judge_tiles(config: Config) -> Row:
     seconds = trained(config, f"{good_folder}#train", run)
     vae = load_autoencoder(str(run))
     sources = [open_source(f"{good_folder}#{part}", channels=1) for part in ("train", "held-out")]
-    options = {"false_alarm_rate": config.false_alarm_rate, "blur": config.blur, "share": config.share}
-    detector, _ = fit_detector(vae, *sources, **options)  # type: ignore[arg-type]
+    options = options_of(config)
+    detector, _ = fit_detector(vae, *sources, **options)
     by_blemishes = chosen_method(detector, sources[1])
     anomalous = np.array([i.kind != "good" for i in images])
     scores: dict[str, Any] = {m: [] for m in detector.facts.methods}
@@ -318,8 +328,8 @@ def judge_fashion(config: Config) -> Row:
         seconds += trained(config, f"{target}#train", run)
         vae = load_autoencoder(str(run))
         sources = [open_source(f"{target}#{part}", channels=1) for part in ("train", "held-out")]
-        options = {"false_alarm_rate": config.false_alarm_rate, "blur": config.blur, "share": config.share}
-        detector, _ = fit_detector(vae, *sources, methods=("l1", "mahalanobis", "standardised"), **options)  # type: ignore[arg-type]
+        options = options_of(config)
+        detector, _ = fit_detector(vae, *sources, methods=("l1", "mahalanobis", "standardised"), **options)
         anomalous = test_labels != label
         found = [detector.scores(detector.maps(to_images(p)[None])[0]) for p in tqdm(test_pixels, desc=name)]
         for method in detector.facts.methods:

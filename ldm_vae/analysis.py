@@ -53,6 +53,8 @@ class Fit:
     false_alarm_rate: float = 0.05
     blur: float = 4.0
     """Smoothing of the maps, in pixels."""
+    surroundings: float = 0.0
+    """Divide the maps by what is usual within so many pixels, three times the blur say; 0: do not."""
     share: float = 0.001
     """The largest part of a map, whose mean is the score."""
     lpips_backbone: Literal["vgg", "alex", "squeeze"] = "vgg"
@@ -193,6 +195,7 @@ def fit(command: Fit) -> None:
         methods=command.methods,
         false_alarm_rate=command.false_alarm_rate,
         blur=command.blur,
+        surroundings=command.surroundings,
         share=command.share,
         lpips_backbone=command.lpips_backbone,
     )

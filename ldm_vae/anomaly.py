@@ -48,6 +48,8 @@ class Facts:
     methods: tuple[Method, ...]
     blur: float
     """Standard deviation in pixels of the smoothing of a map."""
+    surroundings: float
+    """Standard deviation in pixels of what a map is divided by, its mean around each place; 0 for not."""
     share: float
     """The part of a map, the largest of it, whose mean is the image's score."""
     false_alarm_rate: float
@@ -123,7 +125,7 @@ class AnomalyDetector:
                 case "standardised":
                     assert self.variance is not None
                     raw = squared_error(images, reconstruction) / torch.from_numpy(self.variance).to(self.device)
-            found[method] = smooth(raw[0].float().cpu().numpy(), self.facts.blur)
+            found[method] = relative(smooth(raw[0].float().cpu().numpy(), self.facts.blur), self.facts.surroundings)
         return found, reconstruction
 
     def distances(self, latents: Tensor, height: int, width: int) -> Tensor:
@@ -191,6 +193,17 @@ def check_side(images: Tensor, least: int, method: str) -> None:
 
 def smooth(values: Map, blur: float) -> Map:
     return np.asarray(gaussian_filter(values, blur, mode="reflect") if blur > 0 else values, np.float32)
+
+
+def relative(values: Map, surroundings: float) -> Map:
+    """A map in units of its mean around each pixel, within about so many pixels: what is usual there counts less.
+
+    A tenth of the whole map's mean is added below, so that nothing is strange where hardly anything is wrong.
+    """
+    if surroundings == 0:
+        return values
+    around = gaussian_filter(values, surroundings, mode="reflect")
+    return np.asarray(values / (around + 0.1 * values.mean() + 1e-12), np.float32)
 
 
 def mean_of_largest(values: Map, share: float) -> float:
@@ -263,6 +276,7 @@ def fit_detector(
     methods: Sequence[Method] = ("l1", "ssim", "mahalanobis"),
     false_alarm_rate: float = 0.05,
     blur: float = 4.0,
+    surroundings: float = 0.0,
     share: float = 0.001,
     lpips_backbone: Backbone = "vgg",
     lpips_pretrained: bool = True,
@@ -279,6 +293,8 @@ def fit_detector(
     """
     if not methods or not 0 < false_alarm_rate < 1 or not 0 <= blur < math.inf or not 0 < share <= 1:
         raise ConfigError("at least one method, 0 < false-alarm rate < 1, blur >= 0 and 0 < share <= 1 are needed")
+    if not 0 <= surroundings < math.inf:
+        raise ConfigError(f"the surroundings are {surroundings:g} pixels: they must be 0 or more")
     if "standardised" in methods and side_for(vae, None) is None:
         raise ConfigError("standardised is for one vector an image (--global-latent), whose images are all of one size")
     if len(held_out) < math.ceil(1 / false_alarm_rate) - 1:
@@ -287,6 +303,7 @@ def fit_detector(
         vae=fingerprint(vae),
         methods=tuple(dict.fromkeys(methods)),
         blur=blur,
+        surroundings=surroundings,
         share=share,
         false_alarm_rate=false_alarm_rate,
         thresholds={},

@@ -19,6 +19,7 @@ from ldm_vae.anomaly import (
     dissimilarity,
     fit_detector,
     mean_of_largest,
+    relative,
     threshold_at,
 )
 from ldm_vae.data.images import to_images, to_pixels
@@ -138,6 +139,20 @@ def test_a_strange_patch_is_where_the_maps_are_large(detector: AnomalyDetector) 
             assert inside[np.unravel_index(found.argmax(), found.shape)], method
 
 
+def test_a_map_relative_to_its_surroundings_shows_what_is_unusual_there() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.uniform(0.9, 1.1, size=(60, 80)).astype(np.float32)
+    values[:, 40:] *= 10  # as ever, on that side
+    values[20, 10] = 5
+    assert np.array_equal(relative(values, 0.0), values)
+    found = relative(values, 6.0)
+    assert found[:, :20].mean() == pytest.approx(1 / (1 + 0.1 * values.mean()), rel=0.1)
+    assert found[:, 60:].mean() == pytest.approx(1, rel=0.1)
+    assert np.unravel_index(found.argmax(), found.shape) == (20, 10)
+    assert np.allclose(relative(3 * values, 6.0), found, rtol=1e-5)
+    assert not relative(np.zeros((5, 5), np.float32), 2.0).any()
+
+
 def test_scores_do_not_depend_on_what_else_is_scored(detector: AnomalyDetector) -> None:
     first = [detector.scores(detector.maps(leaves(i))[0]) for i in (0, 1, 2)]
     again = [detector.scores(detector.maps(leaves(i))[0]) for i in (2, 1, 0)]
@@ -163,6 +178,8 @@ def test_a_detector_is_saved_and_goes_with_its_autoencoder_alone(detector: Anoma
     good = open_source("procedural:dead-leaves", resolution=48)
     with pytest.raises(ConfigError, match="share"):
         fit_detector(make_vae(), good, good, share=0.0)
+    with pytest.raises(ConfigError, match="surroundings"):
+        fit_detector(make_vae(), good, good, surroundings=-1.0)
 
 
 @pytest.fixture(scope="module")

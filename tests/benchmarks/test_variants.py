@@ -111,7 +111,14 @@ def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(
         Image.fromarray(pixels).save(data / "test" / "hole" / f"{i}.jpg")
         Image.fromarray(mask).save(data / "ground_truth" / "hole" / f"{i}.png")
     config = anomaly.Config(
-        data=data, output=tmp_path / "out", steps=2, resolution=32, batch_size=4, blur=1.0, false_alarm_rate=0.4
+        data=data,
+        output=tmp_path / "out",
+        steps=2,
+        resolution=32,
+        batch_size=4,
+        blur=1.0,
+        surroundings=0.0,
+        false_alarm_rate=0.4,
     )
     anomaly.main(config)
     record = json.loads((tmp_path / "out" / "results.json").read_text())
