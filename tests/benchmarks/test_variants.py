@@ -107,7 +107,7 @@ def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(
         Image.fromarray(tile(rng)).save(data / "test" / "good" / f"{i}.jpg")
         pixels, mask = tile(rng), np.zeros((40, 56), np.uint8)
         mask[10:22, 12 + i : 26 + i] = 255
-        pixels[mask > 0] = 255 * (np.indices((40, 56)).sum(axis=0) % 2)[mask > 0]
+        pixels[mask > 0] = 255 * ((np.indices((40, 56)) // 4).sum(axis=0) % 2)[mask > 0]
         Image.fromarray(pixels).save(data / "test" / "hole" / f"{i}.jpg")
         Image.fromarray(mask).save(data / "ground_truth" / "hole" / f"{i}.png")
     config = anomaly.Config(
