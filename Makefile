@@ -2,7 +2,7 @@ PYTHON ?= python3
 DATA ?= procedural:dead-leaves
 BIN := .venv/bin
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test test-all check clean
 
 setup: .venv/installed
 
@@ -33,6 +33,9 @@ demo: setup
 # A process a core, each with one thread: tests that launch processes wait more than they compute.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test-all: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal -m "slow or not slow"
 
 check: setup
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

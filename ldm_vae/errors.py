@@ -75,12 +75,21 @@ class CorruptError(CompressedFileError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends a script with one line on standard error and exit code 2 when the user can put the error right."""
+    """Ends a script with one line on standard error, and exit code 2 when the user can put the error right.
+
+    Where another process of the launch is gone, the code is 1.
+    """
     try:
         yield
     except (LdmVaeError, ValueError, OSError) as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+            fail(
+                "another process of this launch is gone or out of reach: look for its own message. The same command "
+                f"goes on from the last checkpoint. ({str(error).splitlines()[0]})",
+                code=1,
+            )
         if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
         fail(f"not enough memory: {str(error).splitlines()[0] if str(error) else 'try tiles, or a smaller image'}")
@@ -88,8 +97,10 @@ def one_line_errors() -> Iterator[None]:
 
 NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 """What torch says on GPUs and CPUs."""
+LOST_PEER = re.compile("gloo/transport|NCCL error|ncclRemoteError|Watchdog caught collective operation timeout")
+"""What gloo and NCCL say."""
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, *, code: int = 2) -> NoReturn:
     print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
-    raise SystemExit(2) from None
+    raise SystemExit(code) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,13 +32,34 @@ def flags(config: Any, preset: Any) -> list[str]:
     return words
 
 
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no"]
+LAUNCH += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+ON_CPU = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
+
+
 def launch(script: str, words: list[str], processes: int) -> subprocess.CompletedProcess[str]:
     """`accelerate launch` of the real script on so many processes, over gloo where there is no GPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--num_cpu_threads_per_process", "1", script, *words]
-    environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [*LAUNCH, "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
+    return subprocess.run([*command, script, *words], env=ON_CPU, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def launch_machines(script: str, words: list[str], machines: int) -> list[subprocess.Popen[str]]:
+    """An `accelerate launch` for each of so many machines, as it is given on each, here all on this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*LAUNCH, "--num_processes", str(machines), "--num_machines", str(machines)]
+    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen([*command, "--machine_rank", str(m), script, *words], env=ON_CPU, cwd=ROOT, **pipes)
+        for m in range(machines)
+    ]
+
+
+def trainer_below(launcher: subprocess.Popen[str]) -> int:
+    """The process that an `accelerate launch` of one process started."""
+    return int(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()[-1])
 
 
 def run_until_killed(program: str, words: list[str]) -> None:

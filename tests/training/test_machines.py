@@ -1,0 +1,66 @@
+"""Two machines, played by two launches that meet over the loopback: as one, and with one of them lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import ROOT, largest_difference, launch_machines, metrics, state, trainer_below, wait_for
+
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from training import train_diffusion, train_vae
+
+SMALL = "--steps 40 --batch-size 4 --resolution 32 --num-workers 0 --learning-rate 1e-4 --mixed-precision no".split()
+SMALL += "--log-every 1 --checkpoint-every 5 --sample-every 100 --tracker none".split()
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    PatchAutoencoderKL(block_out_channels=(16, 16)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["train_vae", pytest.param("train_diffusion", marks=pytest.mark.slow)])
+def test_a_lost_machine_ends_the_launch_and_the_same_command_goes_on(
+    name: str, photos: Path, vae: Path, tmp_path: Path
+) -> None:
+    script = str(ROOT / "training" / f"{name}.py")
+    if name == "train_vae":
+        words = ["demo", "--data", str(photos), *SMALL, "--perceptual", "none", "--adversarial", "none"]
+        trainer, part = train_vae, "vae"
+    else:
+        words = ["tiny", "--vae", str(vae), "--data", str(photos), *SMALL]
+        trainer, part = train_diffusion, "unet"
+    run = tmp_path / "run"
+    nodes = launch_machines(script, [*words, "--output", str(run)], 2)
+    checkpoints = run / "checkpoints"
+    wait_for(lambda: checkpoints.is_dir() and any(checkpoints.glob("step-*/state.safetensors")), nodes[0])
+    os.kill(trainer_below(nodes[1]), signal.SIGKILL)
+    began = time.monotonic()
+    said = [ended(node) for node in nodes]
+    assert time.monotonic() - began < 60
+    assert "error: another process of this launch is gone" in said[0]
+    assert "SIGKILL" in said[1]
+    steps = [m["step"] for m in metrics(run) if "images_per_second" in m]
+    last = max(int(c.name.removeprefix("step-")) for c in checkpoints.glob("step-*"))
+    assert last < 40
+    config = train_vae.parse_config(trainer.PRESETS, description="", args=[*words, "--output", str(run)])
+    trainer.main(config)  # on one process
+    again = [m["step"] for m in metrics(run) if "images_per_second" in m][len(steps) :]
+    assert again == list(range(last + 1, 41))  # nothing is lost but the steps since the checkpoint
+    alone = tmp_path / "alone"
+    trainer.main(train_vae.parse_config(trainer.PRESETS, description="", args=[*words, "--output", str(alone)]))
+    assert largest_difference(state(run, 40), state(alone, 40), (part, "ema")) < 1e-4
+
+
+def ended(node: subprocess.Popen[str]) -> str:
+    out, error = node.communicate(timeout=60)
+    assert node.returncode != 0
+    return out + error
