@@ -26,7 +26,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_vae.anomaly import AnomalyDetector, fit_detector, mean_of_largest, relative, smooth
+from ldm_vae.anomaly import AnomalyDetector, fit_detector, mean_of_largest, relative, shrunk, smooth
 from ldm_vae.config import as_json, parse_config
 from ldm_vae.data.corruption import parse_corruption
 from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
@@ -144,6 +144,9 @@ def by_components(
             maps = errors.reshape(-1, side, side)
             name = f"PCA of {count} at {side}x{side}"
             yield f"{name}, mean", errors.mean(axis=1), maps
+            if config.dataset == "fashion-mnist":
+                variance = shrunk(np.square(x - pca.inverse_transform(pca.transform(x))).mean(axis=0))
+                yield f"{name}, standardised", (errors / variance).mean(axis=1), maps / variance.reshape(side, side)
             size = side / 256 / config.scale if config.dataset == "magnetic-tile" else 1.0
             smoothed = np.stack([smooth(m, size * config.blur) for m in np.sqrt(maps)])
             yield f"{name}, smooth", np.array([mean_of_largest(m, config.share) for m in smoothed]), smoothed
