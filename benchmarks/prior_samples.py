@@ -36,7 +36,7 @@ class Config:
     output: Path
     length: int = 16
     """Numbers of a vector."""
-    kl_weight: float = 0.03
+    kl_weight: float = 0.3
     """Of the variational one, times nats per pixel."""
     steps: int = 6000
     batch_size: int = 64
