@@ -93,7 +93,7 @@ def drawn(space: Space, count: int, seed: int) -> Tensor:
 
 def samples(space: Space, config: Config) -> Image.Image:
     made = space.decoded(drawn(space, config.rows * STEPS, config.seed))
-    of = "N(0, 1)" if is_variational(space.vae) else "a normal distribution of each channel's mean and deviation"
+    of = "N(0, 1)" if is_variational(space.vae) else "each channel's mean and deviation"
     rows = [(f"latents from {of}" if i == 0 else "", made[i * STEPS : (i + 1) * STEPS]) for i in range(config.rows)]
     return labelled_rows(rows)
 
