@@ -84,7 +84,7 @@ def run_commands(page: str) -> int:
 
 def test_the_commands_of_the_guide_to_compression_run(here: Path) -> None:
     page = (ROOT / "docs" / "compression.md").read_text()
-    assert run_commands(page) == 9
+    assert run_commands(page) == 7
     for example in blocks(page, "python"):
         exec(example, {})
     assert (here / "restored.png").exists()
@@ -100,7 +100,7 @@ def test_the_commands_of_the_guide_to_autoencoders_run(here: Path) -> None:
         scope: dict[str, Any] = {}
         exec(example, scope)
         assert scope["clean"].size == Image.open("photo.png").size
-        assert scope["vector"].shape == (8,)
+        assert scope["vector"].shape == (32,)
     assert (here / "scored" / "scores.csv").exists()
     assert (here / "explored" / "vectors" / "samples.png").exists()
 
