@@ -29,14 +29,6 @@ from training.cache_latents import Config, main
 SCRIPT = str(ROOT / "training" / "cache_latents.py")
 
 
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae")
-    PatchAutoencoderKL(block_out_channels=(16, 16)).save_pretrained(folder)
-    return folder
-
-
 def config_for(photos: Path, vae: Path, output: Path) -> Config:
     return Config(
         vae=str(vae),

@@ -9,22 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from processes import ROOT, largest_difference, launch_machines, metrics, state, trainer_below, wait_for
 
-from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from training import train_diffusion, train_vae
 
 SMALL = "--steps 40 --batch-size 4 --resolution 32 --num-workers 0 --learning-rate 1e-4 --mixed-precision no".split()
 SMALL += "--log-every 1 --checkpoint-every 5 --sample-every 100 --tracker none".split()
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae")
-    PatchAutoencoderKL(block_out_channels=(16, 16)).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", ["train_vae", pytest.param("train_diffusion", marks=pytest.mark.slow)])

@@ -32,14 +32,6 @@ PARTS = ("unet", "ema", "optimizer")
 
 
 @pytest.fixture(scope="module")
-def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae")
-    PatchAutoencoderKL(block_out_channels=(16, 16)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def cache(photos: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("latents") / "cache"
     cache_latents.main(
