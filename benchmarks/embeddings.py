@@ -28,7 +28,6 @@ from ldm_vae.embedding import embed
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json
 from ldm_vae.models.pretrained import load_autoencoder
-from ldm_vae.models.tiling import decode
 from ldm_vae.runs import git_revision, training_seconds, versions
 from ldm_vae.timing import describe_machine, seconds_of_script
 
@@ -86,7 +85,7 @@ def by_autoencoder(train: Values, test: Values, config: Config, length: int) -> 
     found = vectors(test)
     with torch.inference_mode():
         parts = torch.from_numpy(found)[:, :, None, None].split(BATCH)
-        made = torch.cat([decode(vae, z) for z in parts]).add(1).div(2).flatten(1).numpy()
+        made = torch.cat([vae.decode(z).sample for z in parts]).add(1).div(2).flatten(1).numpy()
     return Embedding(train=vectors(train), test=found, restored=made), seconds
 
 

@@ -27,7 +27,7 @@ from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, Mo
 from ldm_vae.files import write_json
 from ldm_vae.metrics import SMALLEST_FOR_SSIM
 from ldm_vae.models.pretrained import channels_of, fingerprint, latent_channels_of, side_for, stride_of
-from ldm_vae.models.tiling import decode, encode_mean
+from ldm_vae.models.tiling import encode_mean
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
 
 Method = Literal["l1", "ssim", "lpips", "mahalanobis", "standardised"]
@@ -107,7 +107,7 @@ class AnomalyDetector:
         if side is not None and (height, width) != (side, side):
             raise BadImageError(f"{width}x{height} pixels: this autoencoder's vector is of {side}x{side}")
         latents = encode_mean(self.vae, images)
-        reconstruction = decode(self.vae, latents)[..., :height, :width].clamp(-1, 1)
+        reconstruction = self.vae.decode(latents).sample[..., :height, :width].clamp(-1, 1)
         found: dict[str, Map] = {}
         for method in self.facts.methods:
             match method:
@@ -324,7 +324,7 @@ def fit_detector(
             latents = encode_mean(vae, images.to(device))
             gaussian.add(latents[0])
             if "standardised" in facts.methods:
-                made = decode(vae, latents).clamp(-1, 1)
+                made = vae.decode(latents).sample.clamp(-1, 1)
                 errors = errors + squared_error(images.to(device), made)[0].double().cpu().numpy()
                 count += 1
     if not gaussian.count:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
@@ -140,7 +142,8 @@ def compress_file(command: Compress) -> str | None:
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours
     codec = load_codec(command.model, command.device, command.workers)
     channels = channels_of(codec.vae)
-    given = read_picture(read(command.input), channels=channels, max_pixels=command.max_pixels)
+    scratch = scratch_of(command.output) if codec.exact else None
+    given = read_picture(read(command.input), channels=channels, max_pixels=command.max_pixels, scratch=scratch)
     command.limits().check(given.pixels.shape[1], given.pixels.shape[0])
     if command.target_bpp is None and command.target_psnr is None:
         data = codec.compress(given, quality=command.quality, strip=command.strip, limits=command.limits())
@@ -151,16 +154,45 @@ def compress_file(command: Compress) -> str | None:
     return None
 
 
+def scratch_of(name: str) -> Path:
+    """A folder for images that are not to lie in memory as a whole: where the output goes."""
+    return Path(tempfile.gettempdir()) if name == STREAM else Path(name).parent
+
+
+def write_parts(name: str, extension: str, found: Any, parts: Iterator[Any]) -> None:
+    """An image of which the pixels come in parts."""
+    import numpy as np
+
+    from ldm_vae.data.large import write_large
+
+    def with_alpha() -> Iterator[Any]:
+        row = 0
+        for part in parts:
+            below = row + len(part)
+            yield part if found.alpha is None else np.concatenate([part, found.alpha[row:below, :, None]], axis=2)
+            row = below
+
+    shape = (*found.pixels.shape[:2], found.pixels.shape[2] + (found.alpha is not None))
+    with nullcontext(sys.stdout.buffer) if name == STREAM else atomic(Path(name)) as out:
+        write_large(out, extension, with_alpha(), shape, folder=scratch_of(name), icc=found.icc, exif=found.exif)
+
+
 def decompress_file(command: Decompress) -> str | None:
+    from ldm_vae.codec.codec import filled
     from ldm_vae.codec.picture import check_extension, encode_picture
+    from ldm_vae.data.large import LARGE, WRITERS
 
     extension = command.extension if command.output == STREAM else Path(command.output).suffix.lower()
     check_extension(extension)
     codec = load_codec(command.model, command.device, command.workers)
     damage: list[str] | None = [] if command.salvage else None
     data = read(command.input)
-    found = codec.decompress_picture(data, region=command.region, limits=command.limits(), damage=damage)
-    write(command.output, encode_picture(found, extension))
+    parts = codec.parts(data, region=command.region, limits=command.limits(), damage=damage)
+    found = next(parts)
+    if found.pixels[:, :, 0].size > LARGE and extension in WRITERS:
+        write_parts(command.output, extension, found, parts)
+    else:
+        write(command.output, encode_picture(filled(found, parts), extension))
     return "; ".join(damage) if damage else None
 
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 from ldm_vae.errors import RunError
 
 try:
@@ -59,41 +61,60 @@ def lock(directory: Path) -> IO[bytes]:
 
 @contextmanager
 def atomic(file: Path) -> Iterator[IO[bytes]]:
-    """Opens a file beside `file` for bytes, and puts it in its place, flushed, when all went well."""
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            yield out
-            flush(out)
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Opens a file beside `file` for bytes, and puts it in its place, flushed, when all went well.
+
+    Raises:
+        RunError: it cannot be written; what was there still is.
+    """
+    with said_of(file):
+        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as out:
+                yield out
+                flush(out)
+            os.chmod(name, 0o644)
+            os.replace(name, file)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `target`, flushed, when all went well."""
+    """A folder to fill, which takes the place of `target`, flushed, when all went well.
+
+    Raises:
+        RunError: it cannot be written; what was there still is.
+    """
     for left in target.parent.glob(f".{target.name}.*"):  # by a run that was killed in here
         shutil.rmtree(left, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    with said_of(target):
+        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            yield staging
+            os.chmod(staging, 0o755)
+            for file in staging.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as data:
+                        os.fsync(data.fileno())
+            old = target.parent / f".{target.name}.old"
+            if target.exists():
+                os.rename(target, old)
+            os.rename(staging, target)
+            flush_directory(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def said_of(target: Path) -> Iterator[None]:
+    """Names what could not be written, where the system, or safetensors for it, says only why."""
     try:
-        yield staging
-        os.chmod(staging, 0o755)
-        for file in staging.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as data:
-                    os.fsync(data.fileno())
-        old = target.parent / f".{target.name}.old"
-        if target.exists():
-            os.rename(target, old)
-        os.rename(staging, target)
-        flush_directory(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def flush(file: IO[bytes]) -> None:

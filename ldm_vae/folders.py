@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_vae.data.images import to_images, to_pixels
+from ldm_vae.data.images import MAX_PIXELS, Pixels, to_images, to_pixels
+from ldm_vae.data.large import let_go, write_large
 from ldm_vae.data.sources import check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
-from ldm_vae.files import check_writable, write_csv
+from ldm_vae.files import atomic, check_writable, write_csv
+from ldm_vae.models.tiles import spans
 from ldm_vae.png import finished, own_share, write_png
+
+SIDE = 1024
+"""Of the tiles in which large images go through a function, in pixels."""
 
 
 def files_of(names: Sequence[str]) -> dict[str, int]:
@@ -40,6 +46,8 @@ def convert_images(
     channels: int,
     settings: Mapping[str, str],
     accelerator: Accelerator,
+    max_pixels: int = MAX_PIXELS,
+    reach: tuple[int, int] | None = None,
 ) -> None:
     """Each image (1, C, H, W) in [-1, 1] of a folder or other source -> function(image), as an 8-bit PNG.
 
@@ -49,6 +57,9 @@ def convert_images(
         given: the source, as `open_source` takes it.
         function: gives images of the same size; called without gradients, on the process's device.
         settings: what the results depend on beside the images; files of others are not mixed with these.
+        max_pixels: images with more are bad ones.
+        reach: how far, in pixels, a pixel of the result sees, and of what its places are multiples: with this, images
+            that are not to lie in memory as a whole go through in parts.
 
     Raises:
         ConfigError: an output within the input, or a source without end.
@@ -56,7 +67,10 @@ def convert_images(
         RunError: files of other settings are there.
     """
     share = {"part": accelerator.process_index, "parts": accelerator.num_processes}
-    source = open_source(given, channels=channels)
+    if max_pixels < 1:
+        raise ConfigError(f"--max-pixels is {max_pixels}: it must be at least 1")
+    scratch = None if reach is None else output
+    source = open_source(given, channels=channels, max_pixels=max_pixels, scratch=scratch)
     check_finite(source, given, None)
     if Path(given).is_dir() and output.resolve().is_relative_to(Path(given).resolve()):
         raise ConfigError(f"--output {output} is inside --input: its files would be images to convert, too")
@@ -70,13 +84,18 @@ def convert_images(
         try:
             if not stays_inside(file):
                 raise BadImageError("its name leads out of the output's folder")
-            images = to_images(source[files[file]].pixels)[None]
+            pixels = source[files[file]].pixels
         except BadImageError as error:
             bad[name] = str(error)
             continue
-        with torch.inference_mode():
-            made = function(images.to(accelerator.device))
-        write_png(output / file, to_pixels(made[0]), {"image": name, **settings})
+        facts = {"image": name, **settings}
+        if reach is not None and isinstance(pixels, np.memmap):
+            (output / file).parent.mkdir(parents=True, exist_ok=True)
+            with atomic(output / file) as out:
+                parts = in_parts(function, pixels, *reach, device=accelerator.device)
+                write_large(out, ".png", parts, pixels.shape, folder=output, text=facts)
+        else:
+            write_png(output / file, through(function, pixels, accelerator.device), facts)
     for part in gather_object([bad]):
         bad |= part
     if accelerator.is_main_process:
@@ -85,3 +104,24 @@ def convert_images(
             raise nothing_usable(bad)
         print(f"{len(files) - len(bad)} images, {len(bad)} bad; they are in {output}")
     accelerator.end_training()
+
+
+@torch.inference_mode()
+def through(function: Callable[[Tensor], Tensor], pixels: Pixels, device: torch.device) -> Pixels:
+    """Pixels (H, W, C) -> those of function(image), 8 bits."""
+    return to_pixels(function(to_images(pixels)[None].to(device))[0])
+
+
+def in_parts(
+    function: Callable[[Tensor], Tensor], pixels: Pixels, reach: int, unit: int, *, device: torch.device
+) -> Iterator[Pixels]:
+    """What `through` gives, from top to bottom in parts of the whole width, made tile by tile."""
+    side = -(-SIDE // unit) * unit
+    height, width = pixels.shape[:2]
+    for top, bottom, above, below in spans(height, side, reach):
+        part = np.empty((bottom - top, *pixels.shape[1:]), np.uint8)
+        for left, right, before, behind in spans(width, side, reach):
+            made = through(function, pixels[above:below, before:behind], device)
+            part[:, left:right] = made[top - above : bottom - above, left - before : right - before]
+        let_go(pixels)
+        yield part

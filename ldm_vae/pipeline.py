@@ -19,7 +19,7 @@ from ldm_vae.errors import ModelError
 from ldm_vae.files import is_hub_id
 from ldm_vae.latents.statistics import mean_and_std, scale_latents, unscale_latents
 from ldm_vae.models.pretrained import channels_of, fingerprint, latent_channels_of, stride_of
-from ldm_vae.models.tiling import TILE, decode, encode_mean, turn_on_tiling
+from ldm_vae.models.tiling import encode_mean, turn_on_tiling
 from ldm_vae.models.unet import multiple_of, num_classes_of, predict
 from ldm_vae.objectives.diffusion import NUM_TIMESTEPS, prediction_of, set_timesteps
 from ldm_vae.sampling import (
@@ -69,7 +69,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"{len(class_names)} class names for a denoiser of {num_classes_of(unet)} classes")
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
         self.register_to_config(class_names=list(class_names) if class_names else None)
-        self.vae_tile: int | None = None
 
     @classmethod
     def download(cls, pretrained_model_name: str, **keywords: Any) -> str:
@@ -83,14 +82,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """K of K classes; 0 for an unconditional model."""
         return num_classes_of(self.unet)
 
-    def enable_vae_tiling(self, tile: int = TILE) -> None:
-        """Lets the autoencoder work on tiles of `tile` x `tile` latents: large images in little memory."""
-        self.vae_tile = turn_on_tiling(self.vae, tile)
+    def enable_vae_tiling(self) -> None:
+        """Lets the autoencoder work on tiles: large images in little memory."""
+        turn_on_tiling(self.vae)
 
     def disable_vae_tiling(self) -> None:
-        if self.vae_tile is None and hasattr(self.vae, "disable_tiling"):
-            self.vae.disable_tiling()
-        self.vae_tile = None
+        self.vae.disable_tiling()
 
     @torch.no_grad()
     def __call__(
@@ -224,12 +221,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def encode(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in [-1, 1] of any size -> scaled latents of the posterior's mean, float32."""
         parts = images.to(self.vae.dtype).split(AT_ONCE)
-        return torch.cat([scale_latents(self.vae, encode_mean(self.vae, p, tile=self.vae_tile).float()) for p in parts])
+        return torch.cat([scale_latents(self.vae, encode_mean(self.vae, p).float()) for p in parts])
 
     def decode(self, scaled_latents: Any) -> Tensor:
         """Scaled latents (N, c, h, w) -> images (N, C, h*f, w*f), float32, about [-1, 1]."""
         parts = unscale_latents(self.vae, scaled_latents).to(self.vae.dtype).split(AT_ONCE)
-        return torch.cat([decode(self.vae, p, tile=self.vae_tile).float() for p in parts])
+        return torch.cat([self.vae.decode(p).sample.float() for p in parts])
 
     def denoise(
         self,

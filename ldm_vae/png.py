@@ -29,12 +29,15 @@ def write_png(file: Path, pixels: Pixels, facts: Mapping[str, str]) -> None:
 
 def read_facts(file: Path) -> dict[str, str] | None:
     """The text of a PNG; None for a file that is damaged."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # nothing is decoded here
     try:
         with Image.open(file) as image:
             facts = {str(k): str(v) for k, v in image.info.items()}
             image.verify()
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError):  # SyntaxError: PIL's, for a wrong checksum
         return None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
     return facts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from ldm_vae.config import as_json, differences
 from ldm_vae.errors import DataError, RunError
-from ldm_vae.files import atomic, check_writable, lock, sha256, staged_directory, write_json
+from ldm_vae.files import atomic, check_writable, lock, said_of, sha256, staged_directory, write_json
 
 PACKAGES = (
     *("ldm-vae", "torch", "torchvision", "diffusers", "accelerate", "lpips"),
@@ -101,14 +102,15 @@ class Run:
         """One line of `metrics.jsonl`; what is not finite is null."""
         if self.main:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            with open(self.directory / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **finite}) + "\n")
+            file = self.directory / "metrics.jsonl"
+            with said_of(file), open(file, "a") as out:
+                out.write(json.dumps({"step": step, **finite}) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drops the metrics of steps that are about to be done again."""
         file = self.directory / "metrics.jsonl"
         if self.main and file.exists():
-            lines = [line for line in file.read_text().splitlines() if line_step(line) <= step]
+            lines = [line for line in file.read_text(errors="replace").splitlines() if line_step(line) <= step]
             with atomic(file) as out:
                 out.write("".join(line + "\n" for line in lines).encode())
 
@@ -116,8 +118,12 @@ class Run:
         file = self.directory / "bad_images.csv"
         if not file.exists():
             return {}
-        with open(file, newline="", encoding="utf-8", errors="surrogateescape") as lines:
-            return {row["name"]: row["reason"] for row in csv.DictReader(lines)}
+        try:
+            with open(file, newline="", encoding="utf-8", errors="surrogateescape") as lines:
+                return {row["name"]: row["reason"] or "" for row in csv.DictReader(lines)}
+        except (csv.Error, KeyError):
+            warnings.warn(f"{file} is damaged: bad images that it named may be named again", stacklevel=2)
+            return {}
 
     def add_bad_images(self, bad_images: Mapping[str, str]) -> None:
         """`bad_images.csv`, a line a name: name,reason."""
@@ -126,7 +132,7 @@ class Run:
         if self.main and new:
             file = self.directory / "bad_images.csv"
             is_new = not file.exists()
-            with open(file, "a", newline="", encoding="utf-8", errors="surrogateescape") as out:
+            with said_of(file), open(file, "a", newline="", encoding="utf-8", errors="surrogateescape") as out:
                 writer = csv.writer(out)
                 if is_new:
                     writer.writerow(["name", "reason"])
@@ -150,9 +156,12 @@ class Run:
         with staged_directory(target) as staging:
             tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
             save_file(tensors, staging / "state.safetensors")
-            digest = sha256(staging / "state.safetensors")
-            record = {"step": checkpoint.step, "sha256": digest, "facts": checkpoint.facts}
-            write_json(staging / "state.json", record)
+            record = {
+                "step": checkpoint.step,
+                "facts": checkpoint.facts,
+                "sha256": sha256(staging / "state.safetensors"),
+            }
+            write_json(staging / "state.json", record | {"record_sha256": digest_of_record(record)})
         for old in sorted(folder.glob("step-*"), key=step_of)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -176,10 +185,16 @@ class Run:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Raises ValueError for a digest that differs, and whatever reading a damaged file raises."""
     record = json.loads((folder / "state.json").read_text())
+    if record.pop("record_sha256") != digest_of_record(record):
+        raise ValueError("state.json does not have the digest that it names")
     if sha256(folder / "state.safetensors") != record["sha256"]:
         raise ValueError("state.safetensors does not have the digest that state.json names")
     tensors = load_file(folder / "state.safetensors")
     return Checkpoint(step=int(record["step"]), tensors=tensors, facts=dict(record["facts"]))
+
+
+def digest_of_record(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def training_seconds(directory: Path) -> float:

@@ -16,10 +16,11 @@ from diffusers.utils import logging
 
 from ldm_vae.config import parse_flags
 from ldm_vae.data.conversion import check_viewable
+from ldm_vae.data.large import MAX_LARGE_PIXELS
 from ldm_vae.errors import one_line_errors
 from ldm_vae.folders import convert_images
 from ldm_vae.models.pretrained import channels_of, fingerprint, load_autoencoder
-from ldm_vae.models.tiling import check_noise_level, denoise, turn_on_tiling
+from ldm_vae.models.tiling import check_noise_level, denoise, reach_of, turn_on_tiling
 from ldm_vae.runs import PATIENCE
 
 
@@ -35,7 +36,10 @@ class Config:
     sigma: float | None = None
     """Standard deviation of the noise in 0..255; the network goes by what it sees unless given."""
     tile: bool = False
-    """In tiles: for images that do not fit into memory as a whole."""
+    """In tiles, in memory for one of them."""
+    max_pixels: int = MAX_LARGE_PIXELS
+    """Larger images are listed as bad ones. From some 33 million pixels on they go by way of the disk, if the
+    autoencoder sees only so far."""
 
 
 def main(config: Config) -> None:
@@ -45,11 +49,19 @@ def main(config: Config) -> None:
     channels = channels_of(vae)
     check_viewable(channels)
     check_noise_level(vae, config.sigma)
-    tile = turn_on_tiling(vae) if config.tile else None
-    tiles = "blended" if config.tile and tile is None else "none, or exact"
+    tiles = "none, or exact" if not config.tile or turn_on_tiling(vae) else "blended"
     settings = {"model": fingerprint(vae), "tiles": tiles, "sigma": str(config.sigma)}
-    clean = partial(denoise, vae, sigma=config.sigma, tile=tile)
-    convert_images(config.input, config.output, clean, channels=channels, settings=settings, accelerator=accelerator)
+    clean = partial(denoise, vae, sigma=config.sigma)
+    convert_images(
+        config.input,
+        config.output,
+        clean,
+        channels=channels,
+        settings=settings,
+        accelerator=accelerator,
+        max_pixels=config.max_pixels,
+        reach=reach_of(vae),
+    )
 
 
 if __name__ == "__main__":

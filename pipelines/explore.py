@@ -33,7 +33,6 @@ from ldm_vae.models.pretrained import (
     side_for,
     stride_of,
 )
-from ldm_vae.models.tiling import decode
 from ldm_vae.objectives.losses import kl_bits_per_channel
 from ldm_vae.pictures import labelled_rows, validation_images, visible
 
@@ -79,7 +78,7 @@ class Space:
     def decoded(self, latents: Tensor) -> np.ndarray:
         """Latents (n, c, h, w) -> pixels (n, R, R, 3)."""
         with torch.inference_mode():
-            return visible(torch.cat([decode(self.vae, z[None]) for z in latents]).clamp(-1, 1))
+            return visible(torch.cat([self.vae.decode(z[None]).sample for z in latents]).clamp(-1, 1))
 
 
 def drawn(space: Space, count: int, seed: int) -> Tensor:

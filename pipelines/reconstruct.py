@@ -17,10 +17,11 @@ from diffusers.utils import logging
 
 from ldm_vae.config import parse_flags
 from ldm_vae.data.conversion import check_viewable
+from ldm_vae.data.large import MAX_LARGE_PIXELS
 from ldm_vae.errors import one_line_errors
 from ldm_vae.folders import convert_images
 from ldm_vae.models.pretrained import channels_of, fingerprint, load_autoencoder
-from ldm_vae.models.tiling import reconstruct, turn_on_tiling
+from ldm_vae.models.tiling import reach_of, reconstruct, turn_on_tiling
 from ldm_vae.runs import PATIENCE
 
 
@@ -34,7 +35,10 @@ class Config:
     """Folder or other source of images."""
     output: Path
     tile: bool = False
-    """In tiles: for images that do not fit into memory as a whole."""
+    """In tiles, in memory for one of them."""
+    max_pixels: int = MAX_LARGE_PIXELS
+    """Larger images are listed as bad ones. From some 33 million pixels on they go by way of the disk, if the
+    autoencoder sees only so far."""
 
 
 def main(config: Config) -> None:
@@ -43,11 +47,19 @@ def main(config: Config) -> None:
     vae = load_autoencoder(config.vae).to(accelerator.device)
     channels = channels_of(vae)
     check_viewable(channels)
-    tile = turn_on_tiling(vae) if config.tile else None
-    tiles = "blended" if config.tile and tile is None else "none, or exact"
+    tiles = "none, or exact" if not config.tile or turn_on_tiling(vae) else "blended"
     settings = {"model": fingerprint(vae), "tiles": tiles}
-    again = partial(reconstruct, vae, tile=tile)
-    convert_images(config.input, config.output, again, channels=channels, settings=settings, accelerator=accelerator)
+    again = partial(reconstruct, vae)
+    convert_images(
+        config.input,
+        config.output,
+        again,
+        channels=channels,
+        settings=settings,
+        accelerator=accelerator,
+        max_pixels=config.max_pixels,
+        reach=reach_of(vae),
+    )
 
 
 if __name__ == "__main__":

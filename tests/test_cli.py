@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,8 @@ from ldm_vae import cli
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.search import psnr_of
 from ldm_vae.codec.tables import load_tables
+from ldm_vae.data import large
+from ldm_vae.data.images import read_pixels
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 
 
@@ -223,3 +226,23 @@ def test_what_cannot_work_is_said_in_one_line(
     assert "limit" in fails(capsys, "compress", image, tmp_path / "y.ldi", *with_model, "--max-side", 10)
     assert "name an image file" in fails(capsys, "decompress", image.parent, tmp_path / "z", "--extension", "png")
     assert not (tmp_path / "y.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["grey", "16 bits", "alpha"])
+def test_large_images_go_by_way_of_the_disk(
+    kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, dtype = {"grey": ((150, 210), "u1"), "16 bits": ((150, 210, 3), "u2"), "alpha": ((150, 210, 4), "u1")}[kind]
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape, dtype)
+    (tmp_path / "in.png").write_bytes(imagecodecs.png_encode(pixels))
+    outputs = []
+    for limit in (large.LARGE, 10_000):
+        monkeypatch.setattr(large, "LARGE", limit)
+        run("compress", tmp_path / "in.png", tmp_path / f"{limit}.ldi", "--model", model)
+        run("decompress", tmp_path / f"{limit}.ldi", tmp_path / f"{limit}.png", "--model", model)
+        outputs.append(
+            [(tmp_path / f"{limit}.ldi").read_bytes(), read_pixels((tmp_path / f"{limit}.png").read_bytes())]
+        )
+    assert outputs[0][0] == outputs[1][0]
+    assert np.array_equal(outputs[0][1], outputs[1][1])
+    assert len(list(tmp_path.iterdir())) == 5

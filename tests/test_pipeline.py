@@ -396,7 +396,8 @@ def test_an_interpolation_of_images_begins_and_ends_with_their_variations(flow: 
 def test_tiles_of_the_patch_autoencoder_change_nothing(flow: LatentDiffusionPipeline) -> None:
     options: dict[str, Any] = {"image": picture(70, 90), "strength": 0.5, "generator": 1}
     whole = made(flow, **options)
-    flow.enable_vae_tiling(tile=5)
+    flow.enable_vae_tiling()
+    flow.vae.enable_tiling(5)
     sizes: list[int] = []
     hook = flow.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[-1]))
     tiled = made(flow, **options)

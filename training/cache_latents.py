@@ -22,7 +22,7 @@ from ldm_vae.config import parse_flags
 from ldm_vae.data.loader import default_workers, load_in_order
 from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, one_line_errors
-from ldm_vae.files import check_writable, staged_directory, write_csv
+from ldm_vae.files import check_writable, lock, staged_directory, write_csv
 from ldm_vae.latents.cache import Plan, begin, summarise, unfinished, write_index, write_shard
 from ldm_vae.latents.rows import Squares
 from ldm_vae.latents.statistics import put_statistics
@@ -167,6 +167,7 @@ def main(config: Config) -> None:
     source = open_source(config.data, channels=channels_of(vae), resolution=config.resolution)
     plan = plan_of(config, vae, source)
     check_writable(config.output)
+    held = lock(config.output) if accelerator.is_main_process else None
     with accelerator.main_process_first():
         plan = begin(config.output, plan)
     todo = unfinished(config.output, plan)
@@ -180,6 +181,8 @@ def main(config: Config) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not (config.output / "index.json").exists():
         complete(config, plan, vae)
+    if held is not None:
+        held.close()
     accelerator.end_training()
 
 

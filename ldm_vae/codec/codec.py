@@ -7,7 +7,9 @@ Floats end at `quantise`: which bytes are written for given symbols, and read fo
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,24 +20,26 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_vae.codec import bitstream, picture
-from ldm_vae.codec.bitstream import Contents, Header, Limits
+from ldm_vae.codec.bitstream import Header, Limits
 from ldm_vae.codec.boxes import Box, mark, put
 from ldm_vae.codec.contexts import INT32
 from ldm_vae.codec.picture import Picture, as_picture
+from ldm_vae.codec.reading import MAX_METADATA, Reader
 from ldm_vae.codec.tables import DIGEST_BYTES, QUALITY_ONE, Tables, load_tables
-from ldm_vae.codec.tiles import CodedTile, decode_tiles, encode_tiles
+from ldm_vae.codec.tiles import TileCoder
 from ldm_vae.data.images import Pixels, to_images, to_pixels
-from ldm_vae.errors import BadImageError, CompressedFileError, ConfigError, CorruptError, ModelError, ModelMismatchError
+from ldm_vae.data.large import let_go
+from ldm_vae.errors import BadImageError, ConfigError, CorruptError, ModelError, ModelMismatchError
 from ldm_vae.files import is_hub_id
 from ldm_vae.models.pretrained import channels_of, encode_moments, fingerprint, load_autoencoder, stride_of
-from ldm_vae.models.tiling import TILE, spans
+from ldm_vae.models.tiles import TILE, spans
 
 LOG2_TILE = 7
 """Tiles of 128 x 128 latents: each is coded by itself."""
 FAR = 8
 """A quality by so much finer or coarser than any that tables were fitted at is a mistake."""
-MAX_METADATA = 1 << 24
-"""Bytes of an ICC profile or of EXIF."""
+AT_ONCE = 32
+"""Tiles whose symbols are in memory together."""
 Floats = np.ndarray[Any, Any]
 
 
@@ -113,7 +117,10 @@ class LatentCodec:
         """
         given = as_picture(image, channels=channels_of(self.vae))
         (limits or Limits()).check(given.pixels.shape[1], given.pixels.shape[0])
-        return self.pack(given, self.latents_of(given), self.fixed_quality(quality), strip=strip)
+        fixed = self.fixed_quality(quality)
+        if self.exact:
+            return self.pack(given, partial(self.latents_in, given), fixed, strip=strip)
+        return self.pack(given, partial(cut, self.latents_of(given)), fixed, strip=strip)
 
     def fixed_quality(self, quality: float) -> int:
         """As files hold it. Raises ConfigError for one far from those that the tables were fitted at."""
@@ -151,6 +158,21 @@ class LatentCodec:
             CompressedFileError: see `ldm_vae.errors`; a file of another model is a ModelMismatchError.
             ConfigError: a region outside the picture.
         """
+        parts = self.parts(data, region=region, limits=limits, damage=damage)
+        return filled(next(parts), parts)
+
+    def parts(
+        self,
+        data: bytes,
+        *,
+        region: tuple[int, int, int, int] | None = None,
+        limits: Limits | None = None,
+        damage: list[str] | None = None,
+    ) -> Iterator[Any]:
+        """What `decompress_picture` gives, in parts: the picture, of which the pixels are still empty, and then those.
+
+        They come from top to bottom, (h, width, C), each from so many rows of tiles as lie in memory together.
+        """
         contents = bitstream.unpack(data, limits=limits, salvage=damage is not None)
         header = contents.header
         self.check(header)
@@ -159,66 +181,106 @@ class LatentCodec:
             raise ConfigError(
                 f"the region {left} {top} {width} {height} is not within the picture's {header.width}x{header.height}"
             )
-        box = self.latents_for(header, left, top, width, height)
-        symbols, bad_tiles = self.read_symbols(contents, box, damage)
-        pixels = self.pixels_of(symbols, header)  # of the whole box
+        with TileCoder(self.tables.contexts_of(header.quality), self.workers) as coder:
+            reader = Reader(contents, coder, damage)
+            alpha, icc, exif = reader.sections()
+            dtype = np.uint16 if header.depth == 16 else np.uint8
+            yield Picture(
+                pixels=np.empty((height, width, header.colours), dtype),
+                alpha=None if alpha is None else np.ascontiguousarray(alpha[top : top + height, left : left + width]),
+                icc=icc,
+                exif=exif,
+            )
+            for above, below in self.rows_of_tiles(header, top, top + height):
+                yield self.part(reader, (above, left, below, left + width))
+
+    def rows_of_tiles(self, header: Header, top: int, bottom: int) -> Iterator[tuple[int, int]]:
+        """The rows of pixels from top to bottom, divided where so many tiles end as lie in memory together."""
+        rows = max(AT_ONCE // header.grid[1], 1) * (self.stride << header.log2_tile)
+        if not self.exact:
+            rows = header.height
+        edges = [top, *range(top - top % rows + rows, bottom, rows), bottom]
+        return pairwise(edges)
+
+    def part(self, reader: Reader, wanted: Box) -> Pixels:
+        """The pixels (h, w, colours) of a box of pixels; what is damaged is marked."""
+        f, header = self.stride, reader.header
+        top, left, bottom, right = wanted
+        cells = (top // f, left // f, -(-bottom // f), -(-right // f))
+        box = self.latents_for(header, cells)
+        symbols, bad_tiles = reader.symbols(box)
+        pixels = self.pixels_of(symbols, header, box, cells if self.exact else box)
+        y, x = (cells[0] * f, cells[1] * f) if self.exact else (0, 0)
         for tile in bad_tiles:
             reach = self.vae.decoder_halo if self.exact else 0  # what it made wrong around it
-            grown = (tile[0] - reach, tile[1] - reach, tile[2] + reach, tile[3] + reach)
-            mark(pixels, [self.stride * (grown[i] - box[i % 2]) for i in range(4)])
-        if bad_tiles and damage is not None and not self.exact:
-            damage.append("this autoencoder sees the whole image: what is not marked may differ, too")
-        y, x = top - box[0] * self.stride, left - box[1] * self.stride
-        alpha, icc, exif = self.read_sections(contents, damage)
-        return Picture(
-            pixels=np.ascontiguousarray(pixels[y : y + height, x : x + width]),
-            alpha=None if alpha is None else np.ascontiguousarray(alpha[top : top + height, left : left + width]),
-            icc=icc,
-            exif=exif,
-        )
+            grown = [f * (tile[i] + (reach if i > 1 else -reach)) for i in range(4)]
+            mark(pixels, [grown[0] - y, grown[1] - x, grown[2] - y, grown[3] - x])
+        if bad_tiles and reader.damage is not None and not self.exact:
+            reader.damage.append("this autoencoder sees the whole image: what is not marked may differ, too")
+        return np.ascontiguousarray(pixels[top - y : bottom - y, left - x : right - x])
 
     # Image to latents and back --------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def latents_of(self, given: Picture) -> Floats:
         """The posterior's mean, float32 (c, h, w). What is missing to the stride continues the last row and column."""
-        pixels = self.in_model_channels(given.pixels)
-        height, width = pixels.shape[:2]
-        f = self.stride
-        padded = np.pad(pixels, ((0, -height % f), (0, -width % f), (0, 0)), mode="edge")
-        halo = -(-self.vae.encoder_halo // f) if self.exact else 0
-        latents = np.empty((len(self.tables.sigma), padded.shape[0] // f, padded.shape[1] // f), np.float32)
-        for inner, outer in self.network_tiles(latents.shape[1], latents.shape[2], halo):
-            images = to_images(padded[outer[0] * f : outer[2] * f, outer[1] * f : outer[3] * f])[None]
-            with self.autocast():
-                mean = encode_moments(self.vae, self.on_device(images)).chunk(2, dim=1)[0][0].float().cpu().numpy()
-            put(latents, (0, 0, *latents.shape[1:]), mean, outer, inner)
-        return latents
+        return self.latents_in(given, (0, 0, *self.size_in_latents(given)))
+
+    def size_in_latents(self, given: Picture) -> tuple[int, int]:
+        height, width = given.pixels.shape[:2]
+        return -(-height // self.stride), -(-width // self.stride)
 
     @torch.inference_mode()
-    def pixels_of(self, symbols: np.ndarray[Any, Any], header: Header) -> Pixels:
-        """Symbols (C, h, w) -> pixels (h*f, w*f, colours) of the depth that the header names."""
-        dtype = np.uint16 if header.depth == 16 else np.uint8
-        height, width = symbols.shape[1:]
-        f = self.stride
-        pixels = np.empty((header.colours, height * f, width * f), dtype)
-        for inner, outer in self.network_tiles(height, width, self.vae.decoder_halo if self.exact else 0):
-            latents = self.dequantise(symbols[:, outer[0] : outer[2], outer[1] : outer[3]], header.quality)
+    def latents_in(self, given: Picture, box: Box) -> Floats:
+        """The latents of a box."""
+        latents = np.empty((len(self.tables.sigma), box[2] - box[0], box[3] - box[1]), np.float32)
+        halo = -(-self.vae.encoder_halo // self.stride) if self.exact else 0
+        for inner, outer in self.network_tiles(box, self.size_in_latents(given), halo):
+            images = to_images(self.pixels_below(given, outer))[None]
             with self.autocast():
-                images = self.vae.decode(self.on_device(torch.from_numpy(latents)[None])).sample.float()
+                mean = encode_moments(self.vae, self.on_device(images)).chunk(2, dim=1)[0][0].float().cpu().numpy()
+            put(latents, box, mean, outer, inner)
+        return latents
+
+    def pixels_below(self, given: Picture, box: Box) -> Pixels:
+        """The pixels of a box of latents, continued beyond the picture's last row and column."""
+        f = self.stride
+        pixels = self.in_model_channels(given.pixels[box[0] * f : box[2] * f, box[1] * f : box[3] * f])
+        down, right = (box[2] - box[0]) * f - pixels.shape[0], (box[3] - box[1]) * f - pixels.shape[1]
+        return np.pad(pixels, ((0, down), (0, right), (0, 0)), mode="edge") if down or right else pixels
+
+    @torch.inference_mode()
+    def pixels_of(self, symbols: np.ndarray[Any, Any], header: Header, box: Box, wanted: Box) -> Pixels:
+        """Symbols (C, h, w) of a box of latents -> pixels (H, W, colours) of another one within it.
+
+        The depth is what the header names.
+        """
+        dtype = np.uint16 if header.depth == 16 else np.uint8
+        f = self.stride
+        target = [f * edge for edge in wanted]
+        pixels = np.empty((header.colours, target[2] - target[0], target[3] - target[1]), dtype)
+        for inner, outer in self.network_tiles(wanted, header.latent_size, self.vae.decoder_halo if self.exact else 0):
+            y, x = box[:2]
+            part = symbols[:, outer[0] - y : outer[2] - y, outer[1] - x : outer[3] - x]
+            latents = torch.from_numpy(self.dequantise(part, header.quality))[None]
+            with self.autocast():
+                images = self.vae.decode(self.on_device(latents)).sample.float()
             if header.colours == 1:
                 images = images.mean(dim=1, keepdim=True)
             made = np.moveaxis(to_pixels(images[0], dtype), 2, 0)
-            inside, around = ([f * edge for edge in box] for box in (inner, outer))
-            put(pixels, (0, 0, height * f, width * f), made, around, inside)
+            inside, around = ([f * edge for edge in tile] for tile in (inner, outer))
+            put(pixels, target, made, around, inside)
         return np.moveaxis(pixels, 0, 2)
 
-    def network_tiles(self, height: int, width: int, halo: int) -> Iterator[tuple[Box, Box]]:
-        """What the network makes at a time, without and with what it sees around that; the whole if it is not exact."""
-        side = TILE if self.exact else max(height, width)
-        for top, bottom, above, below in spans(height, side, halo):
-            for left, right, before, behind in spans(width, side, halo):
-                yield (top, left, bottom, right), (above, before, below, behind)
+    def network_tiles(self, box: Box, size: tuple[int, int], halo: int) -> Iterator[tuple[Box, Box]]:
+        """What the network makes of a box at a time, without and with what it sees around that in latents of a size.
+
+        An autoencoder that sees the whole image makes the whole box.
+        """
+        side = TILE if self.exact else max(size)
+        for top, bottom, _, _ in spans(box[2] - box[0], side, 0):
+            for left, right, _, _ in spans(box[3] - box[1], side, 0):
+                inner = (box[0] + top, box[1] + left, box[0] + bottom, box[1] + right)
+                yield inner, grown(inner, halo, size)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.vae.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -236,17 +298,16 @@ class LatentCodec:
 
     # Latents to bytes and back --------------------------------------------------------------------------------------
 
-    def pack(self, given: Picture, latents: Floats, quality: int, *, strip: bool = False) -> bytes:
-        """A file's bytes from a picture and its latents, at a fixed-point quality."""
-        symbols = self.quantise(latents, quality)
+    def pack(self, given: Picture, latents_in: Callable[[Box], Floats], quality: int, *, strip: bool = False) -> bytes:
+        """A file's bytes from a picture and the latents of each box of it, at a fixed-point quality."""
         header = self.header_of(given, quality)
-        boxes = map(header.tile_box, range(header.grid[0] * header.grid[1]))
-        tiles = encode_tiles(
-            [symbols[:, top:bottom, left:right] for top, left, bottom, right in boxes],
-            self.tables.contexts_of(quality),
-            lanes=header.lanes,
-            workers=self.workers,
-        )
+        boxes = [header.tile_box(i) for i in range(header.grid[0] * header.grid[1])]
+        tiles: list[bytes] = []
+        with TileCoder(self.tables.contexts_of(quality), self.workers) as coder:
+            for first in range(0, len(boxes), AT_ONCE):
+                symbols = [self.quantise(latents_in(box), quality) for box in boxes[first : first + AT_ONCE]]
+                tiles += coder.encode(symbols, lanes=header.lanes)
+                let_go(given.pixels)
         sections = {}
         if given.alpha is not None:
             sections[bitstream.ALPHA] = picture.pack_alpha(given.alpha)
@@ -315,71 +376,30 @@ class LatentCodec:
         ):
             raise CorruptError("the header is damaged: it does not fit to the model that it names")
 
-    def latents_for(self, header: Header, left: int, top: int, width: int, height: int) -> Box:
-        """The latents that these pixels depend on; all of them for an autoencoder that sees the whole image."""
-        h, w = header.latent_size
+    def latents_for(self, header: Header, box: Box) -> Box:
+        """The latents that the pixels of a box depend on; all for an autoencoder that sees the whole image."""
         if not self.exact:
-            return 0, 0, h, w
-        halo, f = self.vae.decoder_halo, self.stride
-        return (
-            max(top // f - halo, 0),
-            max(left // f - halo, 0),
-            min(-(-(top + height) // f) + halo, h),
-            min(-(-(left + width) // f) + halo, w),
-        )
-
-    def read_symbols(
-        self, contents: Contents, box: Box, damage: list[str] | None
-    ) -> tuple[np.ndarray[Any, Any], list[Box]]:
-        """The symbols of a box, 0 in the tiles that are damaged, and those tiles."""
-        header = contents.header
-        names, boxes, coded, bad = [], [], [], []
-        for index, part in enumerate(contents.tiles):
-            tile = top, left, bottom, right = header.tile_box(index)
-            if max(top, box[0]) >= min(bottom, box[2]) or max(left, box[1]) >= min(right, box[3]):
-                continue
-            try:
-                payload = contents.read(part)
-            except CompressedFileError as error:
-                report(error, part.name, damage)
-                bad.append(tile)
-                continue
-            names.append(part.name)
-            boxes.append(tile)
-            shape = (header.channels, bottom - top, right - left)
-            coded.append(CodedTile(payload=payload, shape=shape, lanes=header.lanes))
-        symbols = np.zeros((header.channels, box[2] - box[0], box[3] - box[1]), np.int32)
-        decoded = decode_tiles(coded, self.tables.contexts_of(header.quality), workers=self.workers)
-        for name, tile, found in zip(names, boxes, decoded, strict=True):
-            if isinstance(found, CompressedFileError):
-                report(found, name, damage)
-                bad.append(tile)
-            else:
-                put(symbols, box, found, tile, box)
-        return symbols, bad
-
-    def read_sections(self, contents: Contents, damage: list[str] | None) -> tuple[Pixels | None, bytes, bytes]:
-        """Alpha, ICC profile and EXIF."""
-        header = contents.header
-        found: dict[int, Any] = {}
-        for kind, part in contents.sections.items():
-            try:
-                data = contents.read(part)
-                if kind == bitstream.ALPHA:
-                    dtype = np.dtype(np.uint16 if header.depth == 16 else np.uint8)
-                    found[kind] = picture.unpack_alpha(data, header.height, header.width, dtype)
-                elif kind in bitstream.SECTIONS:
-                    found[kind] = picture.inflate(data, limit=MAX_METADATA)
-            except CompressedFileError as error:
-                report(error, part.name, damage)
-        return found.get(bitstream.ALPHA), found.get(bitstream.ICC, b""), found.get(bitstream.EXIF, b"")
+            return 0, 0, *header.latent_size
+        return grown(box, self.vae.decoder_halo, header.latent_size)
 
 
-def report(error: CompressedFileError, name: str, damage: list[str] | None) -> None:
-    """Notes what is wrong with a part, or raises it when nobody takes notes."""
-    if damage is None:
-        raise type(error)(f"{name}: {error}") from None
-    damage.append(f"{name}: {error}")
+def filled(given: Picture, parts: Iterator[Pixels]) -> Picture:
+    """The picture with its pixels, which come from top to bottom, put in."""
+    row = 0
+    for part in parts:
+        given.pixels[row : row + len(part)] = part
+        row += len(part)
+    return given
+
+
+def grown(box: Box, halo: int, size: tuple[int, int]) -> Box:
+    """A box with so much around it as there is in latents of a size (h, w)."""
+    top, left, bottom, right = box
+    return max(top - halo, 0), max(left - halo, 0), min(bottom + halo, size[0]), min(right + halo, size[1])
+
+
+def cut(latents: Floats, box: Box) -> Floats:
+    return latents[:, box[0] : box[2], box[1] : box[3]]
 
 
 def fixed_point(quality: float) -> int:

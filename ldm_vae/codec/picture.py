@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import imagecodecs
@@ -96,9 +97,15 @@ def from_pixels(values: Pixels, *, channels: int = 3, icc: bytes = b"", exif: by
     return Picture(pixels=values, icc=icc, exif=exif)
 
 
-def read_picture(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Picture:
-    """From a file's bytes; the orientation that EXIF names is applied. Raises BadImageError."""
-    values = read_pixels(data, channels=channels, keep_alpha=True, max_pixels=max_pixels)
+def read_picture(
+    data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS, scratch: Path | None = None
+) -> Picture:
+    """From a file's bytes; the orientation that EXIF names is applied. `scratch` as in `read_pixels`.
+
+    Raises:
+        BadImageError: there is none in them.
+    """
+    values = read_pixels(data, channels=channels, keep_alpha=True, max_pixels=max_pixels, scratch=scratch)
     try:
         with Image.open(io.BytesIO(data)) as image:
             icc, exif = metadata_of(image)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.codec import LatentCodec, cut
 from ldm_vae.codec.picture import Picture
 from ldm_vae.data.images import Pixels
 from ldm_vae.errors import ConfigError
@@ -39,7 +40,7 @@ def compress_to(
     finest, coarsest = codec.tables.qualities[0], codec.tables.qualities[-1]
 
     def made(quality: int) -> bytes:
-        return codec.pack(given, latents, quality, strip=strip)
+        return codec.pack(given, partial(cut, latents), quality, strip=strip)
 
     if target_bpp is not None:
         quality = first(lambda q: bits_per_pixel(made(q), given) <= target_bpp, finest, coarsest)
@@ -50,9 +51,11 @@ def compress_to(
 
     header = codec.header_of(given, finest)
     height, width = given.pixels.shape[:2]
+    whole = (0, 0, *header.latent_size)
 
     def fidelity(quality: int) -> float:
-        decoded = codec.pixels_of(codec.quantise(latents, quality), replace(header, quality=quality))
+        symbols = codec.quantise(latents, quality)
+        decoded = codec.pixels_of(symbols, replace(header, quality=quality), whole, whole)
         return psnr_of(given.pixels, decoded[:height, :width])
 
     if fidelity(finest) < target_psnr:  # type: ignore[operator]

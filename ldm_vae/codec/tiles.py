@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
+from typing import Any
 
 from ldm_vae.codec.contexts import Contexts, Integers, decode_symbols, encode_symbols
 from ldm_vae.errors import CompressedFileError
@@ -26,25 +27,44 @@ class CodedTile:
     lanes: int
 
 
-def encode_tiles(tiles: Sequence[Integers], contexts: Contexts, *, lanes: int, workers: int = 1) -> list[bytes]:
-    """int32 symbols (C, h, w) of each tile -> its bytes."""
-    workers = min(workers, len(tiles) // TILES_A_PROCESS)
-    if workers <= 1:
-        return [encode_symbols(t, contexts, lanes=lanes) for t in tiles]
-    with processes(contexts, workers) as pool:
+class TileCoder:
+    """Codes tiles here or, where there are several, in processes that stay for the next ones.
+
+    ```
+    with TileCoder(contexts, workers) as coder:
+        payloads = coder.encode(tiles, lanes=8)
+    ```
+    """
+
+    def __init__(self, contexts: Contexts, workers: int) -> None:
+        self.contexts, self.workers = contexts, workers
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> TileCoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def pool_for(self, count: int) -> ProcessPoolExecutor | None:
+        workers = min(self.workers, count // TILES_A_PROCESS)
+        if self.pool is None and workers > 1:  # spawned, as a process with torch's threads must not be forked
+            ways: dict[str, Any] = {"initializer": receive, "initargs": (self.contexts,)}
+            self.pool = ProcessPoolExecutor(workers, get_context("spawn"), **ways)
+        return self.pool if workers > 1 else None
+
+    def encode(self, tiles: Sequence[Integers], *, lanes: int) -> list[bytes]:
+        """int32 symbols (C, h, w) of each tile -> its bytes."""
+        pool = self.pool_for(len(tiles))
+        if pool is None:
+            return [encode_symbols(t, self.contexts, lanes=lanes) for t in tiles]
         return list(pool.map(partial(encode_here, lanes=lanes), tiles))
 
-
-def decode_tiles(
-    tiles: Sequence[CodedTile], contexts: Contexts, *, workers: int = 1
-) -> Iterator[Integers | CompressedFileError]:
-    """The symbols of each tile, or what is wrong with it, in order."""
-    workers = min(workers, len(tiles) // TILES_A_PROCESS)
-    if workers <= 1:
-        yield from (attempt(t, contexts) for t in tiles)
-        return
-    with processes(contexts, workers) as pool:
-        yield from pool.map(decode_here, tiles)
+    def decode(self, tiles: Sequence[CodedTile]) -> Iterator[Integers | CompressedFileError]:
+        """The symbols of each tile, or what is wrong with it, in order."""
+        pool = self.pool_for(len(tiles))
+        yield from (attempt(t, self.contexts) for t in tiles) if pool is None else pool.map(decode_here, tiles)
 
 
 def attempt(tile: CodedTile, contexts: Contexts) -> Integers | CompressedFileError:
@@ -52,11 +72,6 @@ def attempt(tile: CodedTile, contexts: Contexts) -> Integers | CompressedFileErr
         return decode_symbols(tile.payload, tile.shape, contexts, lanes=tile.lanes)
     except CompressedFileError as error:
         return error
-
-
-def processes(contexts: Contexts, workers: int) -> ProcessPoolExecutor:
-    """Spawned, as a process with torch's threads must not be forked."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=receive, initargs=(contexts,))
 
 
 def receive(contexts: Contexts) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ldm_vae.data.large import Pixels, read_large
 from ldm_vae.errors import BadImageError
 
 try:
@@ -28,9 +31,6 @@ MAX_PIXELS = 100_000_000
 BACKGROUND = 255
 """Images with transparency are composited on this grey level of 0..255: white."""
 
-Pixels = np.ndarray[Any, Any]
-"""(H, W, C) of uint8, uint16 or float32 in [0, 1]."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -45,10 +45,18 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """ITU-R BT.601, what PIL's convert("L") uses."""
 
 
-def read_pixels(data: bytes, *, channels: int = 3, keep_alpha: bool = False, max_pixels: int = MAX_PIXELS) -> Pixels:
+def read_pixels(
+    data: bytes,
+    *,
+    channels: int = 3,
+    keep_alpha: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    scratch: Path | None = None,
+) -> Pixels:
     """A file's bytes -> pixels (H, W, channels): uint8, uint16 if the file has 16 bits, or float32 in [0, 1].
 
     `keep_alpha`: as many channels as the file has. Unless they are `channels`, the last of 2 and of 4 is transparency.
+    `scratch`: a folder for large images, which then lie on disk and not in memory: see `large.read_large`.
 
     Reads whatever PIL opens (an animation's first frame; the orientation that EXIF names is applied), 16-bit PNG
     and TIFF at full precision, TIFF with several pages or more than four channels, and NumPy's .npy.
@@ -61,6 +69,11 @@ def read_pixels(data: bytes, *, channels: int = 3, keep_alpha: bool = False, max
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if scratch is not None:
+                convert = (lambda p: p) if keep_alpha else partial(convert_channels, channels=channels)
+                large = read_large(data, scratch, max_pixels=max_pixels, convert=convert)
+                if large is not None:
+                    return large
             if data[:6] == b"\x93NUMPY":
                 array = read_npy(data, max_pixels)
                 return array if keep_alpha else exact_channels(array, channels)

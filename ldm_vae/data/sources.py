@@ -42,11 +42,13 @@ class Reader(Protocol):
 class FileSource:
     """Files under one root, each read by `read(name)`; the first folder of a name is its class."""
 
-    def __init__(self, names: list[str], read: Reader, *, channels: int, max_pixels: int) -> None:
+    def __init__(
+        self, names: list[str], read: Reader, *, channels: int, max_pixels: int, scratch: Path | None = None
+    ) -> None:
         self.names = sorted(names)
         self.read = read
         self.channels = channels
-        self.max_pixels = max_pixels
+        self.max_pixels, self.scratch = max_pixels, scratch
         folders = {class_of(n) for n in self.names} - {None}
         self.classes: tuple[str, ...] = tuple(sorted(f for f in folders if f))
         self.label_of = {folder: label for label, folder in enumerate(self.classes)}
@@ -75,7 +77,8 @@ class FileSource:
             raise BadImageError(f"cannot be read: {reason}") from None
 
     def __getitem__(self, index: int) -> Sample:
-        pixels = read_pixels(self.content(index), channels=self.channels, max_pixels=self.max_pixels)
+        limits: dict[str, Any] = {"max_pixels": self.max_pixels, "scratch": self.scratch}
+        pixels = read_pixels(self.content(index), channels=self.channels, **limits)
         return Sample(pixels=pixels, label=self.label(index), name=self.name(index))
 
 
@@ -85,7 +88,7 @@ def class_of(name: str) -> str | None:
     return parts[0] if len(parts) > 1 else None
 
 
-def folder_source(root: Path, *, channels: int, max_pixels: int) -> FileSource:
+def folder_source(root: Path, *, channels: int, max_pixels: int, scratch: Path | None) -> FileSource:
     """Every image below a folder. Links to folders are followed, each real folder once on a path."""
     names = []
     pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
@@ -110,7 +113,7 @@ def folder_source(root: Path, *, channels: int, max_pixels: int) -> FileSource:
             elif is_image(name):
                 names.append(name)
 
-    return FileSource(names, FolderReader(root), channels=channels, max_pixels=max_pixels)
+    return FileSource(names, FolderReader(root), channels=channels, max_pixels=max_pixels, scratch=scratch)
 
 
 @dataclass(frozen=True)
@@ -157,14 +160,14 @@ class ZipReader:
         return {"path": self.path, "archive": None, "process": 0}
 
 
-def zip_source(path: Path, *, channels: int, max_pixels: int) -> FileSource:
+def zip_source(path: Path, *, channels: int, max_pixels: int, scratch: Path | None) -> FileSource:
     """Every image in a zip of a folder."""
     reader = ZipReader(path)
     try:
         names = [n for n in reader.open().namelist() if is_image(n)]
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is not a zip that can be read: {error}") from None
-    return FileSource(names, reader, channels=channels, max_pixels=max_pixels)
+    return FileSource(names, reader, channels=channels, max_pixels=max_pixels, scratch=scratch)
 
 
 class HuggingFaceSource:
@@ -283,7 +286,14 @@ def is_hugging_face_folder(path: Path) -> bool:
     return any(path.glob("*.parquet")) or any((path / "data").glob("*.parquet"))
 
 
-def open_source(path: str, *, channels: int = 3, resolution: int = 256, max_pixels: int = MAX_PIXELS) -> Source:
+def open_source(
+    path: str,
+    *,
+    channels: int = 3,
+    resolution: int = 256,
+    max_pixels: int = MAX_PIXELS,
+    scratch: Path | None = None,
+) -> Source:
     """The images that `path` names: a folder, a .zip, tar shards, a Hugging Face dataset or `procedural:NAME[@SEED]`.
 
     With `#held-out` behind it, every tenth of them; with `#train`, the others.
@@ -292,6 +302,7 @@ def open_source(path: str, *, channels: int = 3, resolution: int = 256, max_pixe
         channels: of the pixels; what a file has is converted where that makes sense.
         resolution: side of procedural images; other sources give what they hold.
         max_pixels: images with more are bad images.
+        scratch: folder for large images, see `read_pixels`; for folders and .zip.
 
     Raises:
         DataError: nothing there, or nothing in it that is an image.
@@ -299,7 +310,11 @@ def open_source(path: str, *, channels: int = 3, resolution: int = 256, max_pixe
     for suffix, held_out in SPLITS.items():
         if path.endswith(suffix):
             whole = open_source(
-                path.removesuffix(suffix), channels=channels, resolution=resolution, max_pixels=max_pixels
+                path.removesuffix(suffix),
+                channels=channels,
+                resolution=resolution,
+                max_pixels=max_pixels,
+                scratch=scratch,
             )
             split = SplitSource(whole, held_out=held_out)
             if len(split) == 0:
@@ -322,12 +337,12 @@ def open_source(path: str, *, channels: int = 3, resolution: int = 256, max_pixe
         if is_hugging_face_folder(local):
             source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
         else:
-            source = folder_source(local, channels=channels, max_pixels=max_pixels)
+            source = folder_source(local, channels=channels, max_pixels=max_pixels, scratch=scratch)
     elif local.is_file():
         if local.suffix.lower() == ".parquet":
             source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
         elif zipfile.is_zipfile(local):
-            source = zip_source(local, channels=channels, max_pixels=max_pixels)
+            source = zip_source(local, channels=channels, max_pixels=max_pixels, scratch=scratch)
         else:
             raise DataError(f"{path} is a file, but neither a .zip nor a .parquet: give the folder of images")
     elif is_hub_id(path):

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ldm_vae.models.linear_path import LinearDecoder, LinearEncoder, silence
+from ldm_vae.models.tiles import TILE, in_tiles
 
 DETERMINISTIC_LOGVAR = -30.0
 """What stands for the log-variance of latents that have none."""
@@ -221,6 +222,20 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
             self.decoder.linear = LinearDecoder(out_channels, latent_channels, stride)
             silence(self.encoder.conv_out)
             silence(self.decoder.conv_out)
+        self.tile: int | None = None
+
+    def enable_tiling(self, tile: int = TILE) -> None:
+        """From now on `encode` and `decode` work on tiles of `tile` x `tile` latents: large images in little memory.
+
+        What they give is what the whole gives, to rounding: each tile goes with as much around it as the receptive
+        field reaches.
+        """
+        if tile < 1:
+            raise ValueError(f"tile {tile} is too small: it must be at least 1")
+        self.tile = tile
+
+    def disable_tiling(self) -> None:
+        self.tile = None
 
     @property
     def encoder_halo(self) -> int:
@@ -267,7 +282,11 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         if height % stride or width % stride or not height * width:
             nearest = f"{max(height // stride, 1) * stride}x{max(width // stride, 1) * stride}"
             raise ValueError(f"image size {height}x{width} is not a multiple of {stride}: try {nearest}")
-        moments = self.encoder(x, noise_level)
+        if self.tile is None:
+            moments = self.encoder(x, noise_level)
+        else:
+            units = {"halo": -(-self.encoder_halo // stride), "unit_in": stride, "unit_out": 1}
+            moments = in_tiles(lambda t: self.encoder(t, noise_level), x, tile=self.tile, **units)
         if self.config.deterministic or self.config.latent_activation != "none":
             mean, logvar = moments.chunk(2, dim=1)
             mean = ACTIVATIONS[self.config.latent_activation](mean)
@@ -284,7 +303,11 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
 
         `generator` is unused: diffusers' pipelines pass one.
         """
-        sample = self.decoder(z)
+        if self.tile is None:
+            sample = self.decoder(z)
+        else:
+            units = {"halo": self.decoder_halo, "unit_in": 1, "unit_out": self.spatial_compression_ratio}
+            sample = in_tiles(self.decoder, z, tile=self.tile, **units)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from ldm_vae.errors import ModelError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import encode_moments
-from ldm_vae.models.tiling import decode, encode_mean, reconstruct, tiled_decode, tiled_encode_moments, turn_on_tiling
+from ldm_vae.models.tiling import encode_mean, reconstruct, turn_on_tiling
 
 SHAPES: list[dict[str, Any]] = [
     {"patch_size": 4, "block_out_channels": (8,), "encoder_layers_per_block": (2,), "decoder_layers_per_block": (3,)},
@@ -34,10 +34,13 @@ def vae_of(shape: dict[str, Any]) -> PatchAutoencoderKL:
 def test_tiles_are_the_whole_to_rounding(shape: dict[str, Any], tile: int) -> None:
     vae = vae_of(shape)
     latents = torch.randn(2, 4, 23, 9 if tile == 1 else 37)
-    torch.testing.assert_close(tiled_decode(vae, latents, tile=tile), vae.decode(latents).sample, rtol=0, atol=1e-5)
     images = torch.rand(1, 3, 23 * 4, latents.shape[-1] * 4) * 2 - 1
-    whole = encode_moments(vae, images)
-    torch.testing.assert_close(tiled_encode_moments(vae, images, tile=tile), whole, rtol=0, atol=1e-5)
+    decoded, moments = vae.decode(latents).sample, encode_moments(vae, images)
+    vae.enable_tiling(tile)
+    torch.testing.assert_close(vae.decode(latents).sample, decoded, rtol=0, atol=1e-5)
+    torch.testing.assert_close(encode_moments(vae, images), moments, rtol=0, atol=1e-5)
+    vae.disable_tiling()
+    assert torch.equal(vae.decode(latents).sample, decoded)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -47,7 +50,8 @@ def test_a_halo_smaller_by_one_would_not_do(shape: dict[str, Any], monkeypatch: 
     latents = torch.randn(1, 4, 20, 30)
     whole, halo = vae.decode(latents).sample, vae.decoder_halo
     monkeypatch.setattr(PatchAutoencoderKL, "decoder_halo", halo - 1)
-    assert (tiled_decode(vae, latents, tile=8) - whole).abs().max() > 1e-5
+    vae.enable_tiling(8)
+    assert (vae.decode(latents).sample - whole).abs().max() > 1e-5
 
 
 @torch.no_grad()
@@ -55,7 +59,8 @@ def test_a_tile_is_all_that_is_worked_on() -> None:
     vae = vae_of(SHAPES[0])
     seen: list[tuple[int, ...]] = []
     vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[-2:])))
-    tiled_decode(vae, torch.randn(1, 4, 64, 64), tile=16)
+    vae.enable_tiling(16)
+    vae.decode(torch.randn(1, 4, 64, 64))
     assert len(seen) == 16
     assert max(map(max, seen)) == 16 + 2 * vae.decoder_halo
 
@@ -64,19 +69,21 @@ def test_a_tile_is_all_that_is_worked_on() -> None:
 def test_images_of_any_size_come_back_as_reconstruct_makes_them() -> None:
     vae = vae_of(SHAPES[1])
     images = torch.rand(1, 3, 61, 90) * 2 - 1
-    for tile in (None, 6):
-        latents = encode_mean(vae, images, tile=tile)
-        assert latents.shape == (1, 4, 16, 23)
-        made = decode(vae, latents, tile=tile)[..., :61, :90]
-        torch.testing.assert_close(made, reconstruct(vae, images), rtol=0, atol=1e-5)
+    whole = reconstruct(vae, images)
+    assert whole.shape == images.shape
+    vae.enable_tiling(6)
+    latents = encode_mean(vae, images)
+    assert latents.shape == (1, 4, 16, 23)
+    torch.testing.assert_close(vae.decode(latents).sample[..., :61, :90], whole, rtol=0, atol=1e-5)
 
 
-def test_others_cut_tiles_by_themselves_or_not_at_all() -> None:
-    assert turn_on_tiling(vae_of(SHAPES[0]), tile=9) == 9
+def test_others_blend_tiles_and_say_so_or_have_none() -> None:
+    assert turn_on_tiling(vae_of(SHAPES[0]))
     stock = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
-    assert turn_on_tiling(stock) is None
+    with pytest.warns(UserWarning, match="blended, near to the whole and not equal"):
+        assert not turn_on_tiling(stock)
     assert stock.use_tiling
     with pytest.raises(ModelError, match="Linear cannot be run in tiles"):
         turn_on_tiling(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="tile 0 is too small"):
-        tiled_decode(vae_of(SHAPES[0]), torch.zeros(1, 4, 2, 2), tile=0)
+        vae_of(SHAPES[0]).enable_tiling(0)

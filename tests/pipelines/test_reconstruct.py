@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_vae import folders
 from ldm_vae.config import parse_flags
+from ldm_vae.data import large
 from ldm_vae.data.images import read_pixels, to_images, to_pixels
 from ldm_vae.errors import RunError, one_line_errors
 from ldm_vae.folders import files_of
@@ -148,3 +150,22 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
     lines = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+@pytest.mark.parametrize("tile", [False, True])
+def test_large_images_go_through_in_parts(
+    tile: bool, vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (300, 410, 4), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "images" / "large.png")
+    words = {"vae": vae, "input": str(tmp_path / "images"), "tile": tile}
+    main(Config(**words, output=tmp_path / "whole"))
+    monkeypatch.setattr(large, "LARGE", 10_000)
+    monkeypatch.setattr(folders, "SIDE", 64)
+    for _ in range(2):  # the second time there is nothing to do
+        main(Config(**words, output=tmp_path / "parts"))
+    whole, parts = (made(tmp_path / name)["large.png"].astype(int) for name in ("whole", "parts"))
+    assert np.abs(whole - parts).max() <= 1
+    assert (whole != parts).mean() < 1e-3  # ties of rounding
+    assert Image.open(tmp_path / "parts" / "large.png").info["image"] == "large.png"

@@ -1,0 +1,115 @@
+"""Send images of 2,048 to 16,384 pixels a side through the real commands: how long, and in how much memory.
+
+python benchmarks/any_size.py --model RUN_OR_MODEL --output DIR
+
+The model needs a codec's tables. Each size is one procedural picture, repeated; each command is a process of its own,
+of which the system says how much of its memory was resident at most.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm_vae.config import as_json, parse_flags
+from ldm_vae.data.large import write_large
+from ldm_vae.data.procedural import ProceduralSource
+from ldm_vae.errors import RunError, one_line_errors
+from ldm_vae.files import atomic, check_writable, write_json
+from ldm_vae.runs import git_revision, versions
+from ldm_vae.timing import describe_machine
+
+ROOT = Path(__file__).parent.parent
+TILE = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of the measurement of sizes."""
+
+    model: str
+    output: Path
+    sides: tuple[int, ...] = (2048, 4096, 8192, 16384)
+    """In pixels."""
+
+
+def write_picture(file: Path, side: int) -> None:
+    """A picture of side x side pixels as PNG: dead leaves, turned and mirrored from tile to tile."""
+    tile = ProceduralSource("dead-leaves", seed=0, size=TILE, channels=3)[0].pixels
+    kinds = [np.rot90(t, k) for t in (tile, tile[:, ::-1]) for k in range(4)]
+
+    def rows() -> Iterator[Any]:
+        for y in range(0, side, TILE):
+            row = np.concatenate([kinds[(3 * y // TILE + 5 * x) % 8] for x in range(-(-side // TILE))], axis=1)
+            yield row[: side - y, :side]
+
+    with atomic(file) as out:
+        write_large(out, ".png", rows(), (side, side, 3), folder=file.parent)
+
+
+def measured(words: list[str]) -> dict[str, float]:
+    """Seconds of a command, and the peak of its resident memory in MiB. Raises RunError."""
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    said = process.stderr.read().decode(errors="replace")
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RunError(f"{' '.join(words)}: {(said.strip().splitlines() or ['no reason given'])[-1]}")
+    return {"seconds": time.perf_counter() - began, "resident_mib": usage.ru_maxrss / 1024}
+
+
+def table(results: dict[str, Any], sides: tuple[int, ...]) -> str:
+    lines = ["| side | pixels | " + " | ".join(f"{n}, s | MiB" for n in results[str(sides[0])]) + " |"]
+    lines.append("|" + " --- |" * (2 + 2 * len(results[str(sides[0])])))
+    for side in sides:
+        cells = [f"{r['seconds']:.1f} | {r['resident_mib']:.0f}" for r in results[str(side)].values()]
+        lines.append(f"| {side} | {side**2 / 1e6:.1f} M | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(config: Config) -> None:
+    check_writable(config.output)
+    work = config.output / "work"
+    results: dict[str, Any] = {}
+    for side in config.sides:
+        shutil.rmtree(work, ignore_errors=True)
+        (work / "in").mkdir(parents=True)
+        picture, packed = work / "in" / "picture.png", work / "picture.ldi"
+        write_picture(picture, side)
+        one = ["-m", "ldm_vae.cli"]
+        model = ["--model", config.model, "--workers", "1"]
+        again = ["--vae", config.model, "--input", str(work / "in"), "--output", str(work / "again")]
+        results[str(side)] = {
+            "compress": measured([*one, "compress", str(picture), str(packed), *model]),
+            "decompress": measured([*one, "decompress", str(packed), str(work / "back.png"), *model]),
+            "reconstruct": measured(["pipelines/reconstruct.py", *again]),
+        }
+        print(side, results[str(side)], flush=True)
+    shutil.rmtree(work)
+    record = {
+        "config": as_json(config),
+        "machine": describe_machine(torch.device("cpu")),
+        "versions": versions(),
+        "git": git_revision(),
+        "results": results,
+    }
+    write_json(config.output / "results.json", record)
+    with atomic(config.output / "table.md") as out:
+        out.write(table(results, config.sides).encode())
+    print(table(results, config.sides))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_flags(Config, description="Images of many sizes through the commands: seconds and memory."))

@@ -1,0 +1,162 @@
+"""Images that are not to lie in memory as a whole: libvips reads and writes them a strip at a time.
+
+Between the two they are in files without a name, in a folder of the caller's choice.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyvips
+
+from ldm_vae.errors import BadImageError, ConfigError
+
+LARGE = 1 << 25
+"""Pixels: images with more go by way of the disk."""
+STRIP = 1 << 22
+"""Pixels at a time."""
+MAX_LARGE_PIXELS = 1 << 28
+"""16,384 x 16,384, unless somebody asks for more."""
+DTYPES = {"uchar": np.uint8, "ushort": np.uint16}
+WRITERS: dict[str, dict[str, Any]] = {
+    ".png": {},
+    ".tif": {"compression": "deflate", "bigtiff": True},
+    ".tiff": {"compression": "deflate", "bigtiff": True},
+    ".jpg": {"Q": 95, "subsample_mode": "off"},
+    ".jpeg": {"Q": 95, "subsample_mode": "off"},
+}
+"""What large images are written as, with libvips' options."""
+
+Pixels = np.ndarray[Any, Any]
+"""(H, W, C) of uint8, uint16 or float32 in [0, 1]."""
+pyvips.block_untrusted_set(True)  # of its decoders only those that libvips calls fit for files from anywhere
+pyvips.operation_block_set("VipsForeignLoadRaw", False)  # what is written here
+pyvips.cache_set_max(0)
+
+
+def strips(height: int, width: int) -> Iterator[tuple[int, int]]:
+    """(top, bottom) of parts of about STRIP pixels."""
+    rows = max(STRIP // width, 1)
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
+
+
+def read_large(data: bytes, folder: Path, *, max_pixels: int, convert: Callable[[Pixels], Pixels]) -> Pixels | None:
+    """convert(pixels) of an image, on disk: (H, W, C) of uint8 or uint16, where strips were converted one by one.
+
+    None for what is not large, and for what is left to other readers: floats, inks, palettes, what EXIF turns.
+
+    Raises:
+        BadImageError: it is damaged, or has too many pixels.
+    """
+    try:
+        image = pyvips.Image.new_from_buffer(data, "", access="sequential", fail_on="truncated")
+    except pyvips.Error:
+        return None
+    if image.width * image.height <= LARGE:
+        return None
+    if image.width * image.height > max_pixels:
+        raise BadImageError(f"{image.width}x{image.height} is more than the limit of {max_pixels} pixels")
+    plain = image.interpretation in ("b-w", "srgb", "grey16", "rgb16") and image.bands in (1, 2, 3, 4)
+    turned = image.get_typeof("orientation") and image.get("orientation") != 1
+    if image.format not in DTYPES or not plain or turned:
+        return None
+    region, whole = pyvips.Region.new(image), None
+    for top, bottom in strips(image.height, image.width):
+        try:
+            content = region.fetch(0, top, image.width, bottom - top)
+        except pyvips.Error as error:
+            raise BadImageError(f"cannot be decoded: {' '.join(str(error).split())[:200]}") from None
+        strip = np.frombuffer(content, DTYPES[image.format]).reshape(bottom - top, image.width, image.bands)
+        strip = convert(strip)
+        if whole is None:
+            whole = on_disk((image.height, *strip.shape[1:]), strip.dtype, folder)
+        whole[top:bottom] = strip
+        let_go(whole)
+    return whole
+
+
+def on_disk(shape: tuple[int, ...], dtype: Any, folder: Path) -> Pixels:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(math.prod(shape) * np.dtype(dtype).itemsize)
+        return np.memmap(file, dtype, "r+", shape=shape)
+
+
+def let_go(pixels: Pixels) -> None:
+    """Takes what was read or written so far of an array on disk out of this process's memory; the file keeps it."""
+    if isinstance(pixels, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+        pixels._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+
+def check_writer(extension: str) -> None:
+    """Raises ConfigError for what large images are not written as."""
+    if extension not in WRITERS:
+        raise ConfigError(
+            f"an image of more than {LARGE} pixels is not written as {extension}: try {', '.join(WRITERS)}"
+        )
+
+
+def write_large(
+    out: IO[bytes],
+    extension: str,
+    parts: Iterable[Pixels],
+    shape: tuple[int, int, int],
+    *,
+    folder: Path,
+    icc: bytes = b"",
+    exif: bytes = b"",
+    text: Mapping[str, str] | None = None,
+) -> None:
+    """An image file from its strips, pixels (h, W, C) of uint8 or uint16 from top to bottom.
+
+    Args:
+        out: the file, with a descriptor.
+        shape: of the whole.
+        folder: for as many bytes as the pixels have, while it is being written.
+        exif: without a prefix; a TIFF goes without.
+        text: for the chunks of a PNG.
+
+    Raises:
+        ConfigError: it cannot be written so.
+    """
+    check_writer(extension)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".strips.") as raw:
+        dtype = None
+        for part in parts:
+            dtype = part.dtype
+            raw.write(np.ascontiguousarray(part).data)
+        raw.flush()
+        height, width, bands = shape
+        kind = next(name for name, known in DTYPES.items() if known == dtype)
+        grey = {"uchar": "b-w", "ushort": "grey16"}
+        colour = {"uchar": "srgb", "ushort": "rgb16"}
+        with vips_errors(extension):
+            image = pyvips.Image.rawload(raw.name, width, height, bands, format=kind, access="sequential")
+            image = image.copy(interpretation=(grey if bands < 3 else colour)[kind])
+            if icc:
+                image.set_type(pyvips.GValue.blob_type, "icc-profile-data", icc)
+            if exif:
+                image.set_type(pyvips.GValue.blob_type, "exif-data", b"Exif\0\0" + exif)
+            for i, (key, value) in enumerate((text or {}).items()):
+                ascii_only = value.encode("ascii", "backslashreplace").decode()
+                image.set_type(pyvips.GValue.gstr_type, f"png-comment-{i}-{key}", ascii_only)
+            out.flush()
+            image.write_to_target(pyvips.Target.new_to_descriptor(out.fileno()), extension, **WRITERS[extension])
+
+
+@contextmanager
+def vips_errors(extension: str) -> Iterator[None]:
+    try:
+        yield
+    except pyvips.Error as error:
+        reason = " ".join(str(error).split())
+        if "No space left" in reason or "write error" in reason:
+            raise OSError(reason) from None
+        raise ConfigError(f"{extension} cannot hold this picture ({reason}): write .png") from None
