@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +29,11 @@ LOCK = ".lock"
 def sha256(file: Path) -> str:
     with open(file, "rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def digest_of_json(value: Mapping[str, Any]) -> str:
+    """Of what JSON makes of it, with its keys in order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def check_writable(directory: Path) -> None:
@@ -141,6 +146,21 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(out, list(rows[0]) if rows else ["name", "reason"])
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextmanager
+def no_pickles() -> Iterator[None]:
+    """In here torch.load takes nothing but tensors and plain values, whatever a library asks it for."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def is_hub_id(path: str) -> bool:

@@ -22,7 +22,9 @@ from ldm_vae.models.tiles import spans
 from ldm_vae.png import finished, own_share, write_png
 
 SIDE = 1024
-"""Of the tiles in which large images go through a function, in pixels."""
+"""Of the tiles in which images go through a function that sees only so far, in pixels."""
+IN_ONE = 4 * SIDE**2
+"""Pixels of the largest image that goes through in one."""
 
 
 def files_of(names: Sequence[str]) -> dict[str, int]:
@@ -59,7 +61,7 @@ def convert_images(
         settings: what the results depend on beside the images; files of others are not mixed with these.
         max_pixels: images with more are bad ones.
         reach: how far, in pixels, a pixel of the result sees, and of what its places are multiples: with this, images
-            that are not to lie in memory as a whole go through in parts.
+            go through in parts, and large ones never lie in memory as a whole.
 
     Raises:
         ConfigError: an output within the input, or a source without end.
@@ -89,13 +91,13 @@ def convert_images(
             bad[name] = str(error)
             continue
         facts = {"image": name, **settings}
-        if reach is not None and isinstance(pixels, np.memmap):
-            (output / file).parent.mkdir(parents=True, exist_ok=True)
-            with atomic(output / file) as out:
-                parts = in_parts(function, pixels, *reach, device=accelerator.device)
-                write_large(out, ".png", parts, pixels.shape, folder=output, text=facts)
-        else:
+        if reach is None or pixels[:, :, 0].size <= IN_ONE:
             write_png(output / file, through(function, pixels, accelerator.device), facts)
+            continue
+        parts = in_parts(function, pixels, *reach, device=accelerator.device)
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        with atomic(output / file) as out:
+            write_large(out, ".png", parts, pixels.shape, folder=output, text=facts)
     for part in gather_object([bad]):
         bad |= part
     if accelerator.is_main_process:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import ctypes
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from ldm_vae.config import as_json, differences
 from ldm_vae.errors import DataError, RunError
-from ldm_vae.files import atomic, check_writable, lock, said_of, sha256, staged_directory, write_json
+from ldm_vae.files import atomic, check_writable, digest_of_json, lock, said_of, sha256, staged_directory, write_json
 
 PACKAGES = (
     *("ldm-vae", "torch", "torchvision", "diffusers", "accelerate", "lpips"),
@@ -161,7 +160,7 @@ class Run:
                 "facts": checkpoint.facts,
                 "sha256": sha256(staging / "state.safetensors"),
             }
-            write_json(staging / "state.json", record | {"record_sha256": digest_of_record(record)})
+            write_json(staging / "state.json", record | {"record_sha256": digest_of_json(record)})
         for old in sorted(folder.glob("step-*"), key=step_of)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -185,16 +184,12 @@ class Run:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Raises ValueError for a digest that differs, and whatever reading a damaged file raises."""
     record = json.loads((folder / "state.json").read_text())
-    if record.pop("record_sha256") != digest_of_record(record):
+    if record.pop("record_sha256") != digest_of_json(record):
         raise ValueError("state.json does not have the digest that it names")
     if sha256(folder / "state.safetensors") != record["sha256"]:
         raise ValueError("state.safetensors does not have the digest that state.json names")
     tensors = load_file(folder / "state.safetensors")
     return Checkpoint(step=int(record["step"]), tensors=tensors, facts=dict(record["facts"]))
-
-
-def digest_of_record(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def training_seconds(directory: Path) -> float:

@@ -270,7 +270,7 @@ class ShardSource:
             self.marks: list[list[Any]] = facts["marks"]
             if self.rows.count != facts["samples"] or len(self.marks) != len(self.shards):
                 raise ValueError("its parts do not belong together")
-        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+        except Exception as error:  # damaged arrays raise many kinds
             raise DataError(f"the index {folder} is damaged ({error}): {advice}") from None
         for shard, then, now in zip(self.shards, self.marks, marks_of(self.shards), strict=True):
             if then != now:
@@ -308,20 +308,27 @@ class ShardSource:
             raise BadImageError(f"there is no image at byte {offset} of {shard}: it has changed since it was indexed")
         return f"{PurePosixPath(shard).name}/{member.name}"
 
+    def place(self, index: int) -> tuple[str, int, int, int]:
+        """Shard, offset, size and label. Raises DataError for a row that cannot be."""
+        number, offset, size, label = (int(self.rows[index][name]) for name in ("shard", "offset", "size", "label"))
+        if not 0 <= number < len(self.shards) or not -1 <= label < len(self.classes) or offset < HEADER or size < 0:
+            raise DataError(
+                f"the index of {self.shards[0]} is damaged at row {index}: run `ldm-vae shards index` again"
+            )
+        return self.shards[number], offset, size, label
+
     def name(self, index: int) -> str:
-        row = self.rows[index]
-        shard, offset = self.shards[row["shard"]], int(row["offset"])
+        shard, offset, size, _ = self.place(index)
         try:
-            return self.header(shard, offset, self.content(shard, offset - HEADER, offset), int(row["size"]))
+            return self.header(shard, offset, self.content(shard, offset - HEADER, offset), size)
         except BadImageError:
             return f"{PurePosixPath(shard).name}/{offset}"
 
     def __getitem__(self, index: int) -> Sample:
-        row = self.rows[index]
-        shard, offset, size = self.shards[row["shard"]], int(row["offset"]), int(row["size"])
+        shard, offset, size, label = self.place(index)
         if size > MAX_FILE_BYTES:
             raise BadImageError(f"file larger than {MAX_FILE_BYTES} bytes")
         content = self.content(shard, offset - HEADER, offset + size)
         name = self.header(shard, offset, content, size)
         pixels = read_pixels(content[HEADER:], channels=self.channels, max_pixels=self.max_pixels)
-        return Sample(pixels=pixels, label=int(row["label"]) if row["label"] >= 0 else None, name=name)
+        return Sample(pixels=pixels, label=label if label >= 0 else None, name=name)

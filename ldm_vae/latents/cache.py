@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ldm_vae.errors import DataError, nothing_usable
-from ldm_vae.files import atomic, sha256, write_json
+from ldm_vae.files import atomic, digest_of_json, sha256, write_json
 from ldm_vae.latents.statistics import Statistics
 
 STORED = torch.float16
@@ -137,22 +137,28 @@ class Summary:
 
 def summarise(folder: Path, plan: Plan) -> Summary:
     """Of a cache whose shards are all there. Raises DataError when none of the images is usable."""
-    records = [json.loads(shard_file(folder, s).with_suffix(".json").read_text()) for s in range(plan.num_shards)]
     bad_images: dict[str, str] = {}
     statistics = Statistics()
-    for record in records:
-        bad_images |= record["bad_images"]
-        if record["count"]:
-            statistics += Statistics.from_json(record["statistics"])
+    shards = []
+    for shard in range(plan.num_shards):
+        file = shard_file(folder, shard).with_suffix(".json")
+        try:
+            record = json.loads(file.read_text())
+            bad_images |= record["bad_images"]
+            if record["count"]:
+                statistics += Statistics.from_json(record["statistics"])
+            shards.append({k: record[k] for k in ("count", "bytes", "sha256")})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{file} is damaged ({error}): remove it, and run the command again") from None
     if not statistics.count:
         raise nothing_usable(bad_images)
-    shards = [{k: r[k] for k in ("count", "bytes", "sha256")} for r in records]
     return Summary(statistics=statistics, bad_images=bad_images, shards=shards)
 
 
 def write_index(folder: Path, summary: Summary) -> None:
     """The last thing to be written: with it, the cache is whole."""
-    write_json(folder / "index.json", {"statistics": summary.statistics.as_json(), "shards": summary.shards})
+    index = {"statistics": summary.statistics.as_json(), "shards": summary.shards, "plan": sha256(folder / "plan.json")}
+    write_json(folder / "index.json", index | {"sha256": digest_of_json(index)})
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -164,7 +170,7 @@ def read_plan(folder: Path) -> Plan:
         return replace(Plan(**record), latent_shape=tuple(record["latent_shape"]), classes=tuple(record["classes"]))
     except FileNotFoundError:
         raise DataError(f"{folder} is not a cache of latents: make one with training/cache_latents.py") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder / 'plan.json'} is damaged ({error}): remove {folder} and make it anew") from None
 
 
@@ -187,10 +193,14 @@ class LatentCache:
         self.folder, self.plan = folder, read_plan(folder)
         try:
             index = json.loads((folder / "index.json").read_text())
+            if index.pop("sha256") != digest_of_json(index):
+                raise ValueError("its digest differs")
+            if index["plan"] != sha256(folder / "plan.json"):
+                raise ValueError("it belongs to another plan.json")
             self.shards, self.statistics = index["shards"], Statistics.from_json(index["statistics"])
         except FileNotFoundError:
             raise DataError(f"{folder} is not finished: run the command that makes it again, it goes on") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{folder / 'index.json'} is damaged ({error}): remove it, and run its command") from None
         verify(folder, {s: r for s, r in enumerate(self.shards) if r["count"] and shards_to_verify(s)})
         self.open = lru_cache(OPEN_SHARDS)(self.open_shard)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm_vae.data.images import Pixels, to_images
 from ldm_vae.errors import ModelError
-from ldm_vae.files import sha256
+from ldm_vae.files import no_pickles, sha256
 from ldm_vae.models.classifier import ImageClassifier, load_classifier
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -128,7 +128,7 @@ def load_features(path: str | None, *, network_input: NetworkInput, device: torc
 def load_module(path: str, *, exported: bool, device: torch.device) -> nn.Module:
     """A module that `torch.export.save` or `torch.jit.save` wrote. Raises ModelError."""
     try:
-        with quiet():
+        with quiet(), no_pickles():
             if exported:
                 return torch.export.load(path).module()
             module: nn.Module = torch.jit.load(path, map_location=device)

@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 from ldm_vae.errors import ConfigError, ModelError
+from ldm_vae.files import no_pickles
 
 Backbone = Literal["vgg", "alex", "squeeze"]
 SMALLEST_IMAGE = {"vgg": 64, "alex": 32, "squeeze": 32}
@@ -89,7 +90,7 @@ class PerceptualLoss(nn.Module):
 
 
 def load_backbone(backbone: Backbone, pretrained: bool) -> lpips.LPIPS:
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), no_pickles():
         warnings.simplefilter("ignore")  # lpips speaks torchvision's older dialect
         torch.manual_seed(RANDOM_SEED)
         try:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import lpips
@@ -81,3 +82,15 @@ def test_images_that_are_not_colour_need_and_get_a_policy() -> None:
     bands = PerceptualLoss("squeeze", pretrained=False, image_channels=13, channels=(3, 2, 1))
     x, y = torch.rand(1, 13, 32, 32), torch.rand(1, 13, 32, 32)
     assert torch.equal(bands(x, y), colour(x[:, [3, 2, 1]], y[:, [3, 2, 1]]))
+
+
+def test_weights_that_would_run_code_are_refused(no_weights: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return Path.touch, (no_weights / "ran",)
+
+    no_weights.mkdir(parents=True, exist_ok=True)
+    torch.save(Hostile(), no_weights / "squeezenet1_1-b8a52dc0.pth")
+    with pytest.raises(ModelError, match="not usable"):
+        PerceptualLoss("squeeze")
+    assert not (no_weights / "ran").exists()

@@ -163,6 +163,7 @@ def test_large_images_go_through_in_parts(
     main(Config(**words, output=tmp_path / "whole"))
     monkeypatch.setattr(large, "LARGE", 10_000)
     monkeypatch.setattr(folders, "SIDE", 64)
+    monkeypatch.setattr(folders, "IN_ONE", 10_000)
     for _ in range(2):  # the second time there is nothing to do
         main(Config(**words, output=tmp_path / "parts"))
     whole, parts = (made(tmp_path / name)["large.png"].astype(int) for name in ("whole", "parts"))
