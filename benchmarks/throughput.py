@@ -1,9 +1,10 @@
-"""Measure speed and memory: a training step and a reconstruction, beside diffusers' autoencoders in the same run.
+"""Measure speed and memory of every stage, beside diffusers' autoencoders in the same run.
 
-python benchmarks/throughput.py --output DIR [--mixed-precision bf16] [--compile]
+python benchmarks/throughput.py --output DIR [--mixed-precision bf16] [--compile] [--compare EARLIER.json]
 
-Every model is trained with the same losses on the same batch of random images, and the models take turns, several
-rounds long, so that a slow moment of the machine does not fall on one of them alone. Figures are medians.
+The stages take turns, several rounds long, so that a slow moment of the machine does not fall on one of them alone; all
+of a kind do the same work on the same random images. Figures are medians. A line of each run is kept in
+DIR/history.jsonl, and --compare says what got slower than in an earlier run, and ends with exit code 2 if anything did.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,19 +25,42 @@ import torch
 import tyro
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.fitting import fit_tables
 from ldm_vae.config import as_json, parse_flags
-from ldm_vae.data.loader import Batch
-from ldm_vae.errors import ConfigError, one_line_errors
+from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, collate, load_batches
+from ldm_vae.data.sources import open_source
+from ldm_vae.errors import ConfigError, RunError, one_line_errors
 from ldm_vae.files import check_writable, write_json
+from ldm_vae.latents.cache import write_shard
+from ldm_vae.latents.rows import DiffusionBatch
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.discriminator import PatchDiscriminator
-from ldm_vae.models.tiling import reconstruct
+from ldm_vae.models.pretrained import encode_moments, latent_channels_of, stride_of
+from ldm_vae.models.tiling import encode_mean
+from ldm_vae.models.unet import make_denoiser
+from ldm_vae.objectives import denoising
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
+from ldm_vae.objectives.diffusion import make_scheduler
 from ldm_vae.objectives.perceptual import PerceptualLoss
-from ldm_vae.runs import versions
+from ldm_vae.pipeline import LatentDiffusionPipeline
+from ldm_vae.runs import git_revision, versions
 from ldm_vae.timing import describe_machine, peak_flops, peak_memory_of, seconds_of
+
+SAMPLES, SAMPLING_STEPS = 8, 10
+CACHED = 64
+PHOTOS = 16
+MEASURES = {
+    "channels_last": {"memory_format": torch.contiguous_format},
+    "fused AdamW": {"fused": False},
+    "foreach EMA": {"foreach": False},
+}
+"""What a training step has, and how it is left out."""
+MARGIN = 0.1
+"""A stage got slower when it is by so much, beyond the spreads of both runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +69,34 @@ class Config:
 
     output: Path
     models: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ("f8c4", "AutoencoderKL-small", "AutoencoderTiny")
-    """Presets of train_vae.py, and those two of diffusers'."""
+    """Presets of train_vae.py, and those two of diffusers'. What is not an autoencoder's is measured with the first."""
     resolution: int = 64
     """Side of the training crops."""
     batch_size: int = 16
-    reconstruction_resolution: int = 256
+    side: int = 256
+    """Of the images that are encoded and decoded."""
     losses: Literal["l1-kl", "all"] = "l1-kl"
     """all adds LPIPS (vgg, random weights: they cost the same) and the adversarial loss."""
     mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False
     rounds: int = 3
-    seconds: float = 4.0
-    """Per measurement, in each round."""
+    seconds: float = 3.0
+    """Per stage, in each round."""
+    compare: Path | None = None
+    """What an earlier run wrote, on the same machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One call of it makes so many images."""
+
+    call: Callable[[], Any]
+    images: int
+    on_device: bool = True
+    """Whether its operations are counted: where it is the network's, not files'."""
+
+
+# Autoencoders ---------------------------------------------------------------------------------------------------------
 
 
 def build(name: str) -> Any:
@@ -81,22 +124,30 @@ def build(name: str) -> Any:
     return PatchAutoencoderKL(**ARCHITECTURES[name])
 
 
-def training_state(vae: Any, objective: Objective, accelerator: Accelerator) -> State:
-    bare = TrainableVAE(vae, learned_logvar=False).to(accelerator.device).to(memory_format=torch.channels_last)
+def training_state(
+    vae: Any,
+    objective: Objective,
+    accelerator: Accelerator,
+    *,
+    memory_format: torch.memory_format = torch.channels_last,
+    fused: bool = True,
+    foreach: bool = True,
+) -> State:
+    bare = TrainableVAE(vae, learned_logvar=False).to(accelerator.device).to(memory_format=memory_format)
     trained = [p for p in bare.parameters() if p.requires_grad]
-    optimizers: dict[str, torch.optim.Optimizer] = {"vae": torch.optim.AdamW(trained, 1e-4, fused=True)}
+    optimizers: dict[str, torch.optim.Optimizer] = {"vae": torch.optim.AdamW(trained, 1e-4, fused=fused)}
     discriminator = lpips = None
     if objective.adversarial != "none":
-        discriminator = PatchDiscriminator().to(accelerator.device, memory_format=torch.channels_last)
-        optimizers["discriminator"] = torch.optim.AdamW(discriminator.parameters(), 1e-4, fused=True)
+        discriminator = PatchDiscriminator().to(accelerator.device, memory_format=memory_format)
+        optimizers["discriminator"] = torch.optim.AdamW(discriminator.parameters(), 1e-4, fused=fused)
         discriminator = accelerator.prepare(discriminator)
     if objective.perceptual != "none":
-        lpips = PerceptualLoss("vgg", pretrained=False).to(accelerator.device).to(memory_format=torch.channels_last)
+        lpips = PerceptualLoss("vgg", pretrained=False).to(accelerator.device).to(memory_format=memory_format)
     return State(
         vae=accelerator.prepare(bare),
         discriminator=discriminator,
         lpips=lpips,
-        ema=EMAModel(vae.parameters(), foreach=True),
+        ema=EMAModel(vae.parameters(), foreach=foreach),
         optimizers=optimizers,
         adaptive_weight=torch.ones((), device=accelerator.device),
         kl_weight=torch.tensor(objective.kl_weight, device=accelerator.device),
@@ -104,82 +155,164 @@ def training_state(vae: Any, objective: Objective, accelerator: Accelerator) -> 
     )
 
 
-def main(config: Config) -> None:
-    check_writable(config.output)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    device = accelerator.device
+def compiled(vae: Any) -> Any:
+    if isinstance(vae, PatchAutoencoderKL):
+        vae.compile_repeated_blocks()
+    else:
+        vae.encoder.compile()
+        vae.decoder.compile()
+    return vae
+
+
+def autoencoder_stages(config: Config, accelerator: Accelerator) -> dict[str, Stage]:
+    """A training step, encoding and decoding of each model; of the first also steps without each of MEASURES."""
     everything = config.losses == "all"
     objective = Objective(
         perceptual="random" if everything else "none", adversarial="hinge" if everything else "none", disc_start=0
     )
     images = torch.rand(config.batch_size, 3, config.resolution, config.resolution) * 2 - 1
     batch = Batch(images=images, positions=list(range(config.batch_size)), bad_images={})
-    large = (torch.rand(1, 3, *[config.reconstruction_resolution] * 2) * 2 - 1).to(device)
+    large = (torch.rand(1, 3, config.side, config.side) * 2 - 1).to(accelerator.device)
     large = large.to(memory_format=torch.channels_last)
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    peak = peak_flops(device, dtype, seconds=config.seconds / 2)
-    states = {}
-    for name in config.models:
-        vae = build(name)
-        states[name] = training_state(vae, objective, accelerator)
-        if config.compile and isinstance(vae, PatchAutoencoderKL):
-            vae.compile_repeated_blocks()
-        elif config.compile:
-            vae.encoder.compile()
-            vae.decoder.compile()
     rates = {"vae": 1e-4, "discriminator": 1e-4}
-    steps: dict[str, list[float]] = {name: [] for name in states}
-    forwards: dict[str, list[float]] = {name: [] for name in states}
-    results: dict[str, dict[str, Any]] = {}
 
     def step(state: State) -> None:
+        state.bare.train()
         train_step(itertools.repeat(batch), state, objective, step=0, learning_rates=rates, accelerator=accelerator)
 
-    def forward(state: State) -> None:
-        with torch.inference_mode(), accelerator.autocast():
-            reconstruct(state.bare.vae, large)
+    @torch.inference_mode()
+    def encode(vae: Any) -> torch.Tensor:
+        with accelerator.autocast():
+            return encode_mean(vae.eval(), large)
 
-    for name, state in states.items():
-        step(state)
-        with FlopCounterMode(display=False) as counter:
-            step(state)
-        results[name] = {
-            "parameters": sum(p.numel() for p in state.bare.vae.parameters()),
-            "step_gflop": counter.get_total_flops() / 1e9,
-            "step_peak_memory_mib": mebibytes(peak_memory_of(partial(step, state), device=device)),
-            "reconstruction_peak_memory_mib": mebibytes(peak_memory_of(partial(forward, state), device=device)),
-        }
-    for _ in range(config.rounds):
-        for name, state in states.items():
-            state.bare.train()
-            steps[name] += seconds_of(partial(step, state), device=device, seconds=config.seconds)
-            state.bare.eval()
-            forwards[name] += seconds_of(partial(forward, state), device=device, seconds=config.seconds / 2)
+    @torch.inference_mode()
+    def decode(vae: Any, latents: torch.Tensor) -> None:
+        with accelerator.autocast():
+            vae.eval().decode(latents)
+
+    stages: dict[str, Stage] = {}
+    for name in config.models:
+        vae = compiled(build(name)) if config.compile else build(name)
+        state = training_state(vae, objective, accelerator)
+        stages[f"{name}: step"] = Stage(call=partial(step, state), images=config.batch_size)
+        stages[f"{name}: encode"] = Stage(call=partial(encode, vae), images=1)
+        stages[f"{name}: decode"] = Stage(call=partial(decode, vae, encode(vae)), images=1)
     first = config.models[0]
-    for name, result in results.items():
-        seconds = statistics.median(steps[name])
-        result["train_images_per_second"] = config.batch_size / seconds
-        result["train_spread"] = spread(steps[name])
-        result["reconstruction_ms"] = 1e3 * statistics.median(forwards[name])
-        result["reconstruction_spread"] = spread(forwards[name])
-        result["share_of_peak"] = result["step_gflop"] * 1e9 / seconds / peak
-        result[f"{first}_trains_times_as_fast"] = seconds / statistics.median(steps[first])
-        result[f"{first}_reconstructs_times_as_fast"] = statistics.median(forwards[name]) / statistics.median(
-            forwards[first]
-        )
-    record = {
-        "config": as_json(config),
-        "machine": describe_machine(device),
-        "versions": versions(),
-        "peak_gflops": peak / 1e9,
-        "results": results,
-    }
-    name = (
-        f"throughput-{device.type}-{config.mixed_precision}-{config.losses}{'-compile' if config.compile else ''}.json"
+    for measure, without in MEASURES.items():
+        state = training_state(build(first), objective, accelerator, **without)  # type: ignore[arg-type]
+        stages[f"{first}: step without {measure}"] = Stage(call=partial(step, state), images=config.batch_size)
+    if not config.compile:
+        state = training_state(compiled(build(first)), objective, accelerator)
+        stages[f"{first}: step, compiled"] = Stage(call=partial(step, state), images=config.batch_size)
+    return stages
+
+
+# The rest -------------------------------------------------------------------------------------------------------------
+
+
+def diffusion_stages(config: Config, accelerator: Accelerator) -> dict[str, Stage]:
+    """A training step of the small denoiser on latents of the crops, and sampling with it."""
+    vae = build(config.models[0]).to(accelerator.device).eval()
+    channels, side = latent_channels_of(vae), config.resolution // stride_of(vae)
+    torch.manual_seed(0)
+    unet = make_denoiser("tiny", latent_channels=channels, sample_size=(side, side), num_classes=2)
+    unet = unet.to(accelerator.device, memory_format=torch.channels_last)
+    state = denoising.State(
+        unet=accelerator.prepare(unet),
+        bare=unet,
+        vae=vae,
+        encoded=True,
+        ema=EMAModel(unet.parameters(), foreach=True),
+        optimizer=torch.optim.AdamW(unet.parameters(), 1e-4, fused=True),
     )
-    write_json(config.output / name, record)
-    print(json.dumps(record["results"], indent=1))
-    print(f"{record['machine']}; {peak / 1e9:.0f} GFLOP/s at best; written to {config.output / name}")
+    shape = (config.batch_size, channels, side, side)
+    batch = DiffusionBatch(
+        inputs=torch.randn(config.batch_size, 2 * channels, side, side),
+        labels=torch.zeros(config.batch_size, dtype=torch.long),
+        timesteps=torch.rand(config.batch_size) * 999,
+        noise=torch.randn(shape),
+        posterior_noise=torch.randn(shape),
+        bad_images={},
+    )
+    objective = denoising.Objective()
+    sampler = LatentDiffusionPipeline(vae, unet, make_scheduler(objective.prediction))
+    sampler.set_progress_bar_config(disable=True)
+
+    def step() -> None:
+        unet.train()
+        batches = itertools.repeat(batch)
+        denoising.train_step(batches, state, objective, learning_rate=1e-4, accelerator=accelerator)
+
+    def sample() -> None:
+        unet.eval()
+        with accelerator.autocast():
+            sampler(class_labels=0, num_images=SAMPLES, num_inference_steps=SAMPLING_STEPS, output_type="pt")
+
+    return {
+        "denoiser: step": Stage(call=step, images=config.batch_size),
+        f"denoiser: sampling in {SAMPLING_STEPS} steps": Stage(call=sample, images=SAMPLES),
+    }
+
+
+def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[str, Stage]:
+    """The cache's encoding and writing, the codec there and back, and the loader alone."""
+    vae = build(config.models[0]).to(accelerator.device).eval()
+    images = torch.rand(CACHED, 3, config.resolution, config.resolution, device=accelerator.device) * 2 - 1
+
+    @torch.inference_mode()
+    def cache() -> None:
+        parts = [encode_moments(vae, i) for i in images.split(config.batch_size)]
+        moments, indices = torch.cat(parts).float().cpu()[:, None], list(range(CACHED))
+        write_shard(work, 0, moments=moments, indices=indices, labels=indices, bad_images={})
+
+    source = open_source("procedural:dead-leaves", resolution=config.side)
+    photos = [source[i].pixels for i in range(PHOTOS)]
+    for i, pixels in enumerate(photos):
+        Image.fromarray(pixels).save(work / f"{i}.png")
+    coder = build("f8c8-codec").to(accelerator.device)
+    with torch.no_grad():
+        coder.encoder.conv_out.bias[latent_channels_of(coder) :] = -5.0  # as narrow as a trained posterior, about
+    codec = LatentCodec(coder, fit_tables(coder, source, num_images=4, qualities=(1,)))
+    packed = codec.compress(photos[0])
+    crops = CropDataset(open_source(str(work)), seed=0, resolution=config.resolution, cache_bytes=0)
+
+    def batches() -> Iterator[Batch]:
+        order = MicroBatches(
+            first_step=0, last_step=10**6, batch_size=config.batch_size, rank=0, num_processes=1, accumulation=1
+        )
+        return load_batches(crops, order, collate=collate, num_workers=0, pin_memory=False)
+
+    loaded = batches()
+    return {
+        "caching": Stage(call=cache, images=CACHED),
+        "codec: compress": Stage(call=partial(codec.compress, photos[0]), images=1),
+        "codec: decompress": Stage(call=partial(codec.decompress, packed), images=1),
+        "loader, in one process": Stage(call=lambda: next(loaded), images=config.batch_size, on_device=False),
+    }
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def measured(stages: dict[str, Stage], config: Config, device: torch.device, peak: float) -> dict[str, dict[str, Any]]:
+    """images/s, spread, GFLOP of a call, share of the peak and MiB of each stage."""
+    results: dict[str, dict[str, Any]] = {}
+    for name, stage in stages.items():
+        stage.call()
+        with FlopCounterMode(display=False) as counter:
+            stage.call()
+        results[name] = {"gflop": counter.get_total_flops() / 1e9 if stage.on_device else 0.0}
+        results[name]["peak_memory_mib"] = mebibytes(peak_memory_of(stage.call, device=device))
+    durations: dict[str, list[float]] = {name: [] for name in stages}
+    for _ in range(config.rounds):
+        for name, stage in stages.items():
+            durations[name] += seconds_of(stage.call, device=device, seconds=config.seconds)
+    for name, result in results.items():
+        seconds = statistics.median(durations[name])
+        result["images_per_second"] = stages[name].images / seconds
+        result["spread"] = spread(durations[name])
+        result["share_of_peak"] = result["gflop"] * 1e9 / seconds / peak
+    return results
 
 
 def mebibytes(size: int | None) -> float | None:
@@ -190,6 +323,72 @@ def spread(durations: list[float]) -> float:
     """Half the distance between the quartiles, as a share of the median."""
     low, middle, high = statistics.quantiles(durations, n=4)
     return (high - low) / 2 / middle
+
+
+def slower(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """What got slower, in words. Raises RunError for runs that do not compare."""
+    same = ("models", "resolution", "batch_size", "side", "losses", "mixed_precision", "compile")
+    differing = [k for k in same if now["config"].get(k) != then["config"].get(k)]
+    if now["machine"] != then["machine"]:
+        differing.append("machine")
+    if differing:
+        raise RunError(f"the earlier run does not compare: {', '.join(differing)} differ")
+    found = []
+    for name, result in now["results"].items():
+        before = then["results"].get(name)
+        if before is None:
+            continue
+        times = before["images_per_second"] / result["images_per_second"]
+        if times > 1 + MARGIN + before["spread"] + result["spread"]:
+            found.append(f"{name} takes {times:.2f} times as long")
+    return found
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    lines = ["| stage | images/s | spread | share of peak | MiB |", "| --- | --- | --- | --- | --- |"]
+    for name, r in results.items():
+        share = f"{100 * r['share_of_peak']:.0f} %" if r["gflop"] else ""
+        memory = "" if r["peak_memory_mib"] is None else f"{r['peak_memory_mib']:.0f}"
+        lines.append(f"| {name} | {r['images_per_second']:.4g} | {100 * r['spread']:.0f} % | {share} | {memory} |")
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    check_writable(config.output)
+    earlier = None
+    if config.compare is not None:
+        try:
+            earlier = json.loads(config.compare.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--compare {config.compare} cannot be read: {error}") from None
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    device = accelerator.device
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    peak = peak_flops(device, dtype, seconds=config.seconds / 2)
+    with tempfile.TemporaryDirectory() as work:
+        stages = autoencoder_stages(config, accelerator) | diffusion_stages(config, accelerator)
+        stages |= file_stages(config, accelerator, Path(work))
+        results = measured(stages, config, device, peak)
+    record = {
+        "config": as_json(config),
+        "machine": describe_machine(device),
+        "versions": versions(),
+        "git": git_revision(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "peak_gflops": peak / 1e9,
+        "results": results,
+    }
+    kind = f"{device.type}-{config.mixed_precision}-{config.losses}{'-compile' if config.compile else ''}"
+    write_json(config.output / f"throughput-{kind}.json", record)
+    rates = {name: round(r["images_per_second"], 3) for name, r in results.items()}
+    with open(config.output / "history.jsonl", "a") as history:
+        line = {k: record[k] for k in ("date", "git", "machine")} | {"kind": kind, "images_per_second": rates}
+        history.write(json.dumps(line) + "\n")
+    print(table(results))
+    print(f"{record['machine']}; {peak / 1e9:.0f} GFLOP/s at best; in {config.output / f'throughput-{kind}.json'}")
+    found = slower(record, earlier) if earlier else []
+    if found:
+        raise RunError(f"slower than in {config.compare}: {'; '.join(found)}")
 
 
 if __name__ == "__main__":

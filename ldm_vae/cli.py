@@ -143,7 +143,8 @@ def compress_file(command: Compress) -> str | None:
     codec = load_codec(command.model, command.device, command.workers)
     channels = channels_of(codec.vae)
     scratch = scratch_of(command.output) if codec.exact else None
-    given = read_picture(read(command.input), channels=channels, max_pixels=command.max_pixels, scratch=scratch)
+    source = read(STREAM) if command.input == STREAM else Path(command.input)
+    given = read_picture(source, channels=channels, max_pixels=command.max_pixels, scratch=scratch)
     command.limits().check(given.pixels.shape[1], given.pixels.shape[0])
     if command.target_bpp is None and command.target_psnr is None:
         data = codec.compress(given, quality=command.quality, strip=command.strip, limits=command.limits())

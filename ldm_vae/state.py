@@ -9,18 +9,23 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from ldm_vae.sharding import is_sharded, put, whole
+
 Part: TypeAlias = nn.Module | torch.optim.Optimizer | EMAModel | Tensor
 
 
-def state_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
+def state_tensors(parts: Mapping[str, Part], *, keep: bool = True) -> dict[str, Tensor]:
     """Modules, optimizers, EMA models and plain tensors as one flat dictionary, `part/key`.
 
-    Learning rates and the like are not in it: they are functions of the configuration and the step.
+    Learning rates and the like are not in it: they are functions of the configuration and the step. Where parameters
+    are sharded, all processes call this, and those that do not `keep` the tensors get none.
     """
     tensors: dict[str, Tensor] = {}
     for name, part in parts.items():
         for key, tensor in part_tensors(part).items():
-            tensors[f"{name}/{key}"] = tensor
+            found = whole(tensor)
+            if keep:
+                tensors[f"{name}/{key}"] = found if found is tensor else found.cpu()
     return tensors
 
 
@@ -40,14 +45,17 @@ def load_state(parts: Mapping[str, Part], tensors: Mapping[str, Tensor]) -> None
     """Puts `state_tensors` back, in place."""
     for name, part in parts.items():
         own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
-        if isinstance(part, nn.Module):
+        if isinstance(part, nn.Module) and is_sharded(part):
+            for key, target in part.state_dict().items():
+                put(target, own[key])
+        elif isinstance(part, nn.Module):
             part.load_state_dict(own)
         elif isinstance(part, torch.optim.Optimizer):
             load_optimizer(part, own)
         elif isinstance(part, EMAModel):
             part.optimization_step = int(own["optimization_step"])
             for i, shadow in enumerate(part.shadow_params):
-                shadow.data.copy_(own[f"shadow/{i}"])
+                put(shadow.data, own[f"shadow/{i}"])
         else:
             part.data.copy_(own["value"])
 
@@ -59,7 +67,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         index, _, key = name.partition("/")
         parameter = parameters[int(index)]
         if tensor.shape == parameter.shape and key != "step":
-            tensor = torch.empty_like(parameter).copy_(tensor)  # the parameter's own memory layout
+            target = torch.empty_like(parameter)  # the parameter's own memory layout, and its part
+            put(target, tensor)
+            tensor = target
         elif optimizer.defaults.get("fused"):
             tensor = tensor.to(parameter.device)
         optimizer.state[parameter][key] = tensor

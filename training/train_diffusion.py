@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -209,15 +210,24 @@ def build(config: Config, data: Data, accelerator: Accelerator) -> State:
     unet = unet.to(accelerator.device, memory_format=torch.channels_last).train()
     if config.compile:
         unet.compile()
+    optimizer: Any = torch.optim.AdamW(
+        unet.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
+    whole = None
+    if accelerator.is_fsdp2:
+        whole = deepcopy(unet).cpu() if accelerator.is_main_process else None
+        prepared, wrapped = accelerator.prepare(unet, optimizer)  # both at once: the parameters become others
+        optimizer = wrapped.optimizer
+    else:
+        prepared = accelerator.prepare(unet)
     return State(
-        unet=accelerator.prepare(unet),
+        unet=prepared,
         bare=unet,
         vae=data.vae,
         encoded=data.encoded,
         ema=EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True),
-        optimizer=torch.optim.AdamW(
-            unet.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-        ),
+        optimizer=optimizer,
+        copy=whole,
     )
 
 
@@ -258,36 +268,39 @@ def pipeline_of(unet: Any, data: Data, config: Config) -> LatentDiffusionPipelin
 
 
 def save(run: Run, state: State, data: Data, config: Config, *, step: int, facts: dict[str, Any]) -> None:
-    """The pipeline with averaged weights, and then the checkpoint: where it is, the pipeline of its step is, too."""
-    if run.main:
-        with state.averaged() as unet, staged_directory(run.directory / "pipeline") as staging:
-            pipeline_of(unet, data, config).save_pretrained(staging)
-        run.save(Checkpoint(step=step, tensors=state_tensors(state.parts()), facts=facts))
+    """The pipeline with averaged weights, and then the checkpoint: where it is, the pipeline of its step is, too.
+
+    Called by all processes: each may have a part of the network.
+    """
+    with state.averaged() as unet:
+        if run.main:
+            with staged_directory(run.directory / "pipeline") as staging:
+                pipeline_of(unet, data, config).save_pretrained(staging)
+    run.save(Checkpoint(step=step, tensors=state_tensors(state.parts(), keep=run.main), facts=facts))
 
 
 @torch.inference_mode()
 def validation_loss(
-    state: State, batches: list[DiffusionBatch], config: Config, accelerator: Accelerator
+    unet: Any, state: State, batches: list[DiffusionBatch], config: Config, accelerator: Accelerator
 ) -> dict[str, float]:
     """The averaged denoiser's loss on fixed (image, time, noise), weighted as in training, in all and by time."""
     losses: dict[float, list[Tensor]] = {time: [] for time in VALIDATION_TIMES}
-    with state.averaged() as unet:
-        for batch in batches:
-            here = batch.to(accelerator.device)
-            scaled_latents = scaled_latents_of(here, state.vae, encoded=state.encoded)  # in float32, as in training
-            for time, found in losses.items():
-                timed = replace(here, timesteps=torch.full_like(here.timesteps, time * NUM_TIMESTEPS))
-                with accelerator.autocast():
-                    found.append(losses_of(unet, scaled_latents, timed, config, state.bare))
+    for batch in batches:
+        here = batch.to(accelerator.device)
+        scaled_latents = scaled_latents_of(here, state.vae, encoded=state.encoded)  # in float32, as in training
+        for time, found in losses.items():
+            timed = replace(here, timesteps=torch.full_like(here.timesteps, time * NUM_TIMESTEPS))
+            with accelerator.autocast():
+                found.append(losses_of(unet, scaled_latents, timed, config, unet))
     metrics = {f"val_loss/t={time:.3f}": float(torch.cat(found).mean()) for time, found in losses.items()}
     return {"val_loss": sum(metrics.values()) / len(metrics), **metrics}
 
 
-def draw(run: Run, state: State, data: Data, config: Config, *, step: int, accelerator: Accelerator) -> None:
+def draw(run: Run, unet: Any, data: Data, config: Config, *, step: int, accelerator: Accelerator) -> None:
     """Samples of the averaged denoiser from fixed seeds, a row a class."""
     names = data.classes[:SAMPLED_CLASSES] or ("samples",)
     rows = []
-    with state.averaged() as unet, accelerator.autocast():
+    with accelerator.autocast():
         pipeline = pipeline_of(unet, data, config)
         pipeline.set_progress_bar_config(disable=True)
         for label, name in enumerate(names):
@@ -336,9 +349,11 @@ def main(config: Config) -> None:
             loop.finish(healthy=result.healthy, waited=result.waited, bad_images=result.bad_images)
             if loop.logging:
                 loop.log_step(result.metrics(accelerator) | {"learning_rate": rate})
-            if loop.drawing and run.main:
-                loop.log(validation_loss(state, val_batches, config, accelerator))
-                draw(run, state, data, config, step=loop.step, accelerator=accelerator)
+            if loop.drawing:
+                with state.averaged() as unet:
+                    if run.main:
+                        loop.log(validation_loss(unet, state, val_batches, config, accelerator))
+                        draw(run, unet, data, config, step=loop.step, accelerator=accelerator)
             if loop.saving:
                 save(run, state, data, config, step=loop.step, facts=loop.facts)
 

@@ -38,7 +38,7 @@ LOG2_TILE = 7
 """Tiles of 128 x 128 latents: each is coded by itself."""
 FAR = 8
 """A quality by so much finer or coarser than any that tables were fitted at is a mistake."""
-AT_ONCE = 32
+AT_ONCE = 16
 """Tiles whose symbols are in memory together."""
 Floats = np.ndarray[Any, Any]
 

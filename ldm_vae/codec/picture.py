@@ -13,7 +13,7 @@ import imagecodecs
 import numpy as np
 from PIL import Image
 
-from ldm_vae.data.images import MAX_PIXELS, Pixels, check_float, pil_pixels, read_pixels
+from ldm_vae.data.images import MAX_PIXELS, Pixels, check_float, large_pixels, pil_pixels, read_pixels
 from ldm_vae.errors import BadImageError, ConfigError, CorruptError
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -98,16 +98,21 @@ def from_pixels(values: Pixels, *, channels: int = 3, icc: bytes = b"", exif: by
 
 
 def read_picture(
-    data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS, scratch: Path | None = None
+    given: bytes | Path, *, channels: int = 3, max_pixels: int = MAX_PIXELS, scratch: Path | None = None
 ) -> Picture:
-    """From a file's bytes; the orientation that EXIF names is applied. `scratch` as in `read_pixels`.
+    """From a file or its bytes; the orientation that EXIF names is applied. `scratch` as in `read_pixels`.
 
     Raises:
         BadImageError: there is none in them.
+        OSError: the file cannot be read.
     """
-    values = read_pixels(data, channels=channels, keep_alpha=True, max_pixels=max_pixels, scratch=scratch)
+    options: dict[str, Any] = {"channels": channels, "keep_alpha": True, "max_pixels": max_pixels, "scratch": scratch}
+    values = large_pixels(given, **options) if scratch is not None and isinstance(given, Path) else None
+    if values is None:
+        given = given.read_bytes() if isinstance(given, Path) else given
+        values = read_pixels(given, **options)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(given) if isinstance(given, bytes) else given) as image:
             icc, exif = metadata_of(image)
     except Exception:  # not a kind of file that PIL knows
         icc = exif = b""

@@ -70,8 +70,8 @@ def read_pixels(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if scratch is not None:
-                convert = (lambda p: p) if keep_alpha else partial(convert_channels, channels=channels)
-                large = read_large(data, scratch, max_pixels=max_pixels, convert=convert)
+                options: dict[str, Any] = {"channels": channels, "keep_alpha": keep_alpha, "max_pixels": max_pixels}
+                large = large_pixels(data, scratch=scratch, **options)
                 if large is not None:
                     return large
             if data[:6] == b"\x93NUMPY":
@@ -92,6 +92,14 @@ def read_pixels(
     except Exception as error:  # decoders raise nearly anything on damaged files
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadImageError(f"cannot be decoded: {reason}") from None
+
+
+def large_pixels(
+    given: bytes | Path, *, channels: int = 3, keep_alpha: bool = False, max_pixels: int, scratch: Path
+) -> Pixels | None:
+    """What `read_pixels` gives of a file that is large, on disk; None for any other."""
+    convert = (lambda p: p) if keep_alpha else partial(convert_channels, channels=channels)
+    return read_large(given, scratch, max_pixels=max_pixels, convert=convert)
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:

@@ -48,8 +48,12 @@ def strips(height: int, width: int) -> Iterator[tuple[int, int]]:
         yield top, min(top + rows, height)
 
 
-def read_large(data: bytes, folder: Path, *, max_pixels: int, convert: Callable[[Pixels], Pixels]) -> Pixels | None:
+def read_large(
+    given: bytes | Path, folder: Path, *, max_pixels: int, convert: Callable[[Pixels], Pixels]
+) -> Pixels | None:
     """convert(pixels) of an image, on disk: (H, W, C) of uint8 or uint16, where strips were converted one by one.
+
+    `given` are a file's bytes or, so that these are not in memory either, its path.
 
     None for what is not large, and for what is left to other readers: floats, inks, palettes, what EXIF turns.
 
@@ -57,7 +61,11 @@ def read_large(data: bytes, folder: Path, *, max_pixels: int, convert: Callable[
         BadImageError: it is damaged, or has too many pixels.
     """
     try:
-        image = pyvips.Image.new_from_buffer(data, "", access="sequential", fail_on="truncated")
+        options = {"access": "sequential", "fail_on": "truncated"}
+        if isinstance(given, Path):
+            image = pyvips.Image.new_from_file(str(given.absolute()), **options)
+        else:
+            image = pyvips.Image.new_from_buffer(given, "", **options)
     except pyvips.Error:
         return None
     if image.width * image.height <= LARGE:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from ldm_vae.data.image_files import EXTENSIONS, MAX_FILE_BYTES, UNREADABLE, digest_of, is_image
-from ldm_vae.data.images import MAX_PIXELS, Sample, read_pixels
+from ldm_vae.data.images import MAX_PIXELS, Sample, large_pixels, read_pixels
 from ldm_vae.data.procedural import PROCEDURAL, ProceduralSource
 from ldm_vae.data.shards import ShardSource, is_shards
 from ldm_vae.errors import BadImageError, ConfigError, DataError
@@ -77,8 +77,12 @@ class FileSource:
             raise BadImageError(f"cannot be read: {reason}") from None
 
     def __getitem__(self, index: int) -> Sample:
-        limits: dict[str, Any] = {"max_pixels": self.max_pixels, "scratch": self.scratch}
-        pixels = read_pixels(self.content(index), channels=self.channels, **limits)
+        options: dict[str, Any] = {"channels": self.channels, "max_pixels": self.max_pixels, "scratch": self.scratch}
+        pixels = None
+        if self.scratch is not None and isinstance(self.read, FolderReader):
+            pixels = large_pixels(self.read.root / self.names[index], **options)
+        if pixels is None:
+            pixels = read_pixels(self.content(index), **options)
         return Sample(pixels=pixels, label=self.label(index), name=self.name(index))
 
 
@@ -165,7 +169,7 @@ def zip_source(path: Path, *, channels: int, max_pixels: int, scratch: Path | No
     reader = ZipReader(path)
     try:
         names = [n for n in reader.open().namelist() if is_image(n)]
-    except (OSError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} is not a zip that can be read: {error}") from None
     return FileSource(names, reader, channels=channels, max_pixels=max_pixels, scratch=scratch)
 

@@ -20,6 +20,7 @@ from ldm_vae.models.pretrained import encode_moments, posterior_of
 from ldm_vae.models.unet import multiple_of, predict
 from ldm_vae.objectives.diffusion import Prediction, add_noise, min_snr_weights
 from ldm_vae.objectives.step import StepConfig, averaged, parameters_of, set_learning_rate
+from ldm_vae.sharding import averaged_copy, is_sharded, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Objective(StepConfig):
 
 @dataclass(kw_only=True)
 class State:
-    """What training changes, and the VAE that it leaves alone. `unet` may be wrapped by DDP."""
+    """What training changes, and the VAE that it leaves alone. `unet` may be wrapped by DDP, or be sharded."""
 
     unet: nn.Module
     bare: Any
@@ -45,13 +46,17 @@ class State:
     """Whether batches hold moments from a cache; otherwise images, which the VAE encodes."""
     ema: EMAModel
     optimizer: torch.optim.Optimizer
+    copy: Any = None
+    """Of a sharded network, whole, in the main process."""
 
     def parts(self) -> dict[str, Any]:
         """Everything that a checkpoint holds."""
         return {"unet": self.bare, "ema": self.ema, "optimizer": self.optimizer}
 
     def averaged(self) -> AbstractContextManager[Any]:
-        """The network with its averaged weights in place."""
+        """The network with its averaged weights in place; of a sharded one, which all processes enter, the copy."""
+        if is_sharded(self.bare):
+            return averaged_copy(self.ema, self.copy, self.vae.device)
         return averaged(self.bare, self.ema)
 
 
@@ -115,7 +120,7 @@ def train_step(
             loss = losses_of(state.unet, scaled_latents, batch, config, state.bare).mean()
             accelerator.backward(loss)
         losses += loss.detach() / config.gradient_accumulation_steps
-    norm = nn.utils.clip_grad_norm_(parameters_of(state.optimizer), config.max_grad_norm)
+    norm = whole(nn.utils.clip_grad_norm_(parameters_of(state.optimizer), config.max_grad_norm))
     healthy = bool(accelerator.reduce(losses + norm, "sum").isfinite())
     if healthy:
         set_learning_rate(state.optimizer, learning_rate)

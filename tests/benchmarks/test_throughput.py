@@ -2,27 +2,45 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.throughput import Config, main
-from ldm_vae.errors import ConfigError
+from benchmarks.throughput import MEASURES, Config, main, slower
+from ldm_vae.errors import ConfigError, RunError
 
 
-def test_models_are_measured_side_by_side(tmp_path: Path) -> None:
-    models = ("f8c4", "f8c8")
-    main(Config(output=tmp_path, models=models, resolution=32, batch_size=2, rounds=1, seconds=0.05, losses="l1-kl"))
-    (file,) = tmp_path.glob("throughput-*-no-l1-kl.json")
-    results = json.loads(file.read_text())["results"]
-    assert results["f8c4"]["f8c4_trains_times_as_fast"] == 1
-    ratio = results["f8c4"]["train_images_per_second"] / results["f8c8"]["train_images_per_second"]
-    assert results["f8c8"]["f8c4_trains_times_as_fast"] == pytest.approx(ratio)
-    assert results["f8c8"]["step_gflop"] > results["f8c4"]["step_gflop"] > 0
-    for result in results.values():
-        assert 0 < result["share_of_peak"] < 2
-        assert result["reconstruction_ms"] > 0
+def test_every_stage_is_measured_beside_diffusers(tmp_path: Path) -> None:
+    models = ("f8c4", "AutoencoderTiny")
+    small: dict[str, Any] = {"resolution": 32, "batch_size": 2, "side": 64, "rounds": 1, "seconds": 0.05}
+    main(Config(output=tmp_path, models=models, **small))
+    file = tmp_path / "throughput-cpu-no-l1-kl.json"
+    record = json.loads(file.read_text())
+    results = record["results"]
+    steps = [f"{m}: {what}" for m in models for what in ("step", "encode", "decode")]
+    steps += [f"f8c4: step without {m}" for m in MEASURES] + ["f8c4: step, compiled"]
+    others = ["denoiser: step", "denoiser: sampling in 10 steps", "caching", "codec: compress", "codec: decompress"]
+    assert list(results) == [*steps, *others, "loader, in one process"]
+    for name, result in results.items():
+        assert result["images_per_second"] > 0
+        assert 0 < result["share_of_peak"] < 2 or name.startswith("loader")
+    step, decode = results["f8c4: step"]["gflop"] / 2, results["f8c4: decode"]["gflop"]  # of 32x32 and of 64x64
+    assert 3 < step / ((decode + results["f8c4: encode"]["gflop"]) / 4) < 3.5  # forward and backward
+    (line,) = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert json.loads(line)["images_per_second"]["caching"] == pytest.approx(
+        results["caching"]["images_per_second"], abs=1e-3
+    )
+    fast = {k: v | {"images_per_second": 9 * v["images_per_second"]} for k, v in results.items()}
+    assert len(slower(record, record | {"results": fast})) == len(results)
+    assert slower(record | {"results": fast}, record) == []
+    with pytest.raises(RunError, match="does not compare: machine differ"):
+        slower(record, record | {"machine": "another one"})
 
 
-def test_an_unknown_model_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no model f9c9: try demo, f8c4"):
-        main(Config(output=tmp_path, models=("f9c9",), seconds=0.01))
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [({"models": ("f9c9",)}, "no model f9c9: try demo, f8c4"), ({"compare": Path("none.json")}, "cannot be read")],
+)
+def test_what_cannot_work_is_one_clear_error(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(Config(output=tmp_path, seconds=0.01, **flags))
