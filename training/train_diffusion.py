@@ -207,7 +207,8 @@ def build(config: Config, data: Data, accelerator: Accelerator) -> State:
     )
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    unet = unet.to(accelerator.device, memory_format=torch.channels_last).train()
+    layout = torch.contiguous_format if accelerator.is_fsdp2 else torch.channels_last  # FSDP takes no other
+    unet = unet.to(accelerator.device, memory_format=layout).train()
     if config.compile:
         unet.compile()
     optimizer: Any = torch.optim.AdamW(

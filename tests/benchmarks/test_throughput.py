@@ -25,7 +25,7 @@ def test_every_stage_is_measured_beside_diffusers(tmp_path: Path) -> None:
         assert result["images_per_second"] > 0
         assert 0 < result["share_of_peak"] < 2 or name.startswith("loader")
     step, decode = results["f8c4: step"]["gflop"] / 2, results["f8c4: decode"]["gflop"]  # of 32x32 and of 64x64
-    assert 3 < step / ((decode + results["f8c4: encode"]["gflop"]) / 4) < 3.5  # forward and backward
+    assert 2.5 < step / ((decode + results["f8c4: encode"]["gflop"]) / 4) < 3.2  # forward and backward
     (line,) = (tmp_path / "history.jsonl").read_text().splitlines()
     assert json.loads(line)["images_per_second"]["caching"] == pytest.approx(
         results["caching"]["images_per_second"], abs=1e-3

@@ -26,7 +26,9 @@ def prepare(self, unet, optimizer):
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         fully_shard(block, mesh=mesh)
     fully_shard(unet, mesh=mesh)
-    return unet, SimpleNamespace(optimizer=type(optimizer)(unet.parameters(), **optimizer.defaults))
+    group = optimizer.param_groups[0]
+    group["params"] = list(unet.parameters())
+    return unet, SimpleNamespace(optimizer=optimizer)
 
 Accelerator.prepare = prepare
 Accelerator.is_fsdp2 = True
