@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import subprocess
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,3 +151,65 @@ def test_a_second_process_is_kept_out_until_the_first_is_done_or_dead(tmp_path: 
     run.release()
     assert in_another_process(tmp_path) == "let in"
     assert in_another_process(tmp_path) == "let in"  # the one before ended without a word
+
+
+# A disk that is full or read-only ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A megabyte in memory; only root can mount it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no right to mount a disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_costs_only_what_did_not_fit(small_disk: Path) -> None:
+    run = Run(small_disk / "run", Config())
+    run.save(checkpoint(1))
+    large = Checkpoint(step=2, tensors={"a": torch.zeros(1 << 20)}, facts={})
+    with pytest.raises(RunError, match=r"cannot write .*step-2.*No space left on device"):
+        run.save(large)
+    found = run.load_newest()
+    assert found is not None
+    assert found.step == 1
+    assert [p.name for p in (small_disk / "run" / "checkpoints").iterdir()] == ["step-1"]
+    with pytest.raises(RunError, match=r"cannot write .*metrics.jsonl: No space left on device"):
+        for step in range(100):
+            run.log(step, {"x" * 20_000: 1.0})
+    run.release()
+
+
+def test_a_read_only_directory_is_said_in_one_line(small_disk: Path) -> None:
+    Run(small_disk / "run", Config()).release()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for name in ("run", "new"):
+        with pytest.raises(RunError, match="cannot write to .*: Read-only file system"):
+            Run(small_disk / name, Config())
+
+
+@pytest.mark.parametrize("positions", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_one_bit_anywhere_in_a_checkpoint_is_noticed(positions: int, tmp_path: Path) -> None:
+    run = Run(tmp_path, Config())
+    for step in (1, 2):
+        run.save(checkpoint(step))
+    rng = random.Random(0)
+    outcomes = set()
+    for number in range(positions):
+        file = tmp_path / "checkpoints" / "step-2" / ("state.json" if number % 2 else "state.safetensors")
+        data = file.read_bytes()
+        at = rng.randrange(len(data))
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = run.load_newest()
+        assert found is not None
+        expected = checkpoint(found.step)
+        assert found.facts == expected.facts
+        assert torch.equal(found.tensors["a"], expected.tensors["a"])
+        outcomes.add(found.step)
+        file.write_bytes(data)
+    assert 1 in outcomes

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.any_size import TILE, Config, main, write_picture
+from ldm_vae.codec.fitting import fit_tables
+from ldm_vae.data.sources import open_source
+from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
+
+
+def test_the_picture_has_its_size_and_no_two_tiles_beside_each_other_alike(tmp_path: Path) -> None:
+    write_picture(tmp_path / "a.png", 2500)
+    pixels = np.asarray(Image.open(tmp_path / "a.png"))
+    assert pixels.shape == (2500, 2500, 3)
+    assert not np.array_equal(pixels[:TILE, :TILE], pixels[:TILE, TILE : 2 * TILE])
+
+
+@pytest.mark.slow
+def test_commands_are_measured_and_stay_in_bounds(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(**ARCHITECTURES["f8c8-codec"])
+    vae.save_pretrained(tmp_path / "model" / "vae")
+    tables = tmp_path / "model" / "codec"
+    tables.mkdir()
+    fit_tables(vae.eval(), open_source("procedural:dead-leaves", resolution=64), num_images=4, qualities=(1,)).save(
+        tables
+    )
+    main(Config(model=str(tmp_path / "model"), output=tmp_path / "out", sides=(1024, 6144)))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    for found in results.values():
+        assert found.keys() == {"compress", "decompress", "reconstruct"}
+        assert all(0 < r["resident_mib"] < 1900 for r in found.values())
+    assert [p.name for p in (tmp_path / "out").iterdir()] != ["work"]

@@ -1,0 +1,25 @@
+"""Mutated images, archives, runs, models and caches: an error of ours, or read right.
+
+`python -m benchmarks.fuzz_readers` does the same 10,000 times.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fuzz_readers import FOLDERS, fuzz
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_nothing_that_is_read_crashes_or_is_taken_for_something_else(count: int, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcomes = fuzz(count, 0, tmp_path)
+    assert set(FOLDERS) < set(outcomes)
+    for name, outcome in outcomes.items():
+        assert (outcome.crashed, outcome.first, outcome.slow) == (0, "", 0), name
+        assert outcome.read + outcome.refused > 0
+    assert sum(o.refused for o in outcomes.values()) > count
