@@ -178,8 +178,7 @@ def test_a_full_disk_costs_only_what_did_not_fit(small_disk: Path) -> None:
     assert found.step == 1
     assert [p.name for p in (small_disk / "run" / "checkpoints").iterdir()] == ["step-1"]
     with pytest.raises(RunError, match=r"cannot write .*metrics.jsonl: No space left on device"):
-        for step in range(100):
-            run.log(step, {"x" * 20_000: 1.0})
+        run.log(2, {"x" * (1 << 21): 1.0})
     run.release()
 
 
@@ -187,7 +186,7 @@ def test_a_read_only_directory_is_said_in_one_line(small_disk: Path) -> None:
     Run(small_disk / "run", Config()).release()
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for name in ("run", "new"):
-        with pytest.raises(RunError, match="cannot write to .*: Read-only file system"):
+        with pytest.raises(RunError, match=r"cannot write to .*: Read-only file system"):
             Run(small_disk / name, Config())
 
 

@@ -175,9 +175,12 @@ def zip_source(path: Path, *, channels: int, max_pixels: int, scratch: Path | No
 
 
 class HuggingFaceSource:
-    """The image column of a Hugging Face dataset; labels from its ClassLabel column when it has one."""
+    """The image column of a Hugging Face dataset; labels from its ClassLabel column when it has one.
 
-    def __init__(self, dataset: Any, *, channels: int, max_pixels: int) -> None:
+    Rows that name a file are read below `root` alone: elsewhere they may name anything.
+    """
+
+    def __init__(self, dataset: Any, *, channels: int, max_pixels: int, root: Path | None = None) -> None:
         import datasets
 
         images = [k for k, v in dataset.features.items() if isinstance(v, datasets.Image)]
@@ -187,7 +190,7 @@ class HuggingFaceSource:
         self.image, self.label = images[0], labels[0] if labels else None
         self.classes: tuple[str, ...] = tuple(dataset.features[self.label].names) if self.label else ()
         self.dataset = dataset.cast_column(self.image, datasets.Image(decode=False))
-        self.channels, self.max_pixels = channels, max_pixels
+        self.channels, self.max_pixels, self.root = channels, max_pixels, root
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -203,8 +206,10 @@ class HuggingFaceSource:
         row = self.dataset[index]
         stored = row[self.image] or {}
         data = stored.get("bytes")
-        if data is None and stored.get("path") and os.path.isfile(stored["path"]):
-            data = Path(stored["path"]).read_bytes()
+        path = stored.get("path")
+        if data is None and path and self.root is not None and os.path.isfile(path):
+            inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(self.root))
+            data = Path(path).read_bytes() if inside else None
         pixels = read_pixels(data or b"", channels=self.channels, max_pixels=self.max_pixels)
         label = row[self.label] if self.label else None
         label = label if label is not None and label >= 0 else None  # the library's -1 is "not labelled"
@@ -217,10 +222,11 @@ def hugging_face_source(path: str, *, channels: int, max_pixels: int) -> Hugging
         import datasets
     except ImportError:
         raise DataError(f"{path} is a Hugging Face dataset: pip install 'ldm-vae[datasets]' to read it") from None
-    local = Path(path)
+    local, root = Path(path), None
     try:
         if path.startswith("imagefolder:"):
-            dataset = datasets.load_dataset("imagefolder", data_dir=path.removeprefix("imagefolder:"), split="train")
+            root = Path(path.removeprefix("imagefolder:"))
+            dataset = datasets.load_dataset("imagefolder", data_dir=str(root), split="train")
         elif local.is_file():
             dataset = datasets.load_dataset("parquet", data_files=str(local), split="train")
         elif (local / "state.json").is_file():
@@ -231,7 +237,7 @@ def hugging_face_source(path: str, *, channels: int, max_pixels: int) -> Hugging
             dataset = datasets.load_dataset(path, split="train")
     except Exception as error:  # the library raises many kinds: offline, unknown, damaged, no train split
         raise DataError(f"cannot load the Hugging Face dataset {path}: {type(error).__name__}: {error}") from None
-    return HuggingFaceSource(dataset, channels=channels, max_pixels=max_pixels)
+    return HuggingFaceSource(dataset, channels=channels, max_pixels=max_pixels, root=root)
 
 
 class SplitSource:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ldm_vae.data.procedural import SHAPES
-from ldm_vae.data.sources import open_source
+from ldm_vae.data.sources import HuggingFaceSource, open_source
 from ldm_vae.errors import BadImageError, DataError
 
 
@@ -60,6 +60,18 @@ def test_a_local_hugging_face_dataset_is_read_with_its_labels(photos: Path, tmp_
         assert np.array_equal(source[3].pixels, np.asarray(Image.open(paths[3])))
         with pytest.raises(BadImageError):
             source[12]
+
+
+def test_a_file_that_a_row_names_is_read_below_its_root_alone(photos: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    file = next(photos.rglob("*.png"))
+    features = datasets.Features({"image": datasets.Image()})
+    rows = {"image": [{"bytes": None, "path": str(file)}]}
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    for root in (None, tmp_path, tmp_path / ".." / tmp_path.name):
+        with pytest.raises(BadImageError, match="empty file"):
+            HuggingFaceSource(dataset, channels=3, max_pixels=10**6, root=root)[0]
+    assert HuggingFaceSource(dataset, channels=3, max_pixels=10**6, root=photos)[0].pixels.shape == (60, 72, 3)
 
 
 def test_an_imagefolder_is_read_by_datasets(photos: Path) -> None:
