@@ -15,7 +15,7 @@ EXTENSIONS = frozenset(
     + ".jp2 .ppm .pgm .pbm .pnm .tga .ico".split()
 )
 MAX_FILE_BYTES = 2**30
-UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, NotImplementedError, EOFError)
+UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, UnicodeError)
 """What reading a file or a member of a zip raises; RuntimeError is for one that is encrypted."""
 
 
