@@ -3,20 +3,20 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import imagecodecs
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from ldm_vae import cli
 from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.picture import as_picture, png_bytes
 from ldm_vae.codec.search import psnr_of
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.data import large
-from ldm_vae.data.images import read_pixels
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 
 
@@ -234,15 +234,21 @@ def test_large_images_go_by_way_of_the_disk(
 ) -> None:
     shape, dtype = {"grey": ((150, 210), "u1"), "16 bits": ((150, 210, 3), "u2"), "alpha": ((150, 210, 4), "u1")}[kind]
     pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape, dtype)
-    (tmp_path / "in.png").write_bytes(imagecodecs.png_encode(pixels))
+    exif = Image.Exif()
+    exif[270] = "a title"
+    given = as_picture(pixels)
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() if kind == "alpha" else b""
+    given = replace(given, exif=exif.tobytes().removeprefix(b"Exif\0\0"), icc=icc)
+    (tmp_path / "in.png").write_bytes(png_bytes(given))
     outputs = []
     for limit in (large.LARGE, 10_000):
         monkeypatch.setattr(large, "LARGE", limit)
         run("compress", tmp_path / "in.png", tmp_path / f"{limit}.ldi", "--model", model)
         run("decompress", tmp_path / f"{limit}.ldi", tmp_path / f"{limit}.png", "--model", model)
-        outputs.append(
-            [(tmp_path / f"{limit}.ldi").read_bytes(), read_pixels((tmp_path / f"{limit}.png").read_bytes())]
-        )
+        found = read_picture((tmp_path / f"{limit}.png").read_bytes())
+        assert found.icc == icc
+        assert Image.open(tmp_path / f"{limit}.png").getexif()[270] == "a title"
+        outputs.append([(tmp_path / f"{limit}.ldi").read_bytes(), found.whole()])
     assert outputs[0][0] == outputs[1][0]
     assert np.array_equal(outputs[0][1], outputs[1][1])
     assert len(list(tmp_path.iterdir())) == 5

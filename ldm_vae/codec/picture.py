@@ -13,6 +13,7 @@ import imagecodecs
 import numpy as np
 from PIL import Image
 
+from ldm_vae.data import large
 from ldm_vae.data.images import MAX_PIXELS, Pixels, check_float, large_pixels, pil_pixels, read_pixels
 from ldm_vae.errors import BadImageError, ConfigError, CorruptError
 
@@ -107,12 +108,14 @@ def read_picture(
         OSError: the file cannot be read.
     """
     options: dict[str, Any] = {"channels": channels, "keep_alpha": True, "max_pixels": max_pixels, "scratch": scratch}
-    values = large_pixels(given, **options) if scratch is not None and isinstance(given, Path) else None
-    if values is None:
-        given = given.read_bytes() if isinstance(given, Path) else given
-        values = read_pixels(given, **options)
+    values = None if scratch is None else large_pixels(given, **options)
+    if values is not None:  # PIL would decode it to find its EXIF
+        icc, exif = large.metadata_of(given)
+        return from_pixels(values, channels=channels, icc=icc, exif=without_layout(exif))
+    given = given.read_bytes() if isinstance(given, Path) else given
+    values = read_pixels(given, **options)
     try:
-        with Image.open(io.BytesIO(given) if isinstance(given, bytes) else given) as image:
+        with Image.open(io.BytesIO(given)) as image:
             icc, exif = metadata_of(image)
     except Exception:  # not a kind of file that PIL knows
         icc = exif = b""

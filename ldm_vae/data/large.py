@@ -10,11 +10,13 @@ import mmap
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pyvips
+import tifffile
 
 from ldm_vae.errors import BadImageError, ConfigError
 
@@ -34,10 +36,14 @@ WRITERS: dict[str, dict[str, Any]] = {
 }
 """What large images are written as, with libvips' options."""
 
+INTERPRETATIONS = {
+    **{("uint8", False): "b-w", ("uint8", True): "srgb"},
+    **{("uint16", False): "grey16", ("uint16", True): "rgb16"},
+}
+"""libvips', by the values' type and whether they are colours."""
 Pixels = np.ndarray[Any, Any]
 """(H, W, C) of uint8, uint16 or float32 in [0, 1]."""
 pyvips.block_untrusted_set(True)  # of its decoders only those that libvips calls fit for files from anywhere
-pyvips.operation_block_set("VipsForeignLoadRaw", False)  # what is written here
 pyvips.cache_set_max(0)
 
 
@@ -61,11 +67,7 @@ def read_large(
         BadImageError: it is damaged, or has too many pixels.
     """
     try:
-        options = {"access": "sequential", "fail_on": "truncated"}
-        if isinstance(given, Path):
-            image = pyvips.Image.new_from_file(str(given.absolute()), **options)
-        else:
-            image = pyvips.Image.new_from_buffer(given, "", **options)
+        image = opened(given)
     except pyvips.Error:
         return None
     if image.width * image.height <= LARGE:
@@ -89,6 +91,24 @@ def read_large(
         whole[top:bottom] = strip
         let_go(whole)
     return whole
+
+
+def opened(given: bytes | Path) -> Any:
+    """libvips' image, to be read from top to bottom. Raises pyvips.Error."""
+    options = {"access": "sequential", "fail_on": "truncated"}
+    if isinstance(given, Path):
+        return pyvips.Image.new_from_file(str(given.absolute()), **options)
+    return pyvips.Image.new_from_buffer(given, "", **options)
+
+
+def metadata_of(given: bytes | Path) -> tuple[bytes, bytes]:
+    """ICC profile and EXIF of a large image, as they are in the file; nothing for what cannot be read."""
+    try:
+        image = opened(given)
+        found = [image.get(n) if image.get_typeof(n) else b"" for n in ("icc-profile-data", "exif-data")]
+    except pyvips.Error:
+        return b"", b""
+    return bytes(found[0]), bytes(found[1])
 
 
 def on_disk(shape: tuple[int, ...], dtype: Any, folder: Path) -> Pixels:
@@ -135,19 +155,11 @@ def write_large(
         ConfigError: it cannot be written so.
     """
     check_writer(extension)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".strips.") as raw:
-        dtype = None
-        for part in parts:
-            dtype = part.dtype
-            raw.write(np.ascontiguousarray(part).data)
-        raw.flush()
-        height, width, bands = shape
-        kind = next(name for name, known in DTYPES.items() if known == dtype)
-        grey = {"uchar": "b-w", "ushort": "grey16"}
-        colour = {"uchar": "srgb", "ushort": "rgb16"}
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".strips.") as between:
+        dtype = write_strips(between, parts, shape)  # of a TIFF, which libvips reads as it comes and does not map
         with vips_errors(extension):
-            image = pyvips.Image.rawload(raw.name, width, height, bands, format=kind, access="sequential")
-            image = image.copy(interpretation=(grey if bands < 3 else colour)[kind])
+            image = pyvips.Image.new_from_file(between.name, access="sequential")
+            image = image.copy(interpretation=INTERPRETATIONS[dtype, shape[2] > 2])
             if icc:
                 image.set_type(pyvips.GValue.blob_type, "icc-profile-data", icc)
             if exif:
@@ -157,6 +169,42 @@ def write_large(
                 image.set_type(pyvips.GValue.gstr_type, f"png-comment-{i}-{key}", ascii_only)
             out.flush()
             image.write_to_target(pyvips.Target.new_to_descriptor(out.fileno()), extension, **WRITERS[extension])
+
+
+def write_strips(out: IO[bytes], parts: Iterable[Pixels], shape: tuple[int, int, int]) -> str:
+    """The parts as an uncompressed TIFF; the type of their values."""
+    parts = iter(parts)
+    first = next(parts)
+    height, width, bands = shape
+    rows = max((1 << 18) // width, 1)
+    tifffile.imwrite(
+        out,
+        (np.ascontiguousarray(p).tobytes() for p in of_height(chain([first], parts), rows)),
+        shape=(height, width) if bands == 1 else shape,
+        dtype=first.dtype,
+        bigtiff=True,
+        photometric="rgb" if bands > 2 else "minisblack",
+        planarconfig="contig" if bands > 1 else None,
+        extrasamples=["unassalpha"] if bands in (2, 4) else None,
+        rowsperstrip=rows,
+        metadata=None,
+        software=False,
+    )
+    out.flush()
+    return str(first.dtype)
+
+
+def of_height(parts: Iterable[Pixels], rows: int) -> Iterator[Pixels]:
+    """The same rows in parts of `rows`; the last one has what is left."""
+    left: Pixels | None = None
+    for part in parts:
+        whole = part if left is None else np.concatenate([left, part])
+        even = len(whole) // rows * rows
+        for top in range(0, even, rows):
+            yield whole[top : top + rows]
+        left = whole[even:]
+    if left is not None and len(left):
+        yield left
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """Mutated files: an error of ours, or the very picture; never another one, a crash or a hang.
 
-`benchmarks/fuzz_codec.py` does the same 100,000 times.
+`benchmarks/fuzzing/codec.py` does the same 100,000 times.
 """
 
 from __future__ import annotations
 
-from benchmarks.fuzz_codec import fuzz
+from benchmarks.fuzzing.codec import fuzz
 from ldm_vae.codec.codec import LatentCodec
 
 

@@ -1,6 +1,6 @@
 """Mutated images, archives, runs, models and caches: an error of ours, or read right.
 
-`python -m benchmarks.fuzz_readers` does the same 10,000 times.
+`python -m benchmarks.fuzzing.readers` does the same 10,000 times.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fuzz_readers import FOLDERS, fuzz
+from benchmarks.fuzzing.readers import FOLDERS, fuzz
 
 
 @pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])

@@ -1,6 +1,6 @@
 """Mutate what is read from disk (images, archives, shards, runs, models, caches): an error of ours, or read right.
 
-python -m benchmarks.fuzz_readers [--count 10000 --seed 0]
+python -m benchmarks.fuzzing.readers [--count 10000 --seed 0]
 
 Each reader gets so many mutated files. It must raise an LdmVaeError, or give what it was made from where a digest says
 what that is, and otherwise something of a size that its limits allow; within seconds, and never crash.
@@ -27,7 +27,7 @@ import torch
 from diffusers.utils import logging
 from PIL import Image
 
-from benchmarks.fuzz_codec import mutate
+from benchmarks.fuzzing.mutations import mutate
 from ldm_vae.codec.fitting import fit_tables
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.config import parse_flags

@@ -1,6 +1,6 @@
 """Mutate compressed files and decode them: an error of ours, or what the bytes say; never a crash or a hang.
 
-python benchmarks/fuzz_codec.py [--count 100000 --seed 0]
+python -m benchmarks.fuzzing.codec [--count 100000 --seed 0]
 
 Half of the mutations leave the checksums wrong: each must be refused, or have changed nothing. The other half come with
 checksums that are right, as a hostile writer would make them: they must be refused, or decode to a picture of the size
@@ -20,6 +20,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from benchmarks.fuzzing.mutations import mutate
 from ldm_vae.codec import bitstream
 from ldm_vae.codec.bitstream import Limits
 from ldm_vae.codec.codec import LOG2_TILE, LatentCodec
@@ -45,35 +46,6 @@ class Config:
 
     count: int = 100_000
     seed: int = 0
-
-
-def mutate(data: bytes, others: list[bytes], rng: np.random.Generator) -> bytes:
-    """Bits flipped, bytes set, parts cut out, doubled, moved, or taken from another file."""
-    out = bytearray(data)
-    for _ in range(int(rng.integers(1, 4))):
-        if not out:
-            break
-        at = int(rng.integers(len(out)))
-        if rng.random() < 0.4:
-            at = int(rng.integers(min(len(out), bitstream.FIXED.size + 8)))  # the header is small and matters
-        length = int(rng.integers(1, 20))
-        match rng.integers(7):
-            case 0:
-                out[at] ^= 1 << int(rng.integers(8))
-            case 1:
-                out[at] = int(rng.choice([0, 1, 127, 128, 255]))
-            case 2:
-                del out[at:]
-            case 3:
-                del out[at : at + length]
-            case 4:
-                out[at:at] = out[at : at + length]
-            case 5:
-                out[at : at + length] = rng.bytes(length)
-            case 6:
-                other = others[int(rng.integers(len(others)))]
-                out[at:] = other[at:]
-    return bytes(out)
 
 
 def mutate_inside(data: bytes, rng: np.random.Generator) -> bytes:
