@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 from ldm_vae import cli
 from ldm_vae.codec.codec import LatentCodec
-from ldm_vae.codec.picture import as_picture, png_bytes
+from ldm_vae.codec.picture import as_picture, png_bytes, read_picture
 from ldm_vae.codec.search import psnr_of
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.data import large
