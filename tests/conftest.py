@@ -17,8 +17,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a network
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps its settings in singletons: forget them, so that each test may choose its own."""
+    """Accelerate keeps its settings in singletons: forget them, those of fixtures too, so that each test may choose."""
+    forget_accelerate()
     yield
+    forget_accelerate()
+
+
+def forget_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()
