@@ -297,7 +297,7 @@ def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[st
 def measured(
     stages: dict[str, Stage], config: Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, dict[str, Any]], float]:
-    """images/s, spread, GFLOP of a call, share of the peak and MiB of each stage; and the peak, that of the best round."""
+    """images/s, spread, GFLOP of a call, share of the peak and MiB of each stage; and the best round's peak."""
     results: dict[str, dict[str, Any]] = {}
     for name, stage in stages.items():
         stage.call()
