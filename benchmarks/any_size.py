@@ -54,7 +54,7 @@ def write_picture(file: Path, side: int) -> None:
             yield row[: side - y, :side]
 
     with atomic(file) as out:
-        write_large(out, ".png", rows(), (side, side, 3), folder=file.parent)
+        write_large(out, rows(), (side, side, 3), folder=file.parent)
 
 
 def measured(words: list[str]) -> dict[str, float]:

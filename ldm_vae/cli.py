@@ -160,8 +160,8 @@ def scratch_of(name: str) -> Path:
     return Path(tempfile.gettempdir()) if name == STREAM else Path(name).parent
 
 
-def write_parts(name: str, extension: str, found: Any, parts: Iterator[Any]) -> None:
-    """An image of which the pixels come in parts."""
+def write_parts(name: str, found: Any, parts: Iterator[Any]) -> None:
+    """A PNG of which the pixels come in parts."""
     import numpy as np
 
     from ldm_vae.data.large import write_large
@@ -175,13 +175,13 @@ def write_parts(name: str, extension: str, found: Any, parts: Iterator[Any]) -> 
 
     shape = (*found.pixels.shape[:2], found.pixels.shape[2] + (found.alpha is not None))
     with nullcontext(sys.stdout.buffer) if name == STREAM else atomic(Path(name)) as out:
-        write_large(out, extension, with_alpha(), shape, folder=scratch_of(name), icc=found.icc, exif=found.exif)
+        write_large(out, with_alpha(), shape, folder=scratch_of(name), icc=found.icc, exif=found.exif)
 
 
 def decompress_file(command: Decompress) -> str | None:
     from ldm_vae.codec.codec import filled
     from ldm_vae.codec.picture import check_extension, encode_picture
-    from ldm_vae.data.large import LARGE, WRITERS
+    from ldm_vae.data.large import LARGE
 
     extension = command.extension if command.output == STREAM else Path(command.output).suffix.lower()
     check_extension(extension)
@@ -190,8 +190,8 @@ def decompress_file(command: Decompress) -> str | None:
     data = read(command.input)
     parts = codec.parts(data, region=command.region, limits=command.limits(), damage=damage)
     found = next(parts)
-    if found.pixels[:, :, 0].size > LARGE and extension in WRITERS:
-        write_parts(command.output, extension, found, parts)
+    if extension == ".png" and found.pixels[:, :, 0].size > LARGE and found.pixels.shape[2] in (1, 3):
+        write_parts(command.output, found, parts)
     else:
         write(command.output, encode_picture(filled(found, parts), extension))
     return "; ".join(damage) if damage else None

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_vae.data.images import MAX_PIXELS, Pixels, to_images, to_pixels
+from ldm_vae.data.images import Pixels, to_images, to_pixels
 from ldm_vae.data.large import let_go, write_large
 from ldm_vae.data.sources import check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
@@ -48,8 +48,8 @@ def convert_images(
     channels: int,
     settings: Mapping[str, str],
     accelerator: Accelerator,
-    max_pixels: int = MAX_PIXELS,
-    reach: tuple[int, int] | None = None,
+    max_pixels: int,
+    reach: tuple[int, int] | None,
 ) -> None:
     """Each image (1, C, H, W) in [-1, 1] of a folder or other source -> function(image), as an 8-bit PNG.
 
@@ -61,7 +61,7 @@ def convert_images(
         settings: what the results depend on beside the images; files of others are not mixed with these.
         max_pixels: images with more are bad ones.
         reach: how far, in pixels, a pixel of the result sees, and of what its places are multiples: with this, images
-            go through in parts, and large ones never lie in memory as a whole.
+            go through in parts, and large ones never lie in memory as a whole; None: it sees the whole.
 
     Raises:
         ConfigError: an output within the input, or a source without end.
@@ -97,7 +97,7 @@ def convert_images(
         parts = in_parts(function, pixels, *reach, device=accelerator.device)
         (output / file).parent.mkdir(parents=True, exist_ok=True)
         with atomic(output / file) as out:
-            write_large(out, ".png", parts, pixels.shape, folder=output, text=facts)
+            write_large(out, parts, pixels.shape, folder=output, text=facts)
     for part in gather_object([bad]):
         bad |= part
     if accelerator.is_main_process:

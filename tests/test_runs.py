@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,17 +153,6 @@ def test_a_second_process_is_kept_out_until_the_first_is_done_or_dead(tmp_path: 
 
 
 # A disk that is full or read-only ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A megabyte in memory; only root can mount it."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("no right to mount a disk")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_full_disk_costs_only_what_did_not_fit(small_disk: Path) -> None:

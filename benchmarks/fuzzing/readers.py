@@ -32,7 +32,7 @@ from ldm_vae.codec.fitting import fit_tables
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.config import parse_flags
 from ldm_vae.data import large
-from ldm_vae.data.images import read_pixels
+from ldm_vae.data.images import large_pixels, read_pixels
 from ldm_vae.data.procedural import ProceduralSource
 from ldm_vae.data.shards import ShardSource, build_index
 from ldm_vae.data.sources import Source, open_source
@@ -99,7 +99,8 @@ def images() -> list[bytes]:
 
 
 def read_image(data: bytes, folder: Path | None) -> None:
-    pixels = read_pixels(data, max_pixels=MAX_PIXELS, scratch=folder)
+    pixels = None if folder is None else large_pixels(data, max_pixels=MAX_PIXELS, scratch=folder)
+    pixels = read_pixels(data, max_pixels=MAX_PIXELS) if pixels is None else pixels
     right = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.shape[0] * pixels.shape[1] <= MAX_PIXELS
     if not right or pixels.dtype not in (np.uint8, np.uint16, np.float32):
         raise AssertionError(f"pixels of {pixels.dtype} {pixels.shape}")

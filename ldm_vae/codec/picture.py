@@ -101,14 +101,14 @@ def from_pixels(values: Pixels, *, channels: int = 3, icc: bytes = b"", exif: by
 def read_picture(
     given: bytes | Path, *, channels: int = 3, max_pixels: int = MAX_PIXELS, scratch: Path | None = None
 ) -> Picture:
-    """From a file or its bytes; the orientation that EXIF names is applied. `scratch` as in `read_pixels`.
+    """From a file or its bytes; the orientation that EXIF names is applied. `scratch` as in `large_pixels`.
 
     Raises:
         BadImageError: there is none in them.
         OSError: the file cannot be read.
     """
-    options: dict[str, Any] = {"channels": channels, "keep_alpha": True, "max_pixels": max_pixels, "scratch": scratch}
-    values = None if scratch is None else large_pixels(given, **options)
+    options: dict[str, Any] = {"channels": channels, "keep_alpha": True, "max_pixels": max_pixels}
+    values = None if scratch is None else large_pixels(given, scratch=scratch, **options)
     if values is not None:  # PIL would decode it to find its EXIF
         icc, exif = large.metadata_of(given)
         return from_pixels(values, channels=channels, icc=icc, exif=without_layout(exif))

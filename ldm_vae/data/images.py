@@ -45,18 +45,10 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """ITU-R BT.601, what PIL's convert("L") uses."""
 
 
-def read_pixels(
-    data: bytes,
-    *,
-    channels: int = 3,
-    keep_alpha: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    scratch: Path | None = None,
-) -> Pixels:
+def read_pixels(data: bytes, *, channels: int = 3, keep_alpha: bool = False, max_pixels: int = MAX_PIXELS) -> Pixels:
     """A file's bytes -> pixels (H, W, channels): uint8, uint16 if the file has 16 bits, or float32 in [0, 1].
 
     `keep_alpha`: as many channels as the file has. Unless they are `channels`, the last of 2 and of 4 is transparency.
-    `scratch`: a folder for large images, which then lie on disk and not in memory: see `large.read_large`.
 
     Reads whatever PIL opens (an animation's first frame; the orientation that EXIF names is applied), 16-bit PNG
     and TIFF at full precision, TIFF with several pages or more than four channels, and NumPy's .npy.
@@ -69,11 +61,6 @@ def read_pixels(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if scratch is not None:
-                options: dict[str, Any] = {"channels": channels, "keep_alpha": keep_alpha, "max_pixels": max_pixels}
-                large = large_pixels(data, scratch=scratch, **options)
-                if large is not None:
-                    return large
             if data[:6] == b"\x93NUMPY":
                 array = read_npy(data, max_pixels)
                 return array if keep_alpha else exact_channels(array, channels)
@@ -97,7 +84,7 @@ def read_pixels(
 def large_pixels(
     given: bytes | Path, *, channels: int = 3, keep_alpha: bool = False, max_pixels: int, scratch: Path
 ) -> Pixels | None:
-    """What `read_pixels` gives of a file that is large, on disk; None for any other."""
+    """What `read_pixels` gives of a file, or its bytes, that is large: on disk, in `scratch`; None for any other."""
     convert = (lambda p: p) if keep_alpha else partial(convert_channels, channels=channels)
     return read_large(given, scratch, max_pixels=max_pixels, convert=convert)
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +18,7 @@ import numpy as np
 import pyvips
 import tifffile
 
-from ldm_vae.errors import BadImageError, ConfigError
+from ldm_vae.errors import BadImageError
 
 LARGE = 1 << 25
 """Pixels: images with more go by way of the disk."""
@@ -27,15 +27,6 @@ STRIP = 1 << 22
 MAX_LARGE_PIXELS = 1 << 28
 """16,384 x 16,384, unless somebody asks for more."""
 DTYPES = {"uchar": np.uint8, "ushort": np.uint16}
-WRITERS: dict[str, dict[str, Any]] = {
-    ".png": {},
-    ".tif": {"compression": "deflate", "bigtiff": True},
-    ".tiff": {"compression": "deflate", "bigtiff": True},
-    ".jpg": {"Q": 95, "subsample_mode": "off"},
-    ".jpeg": {"Q": 95, "subsample_mode": "off"},
-}
-"""What large images are written as, with libvips' options."""
-
 INTERPRETATIONS = {
     **{("uint8", False): "b-w", ("uint8", True): "srgb"},
     **{("uint16", False): "grey16", ("uint16", True): "rgb16"},
@@ -65,6 +56,7 @@ def read_large(
 
     Raises:
         BadImageError: it is damaged, or has too many pixels.
+        OSError: the folder has no room for it.
     """
     try:
         image = opened(given)
@@ -112,8 +104,12 @@ def metadata_of(given: bytes | Path) -> tuple[bytes, bytes]:
 
 
 def on_disk(shape: tuple[int, ...], dtype: Any, folder: Path) -> Pixels:
+    """Room for an array, reserved: a mapped page that the disk has no place for would end the process."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(math.prod(shape) * np.dtype(dtype).itemsize)
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
         return np.memmap(file, dtype, "r+", shape=shape)
 
 
@@ -123,17 +119,8 @@ def let_go(pixels: Pixels) -> None:
         pixels._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
-def check_writer(extension: str) -> None:
-    """Raises ConfigError for what large images are not written as."""
-    if extension not in WRITERS:
-        raise ConfigError(
-            f"an image of more than {LARGE} pixels is not written as {extension}: try {', '.join(WRITERS)}"
-        )
-
-
 def write_large(
     out: IO[bytes],
-    extension: str,
     parts: Iterable[Pixels],
     shape: tuple[int, int, int],
     *,
@@ -142,22 +129,21 @@ def write_large(
     exif: bytes = b"",
     text: Mapping[str, str] | None = None,
 ) -> None:
-    """An image file from its strips, pixels (h, W, C) of uint8 or uint16 from top to bottom.
+    """A PNG from its strips, pixels (h, W, C) of uint8 or uint16 from top to bottom.
 
     Args:
         out: the file, with a descriptor.
         shape: of the whole.
         folder: for as many bytes as the pixels have, while it is being written.
-        exif: without a prefix; a TIFF goes without.
-        text: for the chunks of a PNG.
+        exif: without a prefix.
+        text: for chunks of it.
 
     Raises:
-        ConfigError: it cannot be written so.
+        OSError: it cannot be written.
     """
-    check_writer(extension)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".strips.") as between:
         dtype = write_strips(between, parts, shape)  # of a TIFF, which libvips reads as it comes and does not map
-        with vips_errors(extension):
+        try:
             image = pyvips.Image.new_from_file(between.name, access="sequential")
             image = image.copy(interpretation=INTERPRETATIONS[dtype, shape[2] > 2])
             if icc:
@@ -168,7 +154,9 @@ def write_large(
                 ascii_only = value.encode("ascii", "backslashreplace").decode()
                 image.set_type(pyvips.GValue.gstr_type, f"png-comment-{i}-{key}", ascii_only)
             out.flush()
-            image.write_to_target(pyvips.Target.new_to_descriptor(out.fileno()), extension, **WRITERS[extension])
+            image.write_to_target(pyvips.Target.new_to_descriptor(out.fileno()), ".png")
+        except pyvips.Error as error:
+            raise OSError(" ".join(str(error).split())) from None
 
 
 def write_strips(out: IO[bytes], parts: Iterable[Pixels], shape: tuple[int, int, int]) -> str:
@@ -205,14 +193,3 @@ def of_height(parts: Iterable[Pixels], rows: int) -> Iterator[Pixels]:
         left = whole[even:]
     if left is not None and len(left):
         yield left
-
-
-@contextmanager
-def vips_errors(extension: str) -> Iterator[None]:
-    try:
-        yield
-    except pyvips.Error as error:
-        reason = " ".join(str(error).split())
-        if "No space left" in reason or "write error" in reason:
-            raise OSError(reason) from None
-        raise ConfigError(f"{extension} cannot hold this picture ({reason}): write .png") from None

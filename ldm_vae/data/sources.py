@@ -77,10 +77,12 @@ class FileSource:
             raise BadImageError(f"cannot be read: {reason}") from None
 
     def __getitem__(self, index: int) -> Sample:
-        options: dict[str, Any] = {"channels": self.channels, "max_pixels": self.max_pixels, "scratch": self.scratch}
+        options: dict[str, Any] = {"channels": self.channels, "max_pixels": self.max_pixels}
         pixels = None
-        if self.scratch is not None and isinstance(self.read, FolderReader):
-            pixels = large_pixels(self.read.root / self.names[index], **options)
+        if self.scratch is not None:
+            in_folder = isinstance(self.read, FolderReader)  # then its bytes need not be in memory, either
+            given = self.read.root / self.names[index] if in_folder else self.content(index)  # type: ignore[attr-defined]
+            pixels = large_pixels(given, scratch=self.scratch, **options)
         if pixels is None:
             pixels = read_pixels(self.content(index), **options)
         return Sample(pixels=pixels, label=self.label(index), name=self.name(index))
@@ -312,7 +314,7 @@ def open_source(
         channels: of the pixels; what a file has is converted where that makes sense.
         resolution: side of procedural images; other sources give what they hold.
         max_pixels: images with more are bad images.
-        scratch: folder for large images, see `read_pixels`; for folders and .zip.
+        scratch: folder for large images, see `large_pixels`; for folders and .zip.
 
     Raises:
         DataError: nothing there, or nothing in it that is an image.
