@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,15 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm_vae.data.conversion import check_viewable
 from ldm_vae.data.images import Pixels, to_images, to_pixels
 from ldm_vae.data.large import let_go, write_large
 from ldm_vae.data.sources import check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
 from ldm_vae.files import atomic, check_writable, write_csv
+from ldm_vae.models.pretrained import channels_of
 from ldm_vae.models.tiles import spans
+from ldm_vae.models.tiling import reach_of
 from ldm_vae.png import finished, own_share, write_png
 
 SIDE = 1024
@@ -45,11 +49,10 @@ def convert_images(
     output: Path,
     function: Callable[[Tensor], Tensor],
     *,
-    channels: int,
+    vae: Any,
     settings: Mapping[str, str],
     accelerator: Accelerator,
     max_pixels: int,
-    reach: tuple[int, int] | None,
 ) -> None:
     """Each image (1, C, H, W) in [-1, 1] of a folder or other source -> function(image), as an 8-bit PNG.
 
@@ -57,11 +60,11 @@ def convert_images(
 
     Args:
         given: the source, as `open_source` takes it.
-        function: gives images of the same size; called without gradients, on the process's device.
+        function: a way through `vae` that gives images of the same size; called without gradients, on the process's
+            device. Where the autoencoder sees only so far, images go through in parts, and large ones never lie in
+            memory as a whole.
         settings: what the results depend on beside the images; files of others are not mixed with these.
         max_pixels: images with more are bad ones.
-        reach: how far, in pixels, a pixel of the result sees, and of what its places are multiples: with this, images
-            go through in parts, and large ones never lie in memory as a whole; None: it sees the whole.
 
     Raises:
         ConfigError: an output within the input, or a source without end.
@@ -71,6 +74,8 @@ def convert_images(
     share = {"part": accelerator.process_index, "parts": accelerator.num_processes}
     if max_pixels < 1:
         raise ConfigError(f"--max-pixels is {max_pixels}: it must be at least 1")
+    channels, reach = channels_of(vae), reach_of(vae)
+    check_viewable(channels)
     scratch = None if reach is None else output
     source = open_source(given, channels=channels, max_pixels=max_pixels, scratch=scratch)
     check_finite(source, given, None)

@@ -16,12 +16,11 @@ from accelerate import Accelerator
 from diffusers.utils import logging
 
 from ldm_vae.config import parse_flags
-from ldm_vae.data.conversion import check_viewable
 from ldm_vae.data.large import MAX_LARGE_PIXELS
 from ldm_vae.errors import one_line_errors
 from ldm_vae.folders import convert_images
-from ldm_vae.models.pretrained import channels_of, fingerprint, load_autoencoder
-from ldm_vae.models.tiling import reach_of, reconstruct, turn_on_tiling
+from ldm_vae.models.pretrained import fingerprint, load_autoencoder
+from ldm_vae.models.tiling import reconstruct, turn_on_tiling
 from ldm_vae.runs import PATIENCE
 
 
@@ -45,21 +44,11 @@ def main(config: Config) -> None:
     logging.disable_progress_bar()
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     vae = load_autoencoder(config.vae).to(accelerator.device)
-    channels = channels_of(vae)
-    check_viewable(channels)
     tiles = "none, or exact" if not config.tile or turn_on_tiling(vae) else "blended"
     settings = {"model": fingerprint(vae), "tiles": tiles}
     again = partial(reconstruct, vae)
-    convert_images(
-        config.input,
-        config.output,
-        again,
-        channels=channels,
-        settings=settings,
-        accelerator=accelerator,
-        max_pixels=config.max_pixels,
-        reach=reach_of(vae),
-    )
+    ways = {"vae": vae, "settings": settings, "accelerator": accelerator, "max_pixels": config.max_pixels}
+    convert_images(config.input, config.output, again, **ways)
 
 
 if __name__ == "__main__":
