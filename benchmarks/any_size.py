@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.large import write_large
 from ldm_vae.data.procedural import ProceduralSource
-from ldm_vae.errors import RunError, one_line_errors
+from ldm_vae.errors import ConfigError, RunError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json
 from ldm_vae.runs import git_revision, versions
 from ldm_vae.timing import describe_machine
@@ -80,23 +81,26 @@ def table(results: dict[str, Any], sides: tuple[int, ...]) -> str:
 
 def main(config: Config) -> None:
     check_writable(config.output)
-    work = config.output / "work"
+    if min(config.sides, default=0) < 1:
+        raise ConfigError("--sides must be at least 1")
     results: dict[str, Any] = {}
     for side in config.sides:
-        shutil.rmtree(work, ignore_errors=True)
-        (work / "in").mkdir(parents=True)
+        work = Path(tempfile.mkdtemp(dir=config.output))
+        (work / "in").mkdir()
         picture, packed = work / "in" / "picture.png", work / "picture.ldi"
         write_picture(picture, side)
         one = ["-m", "ldm_vae.cli"]
         model = ["--model", config.model, "--workers", "1"]
         again = ["--vae", config.model, "--input", str(work / "in"), "--output", str(work / "again")]
-        results[str(side)] = {
-            "compress": measured([*one, "compress", str(picture), str(packed), *model]),
-            "decompress": measured([*one, "decompress", str(packed), str(work / "back.png"), *model]),
-            "reconstruct": measured(["pipelines/reconstruct.py", *again]),
-        }
+        try:
+            results[str(side)] = {
+                "compress": measured([*one, "compress", str(picture), str(packed), *model]),
+                "decompress": measured([*one, "decompress", str(packed), str(work / "back.png"), *model]),
+                "reconstruct": measured(["pipelines/reconstruct.py", *again]),
+            }
+        finally:
+            shutil.rmtree(work)
         print(side, results[str(side)], flush=True)
-    shutil.rmtree(work)
     record = {
         "config": as_json(config),
         "machine": describe_machine(torch.device("cpu")),

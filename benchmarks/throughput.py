@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -59,6 +60,7 @@ MEASURES = {
     "foreach EMA": {"foreach": False},
 }
 """What a training step has, and how it is left out."""
+COMPARED = ("models", "resolution", "batch_size", "side", "losses", "mixed_precision", "compile")
 MARGIN = 0.1
 """A stage got slower when it is by so much, beyond the spreads of both runs."""
 
@@ -329,17 +331,27 @@ def spread(durations: list[float]) -> float:
     return (high - low) / 2 / middle
 
 
-def slower(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
-    """What got slower, in words. Raises RunError for runs that do not compare."""
-    same = ("models", "resolution", "batch_size", "side", "losses", "mixed_precision", "compile")
-    differing = [k for k in same if now["config"].get(k) != then["config"].get(k)]
-    if now["machine"] != then["machine"]:
-        differing.append("machine")
+def earlier_run(file: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """The results of an earlier run. Raises ConfigError for what is none, or does not compare."""
+    try:
+        then = json.loads(file.read_text())
+        results = then["results"]
+        for result in results.values():
+            float(result["images_per_second"]), float(result["spread"])
+        differing = [k for k in COMPARED if now["config"].get(k) != then["config"].get(k)]
+        differing += ["machine"] if now["machine"] != then["machine"] else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--compare {file} is no record of this benchmark: {type(error).__name__}: {error}") from None
     if differing:
-        raise RunError(f"the earlier run does not compare: {', '.join(differing)} differ")
+        raise ConfigError(f"--compare {file} does not compare: {', '.join(differing)} differ")
+    return dict(results)
+
+
+def slower(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """What got slower, in words."""
     found = []
-    for name, result in now["results"].items():
-        before = then["results"].get(name)
+    for name, result in now.items():
+        before = then.get(name)
         if before is None:
             continue
         times = before["images_per_second"] / result["images_per_second"]
@@ -359,22 +371,18 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def main(config: Config) -> None:
     check_writable(config.output)
-    earlier = None
-    if config.compare is not None:
-        try:
-            earlier = json.loads(config.compare.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--compare {config.compare} cannot be read: {error}") from None
+    if config.rounds < 1 or not 0 < config.seconds < math.inf:
+        raise ConfigError("--rounds must be at least 1, and --seconds more than 0")
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     device = accelerator.device
+    facts = {"config": as_json(config), "machine": describe_machine(device)}
+    earlier = None if config.compare is None else earlier_run(config.compare, facts)  # before it may be written over
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     with tempfile.TemporaryDirectory() as work:
         stages = autoencoder_stages(config, accelerator) | diffusion_stages(config, accelerator)
         stages |= file_stages(config, accelerator, Path(work))
         results, peak = measured(stages, config, device, dtype)
-    record = {
-        "config": as_json(config),
-        "machine": describe_machine(device),
+    record = facts | {
         "versions": versions(),
         "git": git_revision(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -389,7 +397,7 @@ def main(config: Config) -> None:
         history.write(json.dumps(line) + "\n")
     print(table(results))
     print(f"{record['machine']}; {peak / 1e9:.0f} GFLOP/s at best; in {config.output / f'throughput-{kind}.json'}")
-    found = slower(record, earlier) if earlier else []
+    found = [] if earlier is None else slower(results, earlier)
     if found:
         raise RunError(f"slower than in {config.compare}: {'; '.join(found)}")
 

@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,6 @@ class Config:
 
 
 def start(config: Config, run: Path, *, processes: int, batch_size: int) -> subprocess.Popen[str]:
-    shutil.rmtree(run, ignore_errors=True)
     words = ["training/train_vae.py", "f8c4", "--data", "procedural:dead-leaves", "--output", str(run)]
     words += ["--steps", str(config.steps), "--batch-size", str(batch_size), "--perceptual", "none"]
     words += ["--resolution", str(config.resolution), "--adversarial", "none", "--mixed-precision", "no"]
@@ -57,7 +57,8 @@ def start(config: Config, run: Path, *, processes: int, batch_size: int) -> subp
 
 def images_per_second(config: Config, way: str) -> float:
     """Of both trainings together where there are two: medians over the lines of a run's log but the first."""
-    runs = [config.output / f"run-{i}" for i in range(2 if way == "two apart" else 1)]
+    work = Path(tempfile.mkdtemp(dir=config.output))
+    runs = [work / str(i) for i in range(2 if way == "two apart" else 1)]
     processes = 2 if way == "two" else 1
     share = config.batch_size // len(runs)
     started = [start(config, run, processes=processes, batch_size=share) for run in runs]
@@ -70,7 +71,7 @@ def images_per_second(config: Config, way: str) -> float:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
         total += statistics.median(rates[1:])
-        shutil.rmtree(run)
+    shutil.rmtree(work)
     return total
 
 

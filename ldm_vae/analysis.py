@@ -213,7 +213,7 @@ def score(command: Score) -> None:
 
     from ldm_vae.anomaly import AnomalyDetector, images_of
     from ldm_vae.data.sources import check_finite, open_source
-    from ldm_vae.folders import files_of, stays_inside
+    from ldm_vae.folders import distinct, files_of, stays_inside
     from ldm_vae.models.pretrained import channels_of, check_device, load_autoencoder
     from ldm_vae.pictures import heat_map
 
@@ -228,9 +228,11 @@ def score(command: Score) -> None:
     source = open_source(command.data, channels=channels_of(vae))
     check_finite(source, command.data, None)
     check_writable(command.output)
-    files = {index: file for file, index in files_of([source.name(i) for i in range(len(source))]).items()}
+    names = distinct(source.name(i) for i in range(len(source)))
+    files = {index: file for file, index in files_of(names).items()}
     rows, bad = [], {}
-    for index, (name, images) in enumerate(tqdm(images_of(source), total=len(source), unit="image")):
+    for index, (_, images) in enumerate(tqdm(images_of(source), total=len(source), unit="image")):
+        name = names[index]
         try:
             if isinstance(images, str):
                 raise BadImageError(images)

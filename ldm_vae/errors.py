@@ -90,6 +90,11 @@ def one_line_errors() -> Iterator[None]:
                 f"goes on from the last checkpoint. ({str(error).splitlines()[0]})",
                 code=1,
             )
+        if isinstance(error, RuntimeError) and LOST_WORKER.search(str(error)):
+            fail(
+                "the system ended a worker process, mostly for want of memory: fewer workers or smaller images need "
+                f"less, and the same command goes on. ({str(error).splitlines()[0]})"
+            )
         if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
         fail(f"not enough memory: {str(error).splitlines()[0] if str(error) else 'try tiles, or a smaller image'}")
@@ -99,6 +104,8 @@ NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 """What torch says on GPUs and CPUs."""
 LOST_PEER = re.compile("gloo/transport|NCCL error|ncclRemoteError|Watchdog caught collective operation timeout")
 """What gloo and NCCL say."""
+LOST_WORKER = re.compile(r"DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)|terminated abruptly")
+"""What torch's loader and Python's pools say."""
 
 
 def fail(message: str, *, code: int = 2) -> NoReturn:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -72,15 +73,14 @@ def atomic(file: Path) -> Iterator[IO[bytes]]:
         RunError: it cannot be written; what was there still is.
     """
     with said_of(file):
-        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        beside = beside_of(file, f"{secrets.token_hex(4)}.part")
         try:
-            with os.fdopen(descriptor, "wb") as out:
+            with open(beside, "xb") as out:
                 yield out
                 flush(out)
-            os.chmod(name, 0o644)
-            os.replace(name, file)
+            os.replace(beside, file)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
             raise
 
 
@@ -88,29 +88,43 @@ def atomic(file: Path) -> Iterator[IO[bytes]]:
 def staged_directory(target: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `target`, flushed, when all went well.
 
+    Of one target one process at a time.
+
     Raises:
-        RunError: it cannot be written; what was there still is.
+        RunError: it cannot be written; what was there still is, at the latest when this is called again.
     """
-    for left in target.parent.glob(f".{target.name}.*"):  # by a run that was killed in here
-        shutil.rmtree(left, ignore_errors=True)
     with said_of(target):
-        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        staging, old = beside_of(target, "new"), beside_of(target, "old")
+        if old.exists() and not target.exists():  # killed between the two renames below
+            os.rename(old, target)
+        for left in (staging, old):
+            shutil.rmtree(left, ignore_errors=True)
+        staging.mkdir()
         try:
             yield staging
-            os.chmod(staging, 0o755)
             for file in staging.rglob("*"):
                 if file.is_file():
                     with open(file, "rb") as data:
                         os.fsync(data.fileno())
-            old = target.parent / f".{target.name}.old"
             if target.exists():
                 os.rename(target, old)
-            os.rename(staging, target)
+            try:
+                os.rename(staging, target)
+            except OSError:
+                if old.exists():
+                    os.rename(old, target)
+                raise
             flush_directory(target.parent)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def beside_of(target: Path, what: str) -> Path:
+    """A hidden name in the same folder that is ours, for as long a name as the system allows."""
+    short = target.name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
+    return target.parent / f".{short}.ldm-vae.{what}"
 
 
 @contextmanager

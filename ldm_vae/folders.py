@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,8 +32,25 @@ IN_ONE = 4 * SIDE**2
 """Pixels of the largest image that goes through in one."""
 
 
+def distinct(names: Iterable[str]) -> list[str]:
+    """The same names; of those that come again, which archives and shards can have, a.jpg becomes a (2).jpg."""
+    taken: set[str] = set()
+    found = []
+    for name in names:
+        path, number = PurePosixPath(name), 1
+        while name in taken:
+            number += 1
+            name = str(path.with_name(f"{path.stem} ({number}){path.suffix}"))
+        taken.add(name)
+        found.append(name)
+    return found
+
+
 def files_of(names: Sequence[str]) -> dict[str, int]:
-    """PNG file -> index of its image. a.jpg and a.tif beside each other keep their extensions: a.jpg.png, a.tif.png."""
+    """PNG file -> index of its image, whose names are distinct.
+
+    a.jpg and a.tif beside each other keep their extensions: a.jpg.png, a.tif.png.
+    """
     short = [str(PurePosixPath(n).with_suffix(".png")) for n in names]
     taken = Counter(short) + Counter(f"{n}.png" for n in names)
     return {s if taken[s] == 1 else f"{n}.png": i for i, (n, s) in enumerate(zip(names, short, strict=True))}
@@ -76,18 +94,20 @@ def convert_images(
         raise ConfigError(f"--max-pixels is {max_pixels}: it must be at least 1")
     channels, reach = channels_of(vae), reach_of(vae)
     check_viewable(channels)
+    Image.MAX_IMAGE_PIXELS = None  # the limit is ours
     scratch = None if reach is None else output
     source = open_source(given, channels=channels, max_pixels=max_pixels, scratch=scratch)
     check_finite(source, given, None)
     if Path(given).is_dir() and output.resolve().is_relative_to(Path(given).resolve()):
         raise ConfigError(f"--output {output} is inside --input: its files would be images to convert, too")
     check_writable(output)
-    files = files_of([source.name(i) for i in range(len(source))])
+    names = distinct(source.name(i) for i in range(len(source)))
+    files = files_of(names)
     settings = {**settings, "images": source.fingerprint()}
     done = finished(output, files, settings, **share)
     bad: dict[str, str] = {}
     for file in tqdm(own_share(files, done, **share), unit="image", disable=not accelerator.is_main_process):
-        name = source.name(files[file])
+        name = names[files[file]]
         try:
             if not stays_inside(file):
                 raise BadImageError("its name leads out of the output's folder")

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from ldm_vae.errors import ConfigError, RunError
+from ldm_vae.files import digest_of_json
 from ldm_vae.objectives.schedule import learning_rate_at
 from ldm_vae.objectives.step import StepConfig
 from ldm_vae.runs import Run, StopSignal
@@ -117,8 +118,8 @@ class Loop:
         made_from: what a run must find unchanged when it is resumed, such as fingerprints; as JSON gives it back.
 
     Raises:
-        RunError: none of the checkpoints is whole, or it was made from something else; or, while stepping, losses that
-            stay not finite.
+        RunError: none of the checkpoints is whole, it was made from something else, or other processes see another
+            one; or, while stepping, losses that stay not finite.
     """
 
     def __init__(
@@ -143,6 +144,12 @@ class Loop:
     def resume(self) -> bool:
         """Puts the newest whole checkpoint into the parts; False when there is none."""
         checkpoint = self.run.load_newest()
+        found = (checkpoint.step, digest_of_json(checkpoint.facts)) if checkpoint else (0, "")
+        if len(set(gather_object([found]))) > 1:  # each would train another network
+            raise RunError(
+                f"the processes do not find the same checkpoint in {self.run.directory}: all machines must see "
+                "the same folder there"
+            )
         self.run.forget_after(checkpoint.step if checkpoint else 0)
         if checkpoint is None:
             return False

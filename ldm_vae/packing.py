@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shutil
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,7 +17,10 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
-from ldm_vae.files import atomic, check_writable, write_csv
+from ldm_vae.files import LOCK, atomic, check_writable, lock, write_csv, write_json
+
+BEGUN = ".packing"
+"""Below the output: shards until all are made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,13 @@ def index(path: str, workers: int) -> None:
 
 
 def pack(command: Pack) -> None:
-    """Raises DataError for no images, ConfigError for what cannot be written."""
+    """Shards that were finished before it was stopped are not made again.
+
+    Raises:
+        DataError: no images.
+        ConfigError: what cannot be packed, or shards that are there.
+        RunError: they cannot be written, or another process is at it.
+    """
     from ldm_vae.data.sources import FileSource, open_source
 
     if command.shard_mib < 1:
@@ -82,30 +93,73 @@ def pack(command: Pack) -> None:
     if not isinstance(source, FileSource):
         raise ConfigError(f"{command.input} is not a folder or .zip of images")
     check_writable(command.output)
-    old = sorted(command.output.glob("*.tar"))
+    begun = command.output / BEGUN
+    plan = {"images": source.fingerprint(), "shard_mib": command.shard_mib}
+    moving = read_json(begun / "moving.json") == plan  # it was stopped when all were made
+    old = [] if moving else sorted(command.output.glob("*.tar"))
     if old and not command.overwrite:
         raise ConfigError(f"{old[0]} is there already: add --overwrite to replace it, or choose another output")
-    for file in old:
-        file.unlink()
-    bad: dict[str, str] = {}
-    number = position = 0
-    with tqdm(total=len(source), unit="image") as bar:
-        while position < len(source):
-            with atomic(command.output / f"images-{number:06d}.tar") as out, tarfile.open(fileobj=out, mode="w") as tar:
-                packed = 0
-                while position < len(source) and packed < command.shard_mib << 20:
-                    packed += add(tar, source, position, bad)
-                    position += 1
-                    bar.update()
-            number += 1
-    if len(bad) == len(source):
-        for file in command.output.glob("*.tar"):
+    foreign = [file for file in old if not re.fullmatch(r"images-\d{6,}\.tar", file.name)]
+    if foreign:
+        raise ConfigError(f"{foreign[0]} is none of ours, and would be indexed with them: choose another output")
+    check_writable(begun)
+    with lock(begun):
+        bad = make_shards(source, begun, plan)
+        if len(bad) == len(source):
+            shutil.rmtree(begun)
+            raise nothing_usable(bad)
+        for file in old:
             file.unlink()
-        raise nothing_usable(bad)
+        write_json(begun / "moving.json", plan)
+        for file in begun.glob("*.tar"):
+            os.replace(file, command.output / file.name)
+        shutil.rmtree(begun)
+    (command.output / "bad_images.csv").unlink(missing_ok=True)
     if bad:
         write_csv(command.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in bad.items()])
         print(f"{len(bad)} files could not be read and are left out: see {command.output / 'bad_images.csv'}")
     index(str(command.output), command.workers)
+
+
+def make_shards(source: Any, folder: Path, plan: dict[str, Any]) -> dict[str, str]:
+    """Every image of the source into shards; the bad ones. Those that are there are kept, if they are of this plan."""
+    if read_json(folder / "plan.json") != plan:
+        for file in folder.iterdir():
+            if file.name != LOCK:
+                file.unlink()
+        write_json(folder / "plan.json", plan)
+    bad: dict[str, str] = {}
+    position = number = 0
+    with tqdm(total=len(source), unit="image") as bar:
+        while position < len(source):
+            record = folder / f"images-{number:06d}.json"  # written behind its shard
+            done = read_json(record)
+            if done is None:
+                done = make_shard(source, position, record.with_suffix(".tar"), plan["shard_mib"] << 20)
+                write_json(record, done)
+            bad |= done["bad"]
+            bar.update(done["end"] - position)
+            position, number = done["end"], number + 1
+    return bad
+
+
+def make_shard(source: Any, begin: int, file: Path, size: int) -> dict[str, Any]:
+    """Images from `begin` on, to about that size: where it ends, and the bad ones."""
+    bad: dict[str, str] = {}
+    position, packed = begin, 0
+    with atomic(file) as out, tarfile.open(fileobj=out, mode="w") as tar:
+        while position < len(source) and packed < size:
+            packed += add(tar, source, position, bad)
+            position += 1
+    return {"end": position, "bad": bad}
+
+
+def read_json(file: Path) -> Any:
+    """None for what is not there or not whole."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def add(tar: tarfile.TarFile, source: Any, position: int, bad: dict[str, str]) -> int:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from ldm_vae import loop
 from ldm_vae.errors import RunError
-from ldm_vae.files import staged_directory
+from ldm_vae.files import atomic, beside_of, staged_directory
+from ldm_vae.loop import Loop, Training
 from ldm_vae.runs import Checkpoint, Run
 
 
@@ -200,3 +203,52 @@ def test_one_bit_anywhere_in_a_checkpoint_is_noticed(positions: int, tmp_path: P
         outcomes.add(found.step)
         file.write_bytes(data)
     assert 1 in outcomes
+
+
+def test_a_folder_is_back_after_a_kill_between_its_two_renames(tmp_path: Path) -> None:
+    target = tmp_path / "codec"
+    with staged_directory(target) as staging:
+        (staging / "tables").write_text("old")
+    os.rename(target, beside_of(target, "old"))
+    beside_of(target, "new").mkdir()
+
+    def fail() -> None:
+        with staged_directory(target):
+            raise OSError("disk full")
+
+    with pytest.raises(RunError, match="disk full"):
+        fail()
+    assert [p.name for p in tmp_path.iterdir()] == ["codec"]
+    assert (target / "tables").read_text() == "old"
+
+
+def test_files_of_others_beside_a_target_are_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / ".model.backup"
+    mine.mkdir()
+    with staged_directory(tmp_path / "model") as staging:
+        (staging / "weights").write_text("new")
+    assert {p.name for p in tmp_path.iterdir()} == {".model.backup", "model"}
+
+
+def test_a_file_has_the_rights_and_may_have_the_name_that_the_system_allows(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        for name in ("a" * 255, "é" * 127, "a.png"):
+            with atomic(tmp_path / name) as out:
+                out.write(b"x")
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+        with staged_directory(tmp_path / "model") as staging:
+            (staging / "weights").write_text("new")
+        assert (tmp_path / "model").stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_processes_that_see_other_checkpoints_do_not_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would go on from its own, and average its gradients with the others'."""
+    config = Training(output=tmp_path / "run", steps=10, tracker="none")
+    run = Run(config.output, config)
+    monkeypatch.setattr(loop, "gather_object", lambda found: [*found, (5, "another")])
+    with pytest.raises(RunError, match="do not find the same checkpoint"):
+        Loop(run, {}, config, Accelerator(cpu=True))

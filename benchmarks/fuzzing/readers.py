@@ -129,6 +129,11 @@ def make_shards(folder: Path) -> None:
     build_index(sorted(map(str, folder.glob("*.tar"))))
 
 
+def index_anew(folder: Path) -> None:
+    build_index(sorted(map(str, folder.glob("*.tar"))))
+    read_all(ShardSource(str(folder), channels=3, max_pixels=MAX_PIXELS))
+
+
 def read_all(source: Source) -> None:
     for i in range(min(len(source), 100)):
         try:
@@ -209,7 +214,7 @@ def make_tables(folder: Path) -> None:
 
 FOLDERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "zip": (make_zip, lambda f: read_all(open_source(str(f / "images.zip"), max_pixels=MAX_PIXELS))),
-    "shards, indexed anew": (make_shards, lambda f: build_index(sorted(map(str, f.glob("*.tar"))))),
+    "shards, indexed anew": (make_shards, index_anew),
     "shards and their index": (make_shards, lambda f: read_all(ShardSource(str(f), channels=3, max_pixels=MAX_PIXELS))),
     "run directory": (make_run, read_run),
     "model": (make_model, lambda f: load_autoencoder(str(f))),

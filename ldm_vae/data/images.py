@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ldm_vae.data.image_files import EXTENSIONS
 from ldm_vae.data.large import Pixels, read_large
 from ldm_vae.errors import BadImageError
 
@@ -28,6 +29,8 @@ except RuntimeError as error:
     ) from error
 
 MAX_PIXELS = 100_000_000
+LARGEST_TILE = 1 << 22
+"""Pixels of a TIFF's tile: one may be larger than the image, and is decoded as a whole."""
 BACKGROUND = 255
 """Images with transparency are composited on this grey level of 0..255: white."""
 
@@ -50,8 +53,9 @@ def read_pixels(data: bytes, *, channels: int = 3, keep_alpha: bool = False, max
 
     `keep_alpha`: as many channels as the file has. Unless they are `channels`, the last of 2 and of 4 is transparency.
 
-    Reads whatever PIL opens (an animation's first frame; the orientation that EXIF names is applied), 16-bit PNG
-    and TIFF at full precision, TIFF with several pages or more than four channels, and NumPy's .npy.
+    Reads the formats that `EXTENSIONS` names, by PIL (an animation's first frame; the orientation that EXIF names is
+    applied), 16-bit PNG and TIFF at full precision, TIFF with several pages or more than four channels, and NumPy's
+    .npy.
 
     Raises:
         BadImageError: empty, truncated, not an image, more than `max_pixels`, or channels that do not fit.
@@ -97,13 +101,19 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def read_pil(data: bytes, max_pixels: int) -> Pixels:
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=formats()) as image:
         check_size(*image.size, max_pixels)
         if image.format == "PNG" and data[24] == 16:  # PIL would cut 16-bit colour to 8: bit depth is byte 24 of IHDR
             raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             decoded = decode_image(raw, ImageReadMode.UNCHANGED, apply_exif_orientation=True)
             return decoded.permute(1, 2, 0).numpy()
         return pil_pixels(image)
+
+
+@cache
+def formats() -> list[str]:
+    """PIL's names of what our extensions say: of its other decoders one, PostScript's, runs a program."""
+    return sorted({kind for ending, kind in Image.registered_extensions().items() if ending in EXTENSIONS})
 
 
 def pil_pixels(image: Image.Image) -> Pixels:
@@ -148,6 +158,8 @@ def read_scientific_tiff(data: bytes, channels: int, max_pixels: int) -> Pixels 
         alike = len(tiff.pages) > 1 and len({p.shape + (p.dtype,) for p in tiff.pages}) == 1
         num_pages = len(tiff.pages) if alike else 1  # of unlike pages, previews for instance, the first is the image
         samples = page.samplesperpixel
+        if page.is_tiled and page.tilewidth * page.tilelength > max(max_pixels, LARGEST_TILE):
+            raise BadImageError(f"tiles of {page.tilewidth}x{page.tilelength} are more than {max_pixels} pixels")
         simple = num_pages == 1 and samples <= 4 and page.dtype is not None and page.dtype.itemsize == 1
         if simple or page.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.SEPARATED):
             return None

@@ -10,6 +10,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -141,10 +142,12 @@ def write_large(
     Raises:
         OSError: it cannot be written.
     """
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".strips.") as between:
+    with nameless(folder) as between:
         dtype = write_strips(between, parts, shape)  # of a TIFF, which libvips reads as it comes and does not map
         try:
-            image = pyvips.Image.new_from_file(between.name, access="sequential")
+            between.seek(0)
+            source = pyvips.Source.new_from_descriptor(between.fileno())
+            image = pyvips.Image.new_from_source(source, "", access="sequential")
             image = image.copy(interpretation=INTERPRETATIONS[dtype, shape[2] > 2])
             if icc:
                 image.set_type(pyvips.GValue.blob_type, "icc-profile-data", icc)
@@ -157,6 +160,19 @@ def write_large(
             image.write_to_target(pyvips.Target.new_to_descriptor(out.fileno()), ".png")
         except pyvips.Error as error:
             raise OSError(" ".join(str(error).split())) from None
+
+
+@contextmanager
+def nameless(folder: Path) -> Iterator[IO[bytes]]:
+    """A file that is gone when it is closed, whatever ends the process; its `name` is a text, as tifffile wants it."""
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        try:
+            with suppress(OSError):  # Windows keeps what is open
+                os.unlink(file.name)
+            yield file
+        finally:
+            file.close()
+            Path(file.name).unlink(missing_ok=True)
 
 
 def write_strips(out: IO[bytes], parts: Iterable[Pixels], shape: tuple[int, int, int]) -> str:

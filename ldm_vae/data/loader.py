@@ -17,9 +17,10 @@ from ldm_vae.data.corruption import UNKNOWN_LEVEL, Corruption
 from ldm_vae.data.images import Pixels, resize, to_images
 from ldm_vae.data.order import Stream, generator_at, index_at, positions_of
 from ldm_vae.data.sources import Source
-from ldm_vae.errors import BadImageError, nothing_usable
+from ldm_vae.errors import BadImageError, LdmVaeError, nothing_usable
 
 MAX_TRIES = 1_000_000
+TRACE = "Original Traceback"
 BadImages = dict[str, str]
 """Name -> reason."""
 
@@ -237,6 +238,9 @@ def load_in_order(
     iterator = iter(loader)
     try:
         yield from iterator
+    except LdmVaeError as error:  # of a worker, torch puts where it was raised before what it says
+        text = str(error)
+        raise type(error)(text.strip().splitlines()[-1].partition(": ")[2]) if TRACE in text else error from None
     finally:
         if num_workers:  # now, not when Python exits: there it waits for them with a signal that they ignore
             iterator._shutdown_workers()  # type: ignore[attr-defined]

@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import tarfile
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from fsspec.core import url_to_fs
 
-from ldm_vae.data.image_files import MAX_FILE_BYTES, UNREADABLE, digest_of, is_image
+from ldm_vae.data.image_files import MAX_FILE_BYTES, digest_of, is_image
 from ldm_vae.data.images import Sample, read_pixels
 from ldm_vae.errors import BadImageError, DataError
 from ldm_vae.files import check_writable, staged_directory, write_json
@@ -31,9 +33,13 @@ ROW = np.dtype([("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("size", 
 ROWS, FACTS = "rows.npy", "shards.json"
 VERSION = 1
 HEADER = tarfile.BLOCKSIZE
+Class = int | str
+"""As a shard says it: its number, or its name."""
 MAX_LABEL_BYTES = 1 << 20
 MAX_CLASSES = 1_000_000
 REMOTE_AT_ONCE = 32
+RETRY_AFTER = (1.0, 4.0, 16.0)
+"""Seconds."""
 
 
 def shards_of(path: str) -> list[str]:
@@ -94,14 +100,22 @@ def marks_of(shards: Sequence[str]) -> list[list[Any]]:
 # Building ------------------------------------------------------------------------------------------------------------
 
 
-def scan(shard: str) -> tuple[np.ndarray, list[str]]:
-    """Rows of a shard's samples in their order, `label` being an index into the texts that come with them; -1 for none.
+@dataclass(frozen=True)
+class Scan:
+    """A shard's samples in their order: rows whose `label` is an index into `classes`, or -1."""
 
-    Raises:
-        DataError: it is no tar, or cut.
-    """
+    rows: np.ndarray
+    classes: list[Class]
+    left_out: int
+    """Images beside another one of the same key: a sample has one, the first."""
+    such_as: str
+
+
+def scan(shard: str) -> Scan:
+    """Raises DataError where it is no tar, or cut."""
     places: dict[str, tuple[int, int]] = {}
-    texts: dict[str, str] = {}
+    found: dict[str, Class] = {}
+    left_out, such_as = 0, ""
     try:
         fs, path = url_to_fs(shard)
         with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -110,24 +124,26 @@ def scan(shard: str) -> tuple[np.ndarray, list[str]]:
                     continue
                 key, extension = key_of(member.name)
                 if is_image(member.name):
+                    if key in places:
+                        left_out, such_as = left_out + 1, such_as or member.name
                     places.setdefault(key, (member.offset_data, member.size))
                 elif extension in ("cls", "json") and member.size <= MAX_LABEL_BYTES:
                     content = tar.extractfile(member)
-                    text = label_text(content.read() if content else b"", extension)
-                    if text is not None and (extension == "json" or key not in texts):
-                        texts[key] = text
+                    its = class_in(content.read() if content else b"", extension)
+                    if its is not None and (extension == "json" or key not in found):
+                        found[key] = its
                 tar.members.clear()  # type: ignore[attr-defined]  # the library keeps them all
     except DataError:
         raise
     except Exception as error:  # tarfile and file systems have many kinds
         raise DataError(f"{shard} cannot be read: {type(error).__name__}: {error}") from None
-    names = sorted(set(texts.values()))
-    label_of = {name: i for i, name in enumerate(names)}
+    classes = sorted(set(found.values()), key=lambda c: (str(type(c)), c))
+    label_of = {one: i for i, one in enumerate(classes)}
     rows = np.zeros(len(places), ROW)
     for row, (key, (offset, size)) in zip(rows, places.items(), strict=True):
-        row["label"] = label_of[texts[key]] if key in texts else -1
+        row["label"] = label_of[found[key]] if key in found else -1
         row["offset"], row["size"] = offset, size
-    return rows, names
+    return Scan(rows, classes, left_out, such_as)
 
 
 def key_of(name: str) -> tuple[str, str]:
@@ -137,8 +153,12 @@ def key_of(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}", extension.lower()
 
 
-def label_text(content: bytes, extension: str) -> str | None:
-    """The class that a .cls names, or a .json under `class` or `label`; None where it names none."""
+def class_in(content: bytes, extension: str) -> Class | None:
+    """What a .cls says, or a .json under `class` or `label`; None where it says nothing.
+
+    A number is the class's, a text its name. Digits are a number in a .cls, which has no other way to say one; what a
+    .json has in quotes is a name.
+    """
     text = content.decode(errors="replace").strip()
     if extension == "json":
         try:
@@ -148,8 +168,11 @@ def label_text(content: bytes, extension: str) -> str | None:
         if not isinstance(facts, dict):
             return None
         found = facts.get("class", facts.get("label"))
-        text = str(found) if isinstance(found, (str, int)) else ""
-    return text or None
+        if isinstance(found, str):
+            return found or None
+        text = str(found) if isinstance(found, int) else ""
+    is_number = text.isdecimal() and text.isascii() and len(text) <= 7
+    return int(text) if is_number else text or None
 
 
 def build_index(shards: Sequence[str], *, workers: int = 1) -> Path:
@@ -163,17 +186,19 @@ def build_index(shards: Sequence[str], *, workers: int = 1) -> Path:
     check_writable(target.parent)
     with staged_directory(target) as staging:
         part = staging / "rows.part"
-        digest, count, texts = hashlib.sha256(), 0, dict[str, int]()
+        digest, count, met = hashlib.sha256(), 0, dict[Class, int]()
+        left_out, such_as = 0, ""
         with open(part, "wb") as out:
-            for number, (rows, names) in enumerate(scanned(shards, workers)):
-                labels = np.array([texts.setdefault(n, len(texts)) for n in names] + [-1], np.int32)
-                rows["label"] = labels[rows["label"]]
-                rows["shard"] = number
-                out.write(rows.tobytes())
-                count += len(rows)
+            for number, one in enumerate(scanned(shards, workers)):
+                labels = np.array([met.setdefault(c, len(met)) for c in one.classes] + [-1], np.int32)
+                one.rows["label"] = labels[one.rows["label"]]
+                one.rows["shard"] = number
+                out.write(one.rows.tobytes())
+                count += len(one.rows)
+                left_out, such_as = left_out + one.left_out, such_as or one.such_as
         if not count:
             raise DataError(f"no images in {shards[0]}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else ""))
-        classes, order = ordered(list(texts))
+        classes, order = ordered(list(met))
         with open(staging / ROWS, "wb") as out:
             np.lib.format.write_array_header_2_0(
                 out, {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (count,)}
@@ -185,10 +210,16 @@ def build_index(shards: Sequence[str], *, workers: int = 1) -> Path:
         part.unlink()
         facts = {"version": VERSION, "samples": count, "classes": classes, "rows": digest.hexdigest(), "marks": marks}
         write_json(staging / FACTS, facts)
+    if left_out:
+        warnings.warn(
+            f"{left_out} images are left out, such as {such_as}: a sample has one, the first of those whose "
+            "names are alike up to their first dot",
+            stacklevel=2,
+        )
     return target
 
 
-def scanned(shards: Sequence[str], workers: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+def scanned(shards: Sequence[str], workers: int) -> Iterator[Scan]:
     if min(workers, len(shards)) <= 1:
         yield from map(scan, shards)
         return
@@ -196,18 +227,18 @@ def scanned(shards: Sequence[str], workers: int) -> Iterator[tuple[np.ndarray, l
         yield from pool.map(scan, shards)
 
 
-def ordered(texts: list[str]) -> tuple[list[str], np.ndarray]:
-    """Classes, by number where all are numbers and else by name; and the class of each text, with -1 for -1."""
-    if len(texts) > MAX_CLASSES:
-        raise DataError(f"{len(texts)} classes are more than {MAX_CLASSES}")
-    if texts and all(t.isdecimal() and t.isascii() and len(t) <= 7 for t in texts):
-        numbers = [int(t) for t in texts]
+def ordered(met: list[Class]) -> tuple[list[str], np.ndarray]:
+    """Classes, by number where all are numbers and else by name; and the class of each that was met, with -1 for -1."""
+    if len(met) > MAX_CLASSES:
+        raise DataError(f"{len(met)} classes are more than {MAX_CLASSES}")
+    numbers = [one for one in met if isinstance(one, int)]
+    if met and len(numbers) == len(met):
         if max(numbers) >= MAX_CLASSES:
             raise DataError(f"class {max(numbers)} is more than {MAX_CLASSES}")
         return [str(i) for i in range(max(numbers) + 1)], np.array(numbers + [-1], np.int32)
-    classes = sorted(texts)
+    classes = sorted({str(one) for one in met})
     label_of = {name: i for i, name in enumerate(classes)}
-    return classes, np.array([label_of[t] for t in texts] + [-1], np.int32)
+    return classes, np.array([label_of[str(one)] for one in met] + [-1], np.int32)
 
 
 def in_parts(file: Path, rows: int = 1 << 16) -> Iterator[np.ndarray]:
@@ -245,6 +276,19 @@ class Rows:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"file": self.file, "count": self.count, "begin": self.begin, "descriptor": None, "process": 0}
+
+
+def remote_content(shard: str, begin: int, end: int) -> bytes:
+    """Bytes begin..end of what a server has. Raises DataError when it does not give them, asked several times."""
+    for pause in (*RETRY_AFTER, None):
+        try:
+            fs, path = url_to_fs(shard)
+            return bytes(fs.cat_file(path, start=begin, end=end))
+        except Exception as error:  # each file system has its own
+            if pause is None:
+                raise DataError(f"{shard} cannot be read: {type(error).__name__}: {error}") from None
+            time.sleep(pause)
+    raise AssertionError
 
 
 class ShardSource:
@@ -287,16 +331,14 @@ class ShardSource:
         return digest_of(settings, [self.digest, *lines])
 
     def content(self, shard: str, begin: int, end: int) -> bytes:
-        """Raises BadImageError."""
+        """Raises BadImageError, or DataError where a server does not answer: that says nothing of the image."""
+        if "://" in shard:
+            return remote_content(shard, begin, end)
         try:
-            if "://" not in shard:
-                with open(shard, "rb") as file:
-                    return os.pread(file.fileno(), end - begin, begin)
-            fs, path = url_to_fs(shard)
-            return bytes(fs.cat_file(path, start=begin, end=end))
-        except UNREADABLE as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise BadImageError(f"cannot be read: {reason}") from None
+            with open(shard, "rb") as file:
+                return os.pread(file.fileno(), end - begin, begin)
+        except OSError as error:
+            raise BadImageError(f"cannot be read: {error.strerror or error}") from None
 
     def header(self, shard: str, offset: int, content: bytes, size: int) -> str:
         """The member's name. Raises BadImageError where there is no such member."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.throughput import MEASURES, Config, main, slower
-from ldm_vae.errors import ConfigError, RunError
+from benchmarks.throughput import MEASURES, Config, earlier_run, main, slower
+from ldm_vae.errors import ConfigError
 
 
 def test_every_stage_is_measured_beside_diffusers(tmp_path: Path) -> None:
@@ -31,15 +31,24 @@ def test_every_stage_is_measured_beside_diffusers(tmp_path: Path) -> None:
         results["caching"]["images_per_second"], abs=1e-3
     )
     fast = {k: v | {"images_per_second": 9 * v["images_per_second"]} for k, v in results.items()}
-    assert len(slower(record, record | {"results": fast})) == len(results)
-    assert slower(record | {"results": fast}, record) == []
-    with pytest.raises(RunError, match="does not compare: machine differ"):
-        slower(record, record | {"machine": "another one"})
+    assert len(slower(results, fast)) == len(results)
+    assert slower(fast, results) == []
+    assert earlier_run(file, record) == results
+    with pytest.raises(ConfigError, match="does not compare: machine differ"):
+        earlier_run(file, record | {"machine": "another one"})
+    for text in ("{}", "[1]", "3", '{"results": {"a": {}}}', "{"):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ConfigError, match="is no record of this benchmark"):
+            earlier_run(tmp_path / "other.json", record)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [({"models": ("f9c9",)}, "no model f9c9: try demo, f8c4"), ({"compare": Path("none.json")}, "cannot be read")],
+    [
+        ({"models": ("f9c9",)}, "no model f9c9: try demo, f8c4"),
+        ({"compare": Path("none.json")}, "is no record"),
+        ({"rounds": 0}, "--rounds must be at least 1"),
+    ],
 )
 def test_what_cannot_work_is_one_clear_error(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):

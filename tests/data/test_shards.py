@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_vae import cli
+from ldm_vae import cli, packing
+from ldm_vae.data import shards as shards_module
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.shards import FACTS, ROW, ROWS, ShardSource, build_index, index_folder, shards_of
 from ldm_vae.data.sources import open_source
@@ -59,6 +62,115 @@ def test_packed_shards_give_what_the_folder_gives(folder: Path, tmp_path: Path) 
         assert np.array_equal(crops[position].image, same[position].image)
 
 
+def test_names_of_classes_stay_names(tmp_path: Path) -> None:
+    """Folders called 7 and 007 are two classes, and there are none between 7 and 12."""
+    for i, name in enumerate(("007", "7", "12", "7")):
+        (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name / f"{i}.png").write_bytes(png(i))
+    cli.main(["shards", "pack", str(tmp_path / "images"), str(tmp_path / "packed")])
+    whole, shards = open_source(str(tmp_path / "images")), open_source(str(tmp_path / "packed"))
+    assert shards.classes == whole.classes
+    assert [shards[i].label for i in range(4)] == [whole[i].label for i in range(4)]
+
+
+def test_images_that_share_a_key_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [(f"IMG.{i:03d}.png", png(i)) for i in range(5)])
+    with pytest.warns(UserWarning, match=r"4 images are left out, such as IMG.001.png"):
+        build_index(shards_of(str(tmp_path)))
+    assert len(open_source(str(tmp_path))) == 1
+
+
+def test_packing_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(12, 24):
+        noise = np.random.default_rng(i).integers(256, size=(400, 400, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / "a" / f"{i}.png")
+    packed, command = tmp_path / "packed", ["shards", "pack", str(folder), str(tmp_path / "packed"), "--shard-mib", "1"]
+    made: list[int] = []
+
+    def stopped_after(count: int, make: Any = packing.make_shard) -> Any:
+        def make_shard(source: Any, begin: int, *more: Any) -> Any:
+            if len(made) == count:
+                raise KeyboardInterrupt
+            made.append(begin)
+            return make(source, begin, *more)
+
+        return make_shard
+
+    monkeypatch.setattr(packing, "make_shard", stopped_after(3))
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(command)
+    assert list(packed.glob("*.tar")) == []
+    monkeypatch.setattr(packing, "make_shard", stopped_after(-1))
+    with monkeypatch.context() as patched:
+        patched.setattr(packing.os, "replace", replaced_until(packed, 2))
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(command)  # stopped again, when some of them stand where they belong
+    assert len(list(packed.glob("*.tar"))) == 2
+    cli.main(command)
+    assert len(made) == len(set(made)) == len(list(packed.glob("*.tar"))) > 4
+    whole, shards = open_source(str(folder)), open_source(str(packed))
+    assert all(np.array_equal(shards[i].pixels, whole[i].pixels) for i in range(24))
+    assert not (packed / packing.BEGUN).exists()
+
+
+def replaced_until(folder: Path, count: int, replace: Any = os.replace) -> Any:
+    def stopping(source: Any, target: Any) -> None:
+        if Path(target).parent == folder and len(list(folder.glob("*.tar"))) == count:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    return stopping
+
+
+def test_what_is_there_is_replaced_by_what_is_whole_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed, broken = tmp_path / "packed", tmp_path / "broken"
+    cli.main(["shards", "pack", str(folder), str(packed)])
+    before = (packed / "images-000000.tar").read_bytes()
+    broken.mkdir()
+    (broken / "a.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SystemExit):
+        cli.main(["shards", "pack", str(broken), str(packed), "--overwrite"])
+    assert "no usable image" in capsys.readouterr().err
+    assert (packed / "images-000000.tar").read_bytes() == before
+    (packed / "mine.tar").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        cli.main(["shards", "pack", str(folder), str(packed), "--overwrite"])
+    assert "mine.tar is none of ours" in capsys.readouterr().err
+    assert len(list(packed.glob("*.tar"))) == 2
+
+
+def test_a_server_that_does_not_answer_makes_no_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another crop in its place would make the run another one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards_module, "RETRY_AFTER", (0.0, 0.0))
+    write_tar(tmp_path / "a.tar", [("0.png", png(0))])
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/silent/a.tar", (tmp_path / "a.tar").read_bytes())
+    build_index(["memory://silent/a.tar"])
+    source = open_source("memory://silent/a.tar")
+    asked: list[int] = []
+    cat_file = type(memory).cat_file
+
+    def answering(after: int) -> Any:
+        def answer(self: Any, *words: Any, **more: Any) -> bytes:
+            asked.append(len(asked))
+            if len(asked) <= after:
+                raise TimeoutError("no answer")
+            return cat_file(self, *words, **more)
+
+        return answer
+
+    monkeypatch.setattr(type(memory), "cat_file", answering(2))
+    assert np.array_equal(source[0].pixels, np.asarray(Image.open(io.BytesIO(png(0)))))
+    asked.clear()
+    monkeypatch.setattr(type(memory), "cat_file", answering(3))
+    with pytest.raises(DataError, match="cannot be read: TimeoutError: no answer") as raised:
+        source[0]
+    assert not isinstance(raised.value, BadImageError)
+
+
 def test_shards_are_read_through_a_pattern_and_any_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     memory = fsspec.filesystem("memory")
@@ -92,7 +204,8 @@ def test_every_kind_of_tar_and_long_names(tmp_path: Path, tar_format: int) -> No
     write_tar(
         tmp_path / "a.tar", [*members, (f"{long}1.seg.png", png(9)), (f"{long}2.json", b'{"class": "cat"}')], tar_format
     )
-    build_index(shards_of(str(tmp_path)))
+    with pytest.warns(UserWarning, match="1 images are left out"):
+        build_index(shards_of(str(tmp_path)))
     source = open_source(str(tmp_path))
     assert len(source) == 3
     assert source.classes == ("cat",)
