@@ -150,7 +150,7 @@ def compress_file(command: Compress) -> str | None:
         data = codec.compress(given, quality=command.quality, strip=command.strip, limits=command.limits())
     else:
         targets = {"target_bpp": command.target_bpp, "target_psnr": command.target_psnr}
-        data = compress_to(codec, given, **targets, strip=command.strip)
+        data = compress_to(codec, given, **targets, strip=command.strip, scratch=scratch)
     write(command.output, data)
     return None
 

@@ -14,6 +14,7 @@ from PIL import Image
 from small_vae import make_vae
 
 from ldm_vae.codec import bitstream
+from ldm_vae.codec import codec as codec_module
 from ldm_vae.codec.bitstream import Limits
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.contexts import decode_symbols
@@ -21,6 +22,7 @@ from ldm_vae.codec.fitting import fit_tables
 from ldm_vae.codec.picture import Picture, as_picture
 from ldm_vae.codec.search import bits_per_pixel, compress_to, psnr_of
 from ldm_vae.codec.tables import load_tables
+from ldm_vae.data import large as by_disk
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import (
     ConfigError,
@@ -315,6 +317,20 @@ def test_targets_are_met_as_closely_as_a_quality_can(codec: LatentCodec, photo) 
             compress_to(codec, given, **impossible)
     with pytest.raises(ConfigError, match="nan"):
         compress_to(codec, given, target_psnr=float("nan"))
+
+
+@pytest.mark.parametrize("target", [{"target_psnr": 12.0}, {"target_bpp": 2.0}])
+def test_targets_of_large_pictures_are_met_by_way_of_the_disk(
+    codec: LatentCodec, photo, target: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = Picture(pixels=photo)
+    monkeypatch.setattr(codec, "log2_tile", 3)
+    whole = compress_to(codec, given, **target)
+    monkeypatch.setattr(codec_module, "AT_ONCE", 1)
+    monkeypatch.setattr(by_disk, "LARGE", 100)
+    monkeypatch.setattr(codec, "latents_of", None)  # all of them in memory
+    assert compress_to(codec, given, **target, scratch=tmp_path) == whole
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_written_that_the_same_limits_would_not_read(codec: LatentCodec) -> None:

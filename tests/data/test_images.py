@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from ldm_vae.data.images import centre_square, convert_channels, read_pixels, resize, to_images, to_pixels
 from ldm_vae.errors import BadImageError
@@ -48,6 +48,29 @@ def test_every_mode_becomes_one_three_or_four_channels(mode: str) -> None:
         assert pixels.dtype == np.uint8
     if mode not in ("LA", "RGBA", "PA"):
         assert np.abs(read_pixels(data).astype(int) - reference).max() <= 1
+
+
+def test_a_program_for_printers_is_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL hands PostScript to Ghostscript, whatever the file is called."""
+    data = encoded(Image.fromarray(RAMP), "EPS")
+    assert Image.open(io.BytesIO(data)).format == "EPS"
+    ran: list[object] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *words, **more: ran.append(words))
+    with pytest.raises(BadImageError, match="cannot identify"):
+        read_pixels(data)
+    assert not ran
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_small_tiff_of_huge_tiles_is_refused(dtype: type) -> None:
+    for side, fits in ((512, True), (4096, False)):
+        file = io.BytesIO()
+        tifffile.imwrite(file, np.zeros((16, 16), dtype), tile=(side, side), compression="zlib")
+        if fits:
+            assert read_pixels(file.getvalue(), channels=1, max_pixels=1000).shape == (16, 16, 1)
+        else:
+            with pytest.raises(BadImageError, match="tiles of 4096x4096 are more than"):
+                read_pixels(file.getvalue(), channels=1, max_pixels=1000)
 
 
 def test_the_first_frame_of_an_animation_is_the_image() -> None:

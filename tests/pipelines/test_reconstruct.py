@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from ldm_vae import folders
 from ldm_vae.config import parse_flags
 from ldm_vae.data import large
 from ldm_vae.data.images import read_pixels, to_images, to_pixels
+from ldm_vae.data.shards import build_index, shards_of
 from ldm_vae.errors import RunError, one_line_errors
-from ldm_vae.folders import files_of
+from ldm_vae.folders import distinct, files_of
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import fingerprint, load_autoencoder
 from ldm_vae.models.tiling import reconstruct
@@ -100,6 +102,20 @@ def test_tiles_change_nothing(vae: str, tmp_path: Path) -> None:
     assert np.abs(whole - tiled).max() <= 1
 
 
+def test_images_of_one_name_in_two_shards_are_two_files(vae: str, tmp_path: Path) -> None:
+    for number, colour in enumerate(("red", "blue")):
+        (tmp_path / str(number)).mkdir()
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "image.png")
+        with tarfile.open(tmp_path / str(number) / "a.tar", "w") as tar:
+            tar.add(tmp_path / "image.png", "0.png")
+    shards = str(tmp_path / "{0..1}" / "a.tar")
+    build_index(shards_of(shards))
+    main(Config(vae=vae, input=shards, output=tmp_path / "out"))
+    results = made(tmp_path / "out")
+    assert results.keys() == {"a.tar/0.png", "a.tar/0 (2).png"}
+    assert not np.array_equal(*results.values())
+
+
 def test_a_name_in_an_archive_leads_nowhere_else(vae: str, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
@@ -112,6 +128,9 @@ def test_a_name_in_an_archive_leads_nowhere_else(vae: str, tmp_path: Path) -> No
 
 def test_names_that_differ_by_their_extension_alone_keep_it() -> None:
     names = ["a.jpg", "b.jpg", "b.tif", "c/a.png"]
+    assert distinct(["x/a.png", "x/a.png", "b", "x/a (2).png", "x/a.png"]) == [
+        *("x/a.png", "x/a (2).png", "b", "x/a (2) (2).png", "x/a (3).png")
+    ]
     assert list(files_of(names)) == ["a.png", "b.jpg.png", "b.tif.png", "c/a.png"]
     assert list(files_of(["b.jpg", "b.jpg.png", "b.tif"])) == ["b.jpg.png", "b.jpg.png.png", "b.tif.png"]
 

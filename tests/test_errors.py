@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+from torch.utils.data import Dataset
+
+from ldm_vae.data.loader import load_in_order
+from ldm_vae.errors import DataError, one_line_errors
+
+
+class Ending(Dataset[int]):
+    """Its worker is killed, or finds the data damaged."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def __getitem__(self, index: int) -> int:
+        if self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise DataError("the index is damaged: build it again")
+
+
+def said(capsys: pytest.CaptureFixture[str], how: Any) -> str:
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        how()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_worker_that_the_system_ends_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def load() -> None:
+        list(load_in_order(Ending("killed"), [0], num_workers=1, pin_memory=False))
+
+    def map_in_a_pool() -> None:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            list(pool.map(os.kill, [os.getpid()], [0]))  # it is there
+            pool.submit(os._exit, 1).result()
+
+    for how in (load, map_in_a_pool):
+        assert "error: the system ended a worker process" in said(capsys, how)
+
+
+def test_what_a_worker_says_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def load() -> None:
+        list(load_in_order(Ending("damaged"), [0], num_workers=1, pin_memory=False))
+
+    assert said(capsys, load) == "error: the index is damaged: build it again"
