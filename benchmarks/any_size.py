@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyvips
 import torch
 
 from ldm_vae.config import as_json, parse_flags
@@ -56,6 +57,11 @@ def write_picture(file: Path, side: int) -> None:
 
     with atomic(file) as out:
         write_large(out, rows(), (side, side, 3), folder=file.parent)
+
+
+def write_progressive(picture: Path, file: Path) -> None:
+    """The kind of JPEG that decoders hold as a whole."""
+    pyvips.Image.new_from_file(str(picture), access="sequential").jpegsave(str(file), Q=90, interlace=True)
 
 
 def measured(words: list[str]) -> dict[str, float]:
@@ -98,6 +104,10 @@ def main(config: Config) -> None:
                 "decompress": measured([*one, "decompress", str(packed), str(work / "back.png"), *model]),
                 "reconstruct": measured(["pipelines/reconstruct.py", *again]),
             }
+            write_progressive(picture, picture.with_suffix(".jpg"))
+            picture.unlink()
+            shutil.rmtree(work / "again")
+            results[str(side)]["reconstruct, from a progressive JPEG"] = measured(["pipelines/reconstruct.py", *again])
         finally:
             shutil.rmtree(work)
         print(side, results[str(side)], flush=True)
