@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from dataclasses import dataclass
 from functools import cache, partial
@@ -28,6 +29,7 @@ except RuntimeError as error:
         "torch and torchvision do not match: install a pair that does, such as the one in constraints.txt"
     ) from error
 
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of a damaged file it says a line for every tag
 MAX_PIXELS = 100_000_000
 LARGEST_TILE = 1 << 22
 """Pixels of a TIFF's tile: one may be larger than the image, and is decoded as a whole."""

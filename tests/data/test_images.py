@@ -73,6 +73,15 @@ def test_a_small_tiff_of_huge_tiles_is_refused(dtype: type) -> None:
                 read_pixels(file.getvalue(), channels=1, max_pixels=1000)
 
 
+def test_a_damaged_tiff_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    data = bytearray(encoded(Image.fromarray(RAMP), "TIFF"))
+    offset = int.from_bytes(data[4:8], "little")
+    data[offset + 2 : offset + 60] = b"\xff" * 58  # its first tags
+    with pytest.raises(BadImageError):
+        read_pixels(bytes(data))
+    assert caplog.records == []
+
+
 def test_the_first_frame_of_an_animation_is_the_image() -> None:
     frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
