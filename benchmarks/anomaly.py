@@ -58,7 +58,7 @@ class Config:
     preset: str = "restore"
     """Of train_vae.py."""
     scale: float = 0.5
-    """Of the tiles that our network sees; the others see them whole."""
+    """Of the tiles that the network of this preset sees; all others see them whole."""
     resolution: int = 64
     """Side of the training crops."""
     global_latent: int | None = None
@@ -69,6 +69,10 @@ class Config:
     """In pixels of what the network sees, as are the surroundings."""
     surroundings: float = 12.0
     share: float = 0.05
+    find_steps: int = 12_000
+    """Of the network that finds blemishes on tiles, and how its maps are scored."""
+    find_blur: float = 2.0
+    find_share: float = 0.02
     sides: tuple[int, ...] = (64, 128)
     """To which images are resized for the comparisons on pixels."""
     false_alarm_rate: float = 0.1
@@ -99,9 +103,9 @@ PRESETS = {
 }
 
 
-def trained(config: Config, good: str, run: Path) -> float:
+def trained(config: Config, good: str, run: Path, *, preset: str, steps: int) -> float:
     """Seconds of training. What was trained before is not trained again, and refused where the settings were others."""
-    words: list[object] = [config.preset, "--data", good, "--output", run, "--channels", 1, "--steps", config.steps]
+    words: list[object] = [preset, "--data", good, "--output", run, "--channels", 1, "--steps", steps]
     words += ["--resolution", config.resolution, "--batch-size", config.batch_size, "--seed", config.seed]
     words += ["--tracker", "none", "--log-every", 200, "--sample-every", 2000]
     words += [] if config.global_latent is None else ["--global-latent", config.global_latent]
@@ -113,6 +117,10 @@ def trained(config: Config, good: str, run: Path) -> float:
 def options_of(config: Config) -> dict[str, Any]:
     """Of fit_detector."""
     return {k: getattr(config, k) for k in ("false_alarm_rate", "blur", "surroundings", "share")}
+
+
+def options_of_finder(config: Config) -> dict[str, Any]:
+    return {"false_alarm_rate": config.false_alarm_rate, "blur": config.find_blur, "share": config.find_share}
 
 
 def auroc(scores: Any, anomalous: Any) -> float:
@@ -206,16 +214,51 @@ def write_reduced(config: Config) -> Path:
     return folder
 
 
-def chosen_method(detector: AnomalyDetector, held_out: Source) -> dict[str, float]:
-    """By method, how well it tells held-out good tiles from the same tiles with blemishes that were made on them."""
-    scores: dict[str, list[float]] = {m: [] for m in detector.facts.methods}
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """A detector, and the scale of the tiles that it sees."""
+
+    detector: AnomalyDetector
+    scale: float
+    seconds: float
+    """Of training."""
+
+    def maps(self, pixels: Pixels) -> tuple[dict[str, np.ndarray], torch.Tensor, torch.Tensor]:
+        """Of a whole tile: maps by method, what the network gave, and what it saw."""
+        seen = to_images(reduced(pixels, self.scale))[None]
+        return *self.detector.maps(seen), seen
+
+
+def restorer(config: Config) -> Ours:
+    """What takes blemishes away, of tiles made smaller."""
+    good, run = write_reduced(config), config.output / "run"
+    seconds = trained(config, f"{good}#train", run, preset=config.preset, steps=config.steps)
+    sources = [open_source(f"{good}#{part}", channels=1) for part in ("train", "held-out")]
+    detector, _ = fit_detector(load_autoencoder(str(run)), *sources, **options_of(config))
+    return Ours(detector=detector, scale=config.scale, seconds=seconds)
+
+
+def finder(config: Config) -> Ours:
+    """What says where blemishes are."""
+    good, run = config.data / "train" / "good", config.output / "find"
+    seconds = trained(config, f"{good}#train", run, preset="find", steps=config.find_steps)
+    sources = [open_source(f"{good}#{part}", channels=1) for part in ("train", "held-out")]
+    vae = load_autoencoder(str(run), or_finder=True)
+    detector, _ = fit_detector(vae, *sources, **options_of_finder(config))
+    return Ours(detector=detector, scale=1.0, seconds=seconds)
+
+
+def chosen_method(ours: list[Ours], held_out: Source) -> dict[str, float]:
+    """By method, how well it tells held-out good tiles from the same tiles with one blemish made on them."""
+    scores: dict[str, list[float]] = {m: [] for one in ours for m in one.detector.facts.methods}
     truth = []
     for index in tqdm(range(len(held_out)), desc="blemishes made"):
         for copy in range(BLEMISHED + 1):
             rng = generator_at(copy, index, Stream.CORRUPTION)
             pixels = parse_corruption(f"blemishes:{min(copy, 1)}")(held_out[index].pixels, rng)[0]
-            for method, value in detector.scores(detector.maps(to_images(pixels)[None])[0]).items():
-                scores[method].append(value)
+            for one in ours:
+                for method, value in one.detector.scores(one.maps(pixels)[0]).items():
+                    scores[method].append(value)
             truth.append(copy > 0)
     return {m: auroc(v, truth) for m, v in scores.items()}
 
@@ -234,25 +277,22 @@ def difference_interval(ours: Any, theirs: Any, anomalous: np.ndarray, seed: int
 
 def judge_tiles(config: Config) -> Row:
     images = tiles(config)
-    good_folder = write_reduced(config)
-    run = config.output / "run"
-    seconds = trained(config, f"{good_folder}#train", run)
-    vae = load_autoencoder(str(run))
-    sources = [open_source(f"{good_folder}#{part}", channels=1) for part in ("train", "held-out")]
-    options = options_of(config)
-    detector, _ = fit_detector(vae, *sources, **options)
-    by_blemishes = chosen_method(detector, sources[1])
+    ours = [restorer(config), finder(config)]
+    good_tiles = config.data / "train" / "good"
+    by_blemishes = chosen_method(ours, open_source(f"{good_tiles}#held-out", channels=1))
     anomalous = np.array([i.kind != "good" for i in images])
-    scores: dict[str, Any] = {m: [] for m in detector.facts.methods}
-    maps: dict[str, list[np.ndarray]] = {m: [] for m in detector.facts.methods}
+    scores: dict[str, Any] = {m: [] for m in by_blemishes}
+    maps: dict[str, list[np.ndarray]] = {m: [] for m in by_blemishes}
     for image in tqdm(images, unit="image"):
-        found, _ = detector.maps(to_images(reduced(image.pixels, config.scale))[None])
-        for method, value in detector.scores(found).items():
-            scores[method].append(value)
-            maps[method].append(found[method])
-    alarms = {f"ours, {m}": rates(np.array(scores[m]) > detector.facts.thresholds[m], anomalous) for m in scores}
+        for one in ours:
+            found = one.maps(image.pixels)[0]
+            for method, value in one.detector.scores(found).items():
+                scores[method].append(value)
+                maps[method].append(found[method])
+    thresholds = {m: t for one in ours for m, t in one.detector.facts.thresholds.items()}
+    alarms = {f"ours, {m}": rates(np.array(scores[m]) > thresholds[m], anomalous) for m in scores}
     every = [(f"ours, {m}", scores[m], maps[m]) for m in scores]
-    whole = open_source(f"{config.data / 'train' / 'good'}#train", channels=1)  # the same tiles
+    whole = open_source(f"{good_tiles}#train", channels=1)  # the same tiles
     good, test = [whole[i].pixels for i in range(len(whole))], [i.pixels for i in images]
     every += [(name, values, list(found)) for name, values, found in by_components(good, test, config)]
     truth = np.concatenate([i.mask.ravel() for i in images])
@@ -267,14 +307,16 @@ def judge_tiles(config: Config) -> Row:
     near = by_neighbours(good, test, config.sides[0])
     kinds_of = {k: auroc(*of_kind(near, images, k)) for k in kinds(images)}
     rows.append({"method": f"{NEIGHBOURS} nearest on pixels", "image_auroc": auroc(near, anomalous), **kinds_of})
-    ours = max(by_blemishes, key=lambda m: by_blemishes[m])
+    chosen = max(by_blemishes, key=lambda m: by_blemishes[m])
     best = max((e for e in every if e[0].startswith("PCA")), key=lambda e: auroc(e[1], anomalous))
-    low, high = difference_interval(scores[ours], best[1], anomalous, config.seed)
-    draw_tiles(detector, images, config)
+    low, high = difference_interval(scores[chosen], best[1], anomalous, config.seed)
+    for one in ours:
+        draw_tiles(one, images, config)
     return {
-        "training_seconds": seconds,
+        "training_seconds": sum(one.seconds for one in ours),
+        "seconds_of_each": {" and ".join(one.detector.facts.methods): one.seconds for one in ours},
         "chosen_by_blemishes": by_blemishes,
-        "ours": ours,
+        "ours": chosen,
         "above_pca": {"than": best[0], "low": low, "high": high},
         "rows": rows,
     }
@@ -295,15 +337,15 @@ def rates(alarms: np.ndarray, anomalous: np.ndarray) -> Row:
     return {"false_alarms": float(alarms[~anomalous].mean()), "detected": float(alarms[anomalous].mean())}
 
 
-def draw_tiles(detector: AnomalyDetector, images: list[TestImage], config: Config) -> None:
+def draw_tiles(ours: Ours, images: list[TestImage], config: Config) -> None:
     """A sheet for each method: two images of each kind with their heat maps."""
-    for method in detector.facts.methods:
+    facts = ours.detector.facts
+    for method in facts.methods:
         strips = []
         for kind in ["good", *kinds(images)]:
             for image in [i for i in images if i.kind == kind][:2]:
-                tensor = to_images(reduced(image.pixels, config.scale))[None]
-                maps, reconstruction = detector.maps(tensor)
-                strip = heat_map(tensor[0], reconstruction[0], maps[method], detector.facts.thresholds[method])
+                maps, given, seen = ours.maps(image.pixels)
+                strip = heat_map(seen[0], given[0], maps[method], facts.thresholds[method])
                 strip.thumbnail((480, 240))
                 strips.append(strip)
         sheet = Image.new("RGB", (3 * 490, -(-len(strips) // 3) * 250), "white")
@@ -328,7 +370,7 @@ def judge_fashion(config: Config) -> Row:
         target = config.output / f"{name}.zip"
         write_class_zip(target, ((p, name) for p in own))
         run = config.output / name
-        seconds += trained(config, f"{target}#train", run)
+        seconds += trained(config, f"{target}#train", run, preset=config.preset, steps=config.steps)
         vae = load_autoencoder(str(run))
         sources = [open_source(f"{target}#{part}", channels=1) for part in ("train", "held-out")]
         options = options_of(config)

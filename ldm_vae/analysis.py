@@ -13,7 +13,7 @@ from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
 from ldm_vae.files import atomic, check_writable, is_hub_id, write_csv
 
 Pooling = Literal["mean", "flatten"]
-Method = Literal["l1", "ssim", "lpips", "mahalanobis", "standardised"]
+Method = Literal["l1", "ssim", "lpips", "mahalanobis", "standardised", "blemishes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,9 @@ class Fit:
     measured: train on DATA#train."""
     output: Path | None = None
     """Folder of the detector; `anomaly` in --vae unless given."""
-    methods: tuple[Method, ...] = ("l1", "ssim", "mahalanobis")
-    """lpips needs the weights of its backbone."""
+    methods: tuple[Method, ...] = ()
+    """l1, ssim and mahalanobis unless given, and blemishes for networks that find these; lpips needs the weights of its
+    backbone."""
     false_alarm_rate: float = 0.05
     blur: float = 4.0
     """Smoothing of the maps, in pixels."""
@@ -182,7 +183,7 @@ def fit(command: Fit) -> None:
             raise ConfigError(f"{folder} is there: add --overwrite to replace it, or choose another --output")
     check_unseen(command)
     check_device(command.device)
-    vae = load_autoencoder(command.vae).to(command.device)
+    vae = load_autoencoder(command.vae, or_finder=True).to(command.device)
     check_writable(folder.parent)
     given = command.data if command.held_out is not None else f"{command.data}#train"
     held_out = command.held_out if command.held_out is not None else f"{command.data}#held-out"
@@ -219,7 +220,7 @@ def score(command: Score) -> None:
 
     folder = detector_folder(command.detector, command.vae)
     check_device(command.device)
-    vae = load_autoencoder(command.vae).to(command.device)
+    vae = load_autoencoder(command.vae, or_finder=True).to(command.device)
     detector = AnomalyDetector.load(folder, vae)
     facts = detector.facts
     method = command.method or facts.methods[-1]

@@ -1,8 +1,9 @@
 """What an autoencoder that saw only good images makes of others: a map of scores, a score an image, and a threshold.
 
 A method gives a map (H, W) that is large where an image differs from good ones: by how badly it is reconstructed
-(Bergmann et al. 2019, "MVTec AD", section 4), or by how far its latents are from those of good images (Mahalanobis
-distance, as in Defard et al. 2021, "PaDiM", equation 2, with one Gaussian for all places). The map is smoothed, and an
+(Bergmann et al. 2019, "MVTec AD", section 4), by how far its latents are from those of good images (Mahalanobis
+distance, as in Defard et al. 2021, "PaDiM", equation 2, with one Gaussian for all places), or by what a network says
+that was taught to find blemishes made on good images. The map is smoothed, and an
 image's score is the mean of its largest part. Each image is scored alone: no figure depends on a batch or an order.
 """
 
@@ -26,11 +27,11 @@ from ldm_vae.data.sources import Source
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError, nothing_usable
 from ldm_vae.files import write_json
 from ldm_vae.metrics import SMALLEST_FOR_SSIM
-from ldm_vae.models.pretrained import channels_of, fingerprint, latent_channels_of, side_for, stride_of
+from ldm_vae.models.pretrained import channels_of, fingerprint, is_finder, latent_channels_of, side_for, stride_of
 from ldm_vae.models.tiling import encode_mean
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
 
-Method = Literal["l1", "ssim", "lpips", "mahalanobis", "standardised"]
+Method = Literal["l1", "ssim", "lpips", "mahalanobis", "standardised", "blemishes"]
 FOLDER = "anomaly"
 FACTS, STATISTICS = "anomaly.json", "statistics.safetensors"
 SHRINKAGE = 0.01
@@ -98,6 +99,8 @@ class AnomalyDetector:
     def maps(self, images: Tensor) -> tuple[dict[str, Map], Tensor]:
         """One image (1, C, H, W) in [-1, 1] -> by method its smoothed map, float32 (H, W); and its reconstruction.
 
+        That of a network that finds blemishes is where it finds them, (1, 1, H, W).
+
         Raises:
             BadImageError: too small for a method.
         """
@@ -122,6 +125,8 @@ class AnomalyDetector:
                     raw = self.lpips.maps(reconstruction, images)
                 case "mahalanobis":
                     raw = self.distances(latents, height, width)
+                case "blemishes":
+                    raw = (1 + reconstruction[:, 0]) / 2
                 case "standardised":
                     assert self.variance is not None
                     raw = squared_error(images, reconstruction) / torch.from_numpy(self.variance).to(self.device)
@@ -273,7 +278,7 @@ def fit_detector(
     good: Source,
     held_out: Source,
     *,
-    methods: Sequence[Method] = ("l1", "ssim", "mahalanobis"),
+    methods: Sequence[Method] | None = None,
     false_alarm_rate: float = 0.05,
     blur: float = 4.0,
     surroundings: float = 0.0,
@@ -284,6 +289,7 @@ def fit_detector(
     """A detector for this autoencoder, and the bad images met: name -> reason.
 
     Args:
+        methods: l1, ssim and mahalanobis unless given; blemishes for a network that finds these, which has no other.
         good: images without anomalies, whose latents are the measure; the autoencoder may have been trained on them.
         held_out: others, that it was not trained on: they set the thresholds.
 
@@ -291,8 +297,12 @@ def fit_detector(
         ConfigError: no method, one that this autoencoder does not have, or numbers that cannot be.
         DataError: nothing usable, or too few held out for the rate.
     """
-    if not methods or not 0 < false_alarm_rate < 1 or not 0 <= blur < math.inf or not 0 < share <= 1:
-        raise ConfigError("at least one method, 0 < false-alarm rate < 1, blur >= 0 and 0 < share <= 1 are needed")
+    finder = is_finder(vae)
+    methods = methods or (("blemishes",) if finder else ("l1", "ssim", "mahalanobis"))
+    if finder != ("blemishes" in methods) or (finder and set(methods) != {"blemishes"}):
+        raise ConfigError("blemishes is the one method of networks that find these, and of no other")
+    if not 0 < false_alarm_rate < 1 or not 0 <= blur < math.inf or not 0 < share <= 1:
+        raise ConfigError("0 < false-alarm rate < 1, blur >= 0 and 0 < share <= 1 are needed")
     if not 0 <= surroundings < math.inf:
         raise ConfigError(f"the surroundings are {surroundings:g} pixels: they must be 0 or more")
     if "standardised" in methods and side_for(vae, None) is None:

@@ -60,7 +60,12 @@ def as_json(config: Any) -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], config: Any, *, free: Sequence[str]) -> list[str]:
-    """`field: saved -> now` for each field of a configuration that changed, those in `free` left out."""
+    """`field: saved -> now` for each field of a configuration that changed, those in `free` left out.
+
+    A field that there was not when it was saved has its default.
+    """
     now = as_json(config)
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+    saved = json.loads(json.dumps(defaults, default=str)) | dict(saved)
     keys = [k for k in sorted({*saved, *now}) if k not in free and saved.get(k) != now.get(k)]
     return [f"{k}: {saved.get(k)} -> {now.get(k)}" for k in keys]

@@ -98,6 +98,21 @@ def test_standardised_errors_are_in_units_of_their_variance_at_each_pixel(tmp_pa
         fit_detector(make_vae(), *good, **options)  # type: ignore[arg-type]
 
 
+def test_a_network_that_finds_blemishes_has_its_own_method_and_no_other() -> None:
+    finder = make_vae(out_channels=1, finds_blemishes=True, linear_path=False)
+    good = [HeadSource(open_source(f"procedural:dead-leaves@{i}", resolution=48), 5) for i in (0, 1)]
+    found = fit_detector(finder, *good, blur=0.0, false_alarm_rate=0.3)[0]
+    assert found.facts.methods == ("blemishes",)
+    maps, given = found.maps(leaves(3))
+    with torch.inference_mode():
+        expected = (1 + finder(leaves(3)).sample.clamp(-1, 1)) / 2
+    assert np.allclose(maps["blemishes"], expected[0, 0], atol=1e-6)
+    assert given.shape == (1, 1, 48, 48)
+    for vae, methods in ((finder, ("l1",)), (finder, ("blemishes", "mahalanobis")), (make_vae(), ("blemishes",))):
+        with pytest.raises(ConfigError, match="blemishes is the one method of networks that find these"):
+            fit_detector(vae, *good, methods=methods, false_alarm_rate=0.3)
+
+
 def test_ssims_map_has_the_mean_of_the_metric() -> None:
     from skimage.metrics import structural_similarity
 

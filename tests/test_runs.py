@@ -94,6 +94,10 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 def test_resuming_with_other_settings_lists_what_differs(tmp_path: Path) -> None:
     Run(tmp_path, Config(), free=("workers",))
     Run(tmp_path, Config(workers=5), free=("workers",))
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["config"]["sizes"]  # a version before had no such field
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    Run(tmp_path, Config(), free=("workers",))
     with pytest.raises(RunError, match=r"\(rate: 0.1 -> 0.2; sizes: \[1, 2\] -> \[1\]\)"):
         Run(tmp_path, Config(rate=0.2, sizes=(1,), workers=5), free=("workers",))
     (tmp_path / "config.json").write_text("something else")

@@ -20,9 +20,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ldm_vae.config import parse_config
-from ldm_vae.data.corruption import Corruption, parse_corruption
+from ldm_vae.data.corruption import Corruption, parse_corruption, with_blemishes
 from ldm_vae.data.images import to_images, to_pixels
-from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, collate, default_workers, load_batches
+from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, collate, default_workers, load_batches, map_image
 from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import Source, open_source
 from ldm_vae.errors import ConfigError, one_line_errors
@@ -35,6 +35,7 @@ from ldm_vae.models.pretrained import (
     SCALE,
     channels_of,
     check_resolution,
+    is_finder,
     is_variational,
     latent_channels_of,
     load_autoencoder,
@@ -76,6 +77,8 @@ class Config(Training, Objective):
     corruption: str | None = None
     """What the network undoes: gaussian:SIGMA (in 0..255), masking:RATIO, jpeg:QUALITY, poisson:PEAK, blemishes:COUNT;
     or LOW-HIGH."""
+    target: Literal["images", "blemishes"] = "images"
+    """blemishes: the network sees images with blemishes made on them, and gives where these are."""
     train: Literal["all", "decoder"] = "all"
     """decoder leaves the encoder, and so the latents, as they are."""
     spectral_norm: bool = False
@@ -156,6 +159,10 @@ PRESETS = {
         "stride 8, 32 channels, takes what does not belong there away: for anomalies",
         plain_preset("restore", corruption="blemishes:0-3", reconstruction="l1"),
     ),
+    "find": (
+        "stride 8, 64 channels, says what does not belong there: for anomalies",
+        plain_preset("find", target="blemishes"),
+    ),
     "f8c4-large": (
         "stride 8, 4 channels, about the parameters of Stable Diffusion's VAE, for GPUs",
         preset("f8c4-large", learning_rate=1e-4, disc_learning_rate=1e-4),
@@ -175,6 +182,11 @@ def validate(config: Config, num_processes: int) -> None:
     corruption = corruption_of(config)
     if corruption is not None and corruption.kind == "jpeg" and config.channels not in (1, 3):
         raise ConfigError(f"images of {config.channels} channels cannot be JPEG: choose another --corruption")
+    pictures = config.perceptual != "none" or config.adversarial != "none" or corruption is not None
+    if config.target == "blemishes" and (pictures or config.prior == "causal"):
+        raise ConfigError(
+            "--target blemishes is no picture: add --perceptual none --adversarial none, no --corruption, no --prior"
+        )
     if not 0 < config.target_activation < 1:
         raise ConfigError(f"--target-activation is {config.target_activation}: it must be between 0 and 1")
     if config.target_bpp is not None and (config.target_bpp <= 0 or config.kl_weight <= 0):
@@ -209,7 +221,7 @@ def build(config: Config, accelerator: Accelerator) -> State:
     """The networks and their optimizers, the same in every process."""
     set_seed(config.seed)
     if config.init:
-        vae = load_autoencoder(config.init)
+        vae = load_autoencoder(config.init, or_finder=config.target == "blemishes")
         if channels_of(vae) != config.channels:
             raise ConfigError(f"{config.init} takes images of {channels_of(vae)} channels: add --channels to say so")
         if config.train == "all":  # its latents will be others, and so will their scale
@@ -275,6 +287,8 @@ def architecture_of(config: Config) -> dict[str, Any]:
     """Keywords of PatchAutoencoderKL: the preset's, and what other flags make of it."""
     keywords = ARCHITECTURES[config.architecture] | {"deterministic": config.posterior == "deterministic"}
     keywords["latent_activation"] = ACTIVATION_OF[config.sparsity]
+    if config.target == "blemishes":
+        keywords |= {"out_channels": 1, "finds_blemishes": True}
     corruption = corruption_of(config)
     if corruption is not None and corruption.kind == "gaussian":
         keywords["noise_level"] = corruption.high
@@ -297,6 +311,8 @@ def check_variant(vae: Any, config: Config) -> None:
         raise ConfigError(f"{config.init} has a posterior: add --posterior gaussian, or leave out --init")
     if config.init and config.global_latent is not None:
         raise ConfigError("--global-latent makes a new network: leave out --init")
+    if is_finder(vae) != (config.target == "blemishes"):
+        raise ConfigError(f"{config.init} was not made for --target blemishes: leave out --init")
     if config.sparsity != "none" and vae.config.get("latent_activation") != ACTIVATION_OF[config.sparsity]:
         raise ConfigError(f"{config.init} was not made for --sparsity {config.sparsity}: leave out --init")
 
@@ -313,10 +329,18 @@ def corruption_of(config: Config) -> Corruption | None:
     return None if config.corruption is None else parse_corruption(config.corruption)
 
 
-def corrupted(images: Tensor, corruption: Corruption) -> Tensor:
-    """Images (N, C, H, W) as the network is to see them, always the same."""
+def validation_pairs(images: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """What the network is to give, and what it is to see, for images (N, C, H, W): always the same."""
     rngs = [generator_at(0, i, Stream.VALIDATION) for i in range(len(images))]
-    return torch.stack([to_images(corruption(to_pixels(i), rng)[0]) for i, rng in zip(images, rngs, strict=True)])
+    if config.target == "blemishes":
+        pairs = [with_blemishes(to_pixels(i), rng) for i, rng in zip(images, rngs, strict=True)]
+        seen, where = zip(*pairs, strict=True)
+        return torch.stack([map_image(w) for w in where]), torch.stack([to_images(s) for s in seen])
+    corruption = corruption_of(config)
+    if corruption is None:
+        return images, images
+    damaged = [to_images(corruption(to_pixels(i), rng)[0]) for i, rng in zip(images, rngs, strict=True)]
+    return images, torch.stack(damaged)
 
 
 def draw(
@@ -339,6 +363,7 @@ def batches_from(step: int, source: Source, config: Config, accelerator: Acceler
         resolution=config.resolution,
         shorter_side=config.shorter_side or (config.resolution if config.global_latent else None),
         corruption=corruption_of(config),
+        blemishes=config.target == "blemishes",
         mirror=config.mirror,
         cache_bytes=int(config.cache_gib * 2**30) // max(num_workers, 1),
     )
@@ -375,8 +400,7 @@ def main(config: Config) -> None:
         with run.listing_bad_images():
             val_images, met = validation_images(val_source, side=side - side % stride_of(state.bare.vae))
             run.add_bad_images(met)
-        corruption = corruption_of(config)
-        val_inputs = val_images if corruption is None else corrupted(val_images, corruption)
+        val_images, val_inputs = validation_pairs(val_images, config)
     accelerator.print(describe(config, state, source, accelerator))
     with loop:
         for step, batches in loop.steps(lambda step: batches_from(step, source, config, accelerator)):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm_vae.data.corruption import UNKNOWN_LEVEL, Corruption
+from ldm_vae.data.corruption import UNKNOWN_LEVEL, Corruption, with_blemishes
 from ldm_vae.data.images import Pixels, resize, to_images
 from ldm_vae.data.order import Stream, generator_at, index_at, positions_of
 from ldm_vae.data.sources import Source
@@ -78,6 +78,7 @@ class CropDataset(Dataset[Row]):
             keeps their size. Images smaller than the crop are always enlarged.
         cache_bytes: decoded images are kept in this process up to so many bytes.
         corruption: what is done to the crops that the network sees; every second one is not told how much.
+        blemishes: the network sees crops with blemishes made on them, and the image is where these are, 1 and else -1.
         mirror: whether every second crop is mirrored.
     """
 
@@ -90,10 +91,11 @@ class CropDataset(Dataset[Row]):
         shorter_side: int | None = None,
         cache_bytes: int = 0,
         corruption: Corruption | None = None,
+        blemishes: bool = False,
         mirror: bool = True,
     ) -> None:
         self.source, self.seed, self.resolution, self.shorter_side = source, seed, resolution, shorter_side
-        self.corruption, self.mirror = corruption, mirror
+        self.corruption, self.blemishes, self.mirror = corruption, blemishes, mirror
         self.cache: dict[int, Pixels] = {}
         self.cache_left = cache_bytes
         self.bad: dict[int, str] = {}
@@ -113,6 +115,9 @@ class CropDataset(Dataset[Row]):
             pixels = self.load(index, met)
         crop = self.crop(pixels, generator_at(self.seed, position, Stream.CROP))
         row = Row(image=to_images(crop), position=position, bad_images=met)
+        if self.blemishes:
+            damaged, where = with_blemishes(crop, generator_at(self.seed, position, Stream.CORRUPTION))
+            return replace(row, image=map_image(where), input=to_images(damaged))
         if self.corruption is None:
             return row
         rng = generator_at(self.seed, position, Stream.CORRUPTION)
@@ -157,6 +162,11 @@ class CropDataset(Dataset[Row]):
             y, x = along * (height - side), across * (width - side)
             crop = resize(pixels, (self.resolution, self.resolution), (x, y, x + side, y + side))
         return crop[:, ::-1] if self.mirror and mirror < 0.5 else crop
+
+
+def map_image(where: np.ndarray) -> Tensor:
+    """A map of bool (H, W) as an image (1, H, W): 1, and -1."""
+    return to_images(255 * where[:, :, None].astype(np.uint8))
 
 
 class MicroBatches(Sampler[list[int]]):

@@ -166,6 +166,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         latent_activation: of the mean: "none", or for sparse latents "relu" or "sigmoid".
         noise_level: the encoder takes the standard deviation of the noise in an image where it is known, up to this, in
             0..255. It begins with no effect.
+        finds_blemishes: what it gives is no image but, of one channel from -1 to 1, where a blemish is.
         latents_mean, latents_std: per latent channel, measured over a data set; (z - mean) / std are scaled latents.
         scaling_factor, shift_factor: the scalar convention of older diffusers VAEs, for code that asks for it.
 
@@ -192,6 +193,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         deterministic: bool = False,
         latent_activation: str = "none",
         noise_level: float | None = None,
+        finds_blemishes: bool = False,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
         scaling_factor: float = 1.0,
@@ -361,6 +363,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "restore": {
         "latent_channels": 32,
+        "patch_size": 2,
+        "block_out_channels": (32, 64, 128),
+        "encoder_layers_per_block": (1, 1, 2),
+        "decoder_layers_per_block": (1, 1, 2),
+    },
+    "find": {
+        "latent_channels": 64,
         "patch_size": 2,
         "block_out_channels": (32, 64, 128),
         "encoder_layers_per_block": (1, 1, 2),

@@ -21,11 +21,12 @@ SCALE = {"latents_mean": None, "latents_std": None, "scaling_factor": 1.0, "shif
 """What a VAE's config says of the scale of its latents, and the values that say nothing."""
 
 
-def load_autoencoder(path: str) -> Any:
+def load_autoencoder(path: str, *, or_finder: bool = False) -> Any:
     """The autoencoder that RUN_OR_MODEL names, in float32 and evaluation mode.
 
     Args:
         path: a run directory (its `vae/`), a folder of diffusers' layout, a pipeline's folder, or a hub id.
+        or_finder: whether a network that finds blemishes, and gives no images, will do.
 
     Raises:
         ModelError: nothing there, no autoencoder, or files that cannot be read.
@@ -43,7 +44,14 @@ def load_autoencoder(path: str) -> Any:
         raise ModelError(f"cannot load {name} from {path}: {type(error).__name__}: {error}") from None
     if not {"in_channels", "latent_channels"} <= set(vae.config):
         raise ModelError(f"{path} holds a {name}, which is not an autoencoder of single images")
+    if is_finder(vae) and not or_finder:
+        raise ModelError(f"{path} finds blemishes and gives no images: it is for `ldm-vae anomaly`")
     return vae.eval()
+
+
+def is_finder(vae: Any) -> bool:
+    """Whether it gives no images but where blemishes are."""
+    return bool(vae.config.get("finds_blemishes"))
 
 
 def check_device(device: str) -> None:

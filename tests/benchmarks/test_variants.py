@@ -114,6 +114,7 @@ def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(
         data=data,
         output=tmp_path / "out",
         steps=2,
+        find_steps=2,
         resolution=32,
         batch_size=4,
         blur=1.0,
@@ -123,7 +124,7 @@ def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(
     anomaly.main(config)
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {r["method"]: r for r in record["rows"]}
-    assert {"ours, l1", "ours, ssim", "ours, mahalanobis", "5 nearest on pixels"} < rows.keys()
+    assert {"ours, l1", "ours, ssim", "ours, mahalanobis", "ours, blemishes", "5 nearest on pixels"} < rows.keys()
     assert rows["ours, l1"]["image_auroc"] == rows["ours, l1"]["hole"] == 1.0  # it differs in every way
     assert rows["ours, l1"]["pixel_auroc"] > 0.8
     assert rows["ours, l1"]["detected"] == 1.0

@@ -10,18 +10,20 @@ import numpy as np
 import processes
 import pytest
 import torch
+from PIL import Image
 from processes import ROOT, metrics
+from scipy.ndimage import gaussian_filter
 
-from ldm_vae.data.corruption import parse_corruption
+from ldm_vae.data.corruption import parse_corruption, with_blemishes
 from ldm_vae.data.images import to_images, to_pixels
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import open_source
 from ldm_vae.embedding import embed
-from ldm_vae.errors import ConfigError
+from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.metrics import psnr
 from ldm_vae.models.pretrained import encode_moments, is_variational, load_autoencoder, posterior_of
-from ldm_vae.models.tiling import denoise
+from ldm_vae.models.tiling import denoise, reconstruct
 from training.train_vae import PRESETS, Config, main
 
 SCRIPT = str(ROOT / "training" / "train_vae.py")
@@ -105,6 +107,41 @@ def test_grey_images_can_be_denoised_and_mirroring_can_be_left_out(tmp_path: Pat
         assert torch.equal(crops[position].image, to_images(source[index].pixels))
 
 
+def smooth_photos(folder: Path, count: int, seed: int) -> str:
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for i in range(count):
+        field = gaussian_filter(rng.standard_normal((48, 48)), 8)
+        Image.fromarray(np.uint8(128 + 40 * field / field.std()).clip(0, 255)).save(folder / f"{i}.png")
+    return str(folder)
+
+
+def test_what_finds_blemishes_finds_them_on_images_it_never_saw(tmp_path: Path) -> None:
+    data = smooth_photos(tmp_path / "good", 40, seed=0)
+    run = tmp_path / "run"
+    main(config_for("find", run, data=data, channels=1, steps=200, learning_rate=2e-3, ema_decay=0.9))
+    vae = load_autoencoder(str(run), or_finder=True)
+    source = open_source(smooth_photos(tmp_path / "others", 12, seed=1), channels=1)
+    inside, outside = [], []
+    for i in range(12):
+        pixels, where = with_blemishes(source[i].pixels, np.random.default_rng(i))
+        with torch.inference_mode():
+            found = reconstruct(vae, to_images(pixels)[None])[0]
+        assert found.shape == (1, 48, 48)
+        inside += found[0].numpy()[where].tolist()
+        outside += found[0].numpy()[~where].tolist()
+    assert np.mean(inside) > np.mean(outside) + 0.3
+    assert (run / "samples" / "step-200.png").exists()
+    with pytest.raises(ModelError, match="gives no images: it is for `ldm-vae anomaly`"):
+        load_autoencoder(str(run))
+    again = config_for("plain", tmp_path / "again", data=data, channels=1, init=str(run), posterior="gaussian")
+    with pytest.raises(ModelError, match="gives no images"):
+        main(again)
+    main(config_for("plain", tmp_path / "plain", data=data, channels=1, steps=1))
+    with pytest.raises(ConfigError, match="was not made for --target blemishes"):
+        main(config_for("find", tmp_path / "again", data=data, channels=1, init=str(tmp_path / "plain")))
+
+
 def test_variants_combine_and_do_not_depend_on_how_the_batch_is_split(tmp_path: Path) -> None:
     changes = {"steps": 3, "corruption": "gaussian:0-50", "sparsity": "kl", "global_latent": 5}
     changes |= {"posterior": "gaussian", "kl_weight": 1e-3, "checkpoint_every": 3}
@@ -129,6 +166,8 @@ def test_variants_combine_and_do_not_depend_on_how_the_batch_is_split(tmp_path: 
         ({"target_activation": 1.0}, "target-activation"),
         ({"corruption": "jpeg:10", "channels": 4}, "4 channels cannot be JPEG"),
         ({"global_latent": 4, "resolution": 64, "shorter_side": 32}, "--shorter-side 32 is less"),
+        ({"target": "blemishes", "perceptual": "random"}, "--target blemishes is no picture"),
+        ({"target": "blemishes", "corruption": "gaussian:5"}, "--target blemishes is no picture"),
         ({"sparsity_weight": -1.0}, "sparsity-weight"),
         ({"kl_weight": 1e-3}, "no posterior"),
         ({"init": "{run}", "global_latent": 4}, "leave out --init"),
