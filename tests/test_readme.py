@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SMALLER = {
     "train_vae": "--steps 2 --batch-size 2 --resolution 64 --lpips-backbone squeeze --perceptual random",
+    "train_vae find": "--steps 2 --batch-size 2 --resolution 64",
     "cache_latents": "--resolution 64 --num-workers 0",
     "train_diffusion": "--steps 2 --batch-size 2 --num-workers 0",
     "generate": "--steps 2",
@@ -38,7 +39,7 @@ def run(words: list[str]) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     script = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
     name = Path(words[0]).stem
-    args = words[1:] + shlex.split(SMALLER.get(name, ""))
+    args = words[1:] + shlex.split(SMALLER.get(f"{name} {words[1]}", SMALLER.get(name, "")))
     if name == "train_diffusion":
         args[0] = "tiny"
     if name == "reconstruction" and "--perceptual" not in args:
@@ -95,7 +96,7 @@ def test_the_commands_of_the_guide_to_autoencoders_run(here: Path) -> None:
     page = (ROOT / "docs" / "autoencoders.md").read_text()
     for folder in ("good", "more-good"):
         shutil.copytree(here / "photos", here / folder)
-    assert run_commands(page) == 9
+    assert run_commands(page) == 11
     for example in blocks(page, "python"):
         scope: dict[str, Any] = {}
         exec(example, scope)
