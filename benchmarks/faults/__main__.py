@@ -248,6 +248,7 @@ def nan(shop: Workshop, config: Config) -> Iterator[Row]:
         np.save(pictures / f"bad-{i}.npy", array)
     for name in ("vae", "cache"):
         job = shop.jobs[name]
+        shop.undisturbed(job)  # the cache's autoencoder
         words = tuple(w if w != str(shop.photos) else str(pictures) for w in job.words)
         output = emptied(shop.folder / "nan" / name)
         code, said = Job(name=name, words=words, results=()).run(output)
