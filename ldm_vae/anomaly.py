@@ -3,8 +3,8 @@
 A method gives a map (H, W) that is large where an image differs from good ones: by how badly it is reconstructed
 (Bergmann et al. 2019, "MVTec AD", section 4), by how far its latents are from those of good images (Mahalanobis
 distance, as in Defard et al. 2021, "PaDiM", equation 2, with one Gaussian for all places), or by what a network says
-that was taught to find blemishes made on good images. The map is smoothed, and an
-image's score is the mean of its largest part. Each image is scored alone: no figure depends on a batch or an order.
+that was taught to find blemishes made on good images. The map is smoothed, and an image's score is the mean of its
+largest part. Each image is scored alone: no figure depends on a batch or an order.
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ def fit_detector(
         held_out: others, that it was not trained on: they set the thresholds.
 
     Raises:
-        ConfigError: no method, one that this autoencoder does not have, or numbers that cannot be.
+        ConfigError: a method that this autoencoder does not have, or numbers that cannot be.
         DataError: nothing usable, or too few held out for the rate.
     """
     finder = is_finder(vae)

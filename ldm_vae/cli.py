@@ -133,13 +133,10 @@ def write(name: str, data: bytes) -> None:
 
 def compress_file(command: Compress) -> str | None:
     """The message for a warning, if any."""
-    from PIL import Image
-
     from ldm_vae.codec.picture import read_picture
     from ldm_vae.codec.search import compress_to
     from ldm_vae.models.pretrained import channels_of
 
-    Image.MAX_IMAGE_PIXELS = None  # the limit is ours
     codec = load_codec(command.model, command.device, command.workers)
     channels = channels_of(codec.vae)
     scratch = scratch_of(command.output) if codec.exact else None

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -94,7 +93,6 @@ def convert_images(
         raise ConfigError(f"--max-pixels is {max_pixels}: it must be at least 1")
     channels, reach = channels_of(vae), reach_of(vae)
     check_viewable(channels)
-    Image.MAX_IMAGE_PIXELS = None  # the limit is ours
     scratch = None if reach is None else output
     source = open_source(given, channels=channels, max_pixels=max_pixels, scratch=scratch)
     check_finite(source, given, None)

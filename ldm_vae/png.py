@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from ldm_vae.data.images import Pixels
+from ldm_vae.data.images import Pixels, limits_are_ours
 from ldm_vae.errors import RunError
 from ldm_vae.files import atomic
 
@@ -29,20 +29,17 @@ def write_png(file: Path, pixels: Pixels, facts: Mapping[str, str]) -> None:
 
 def read_facts(file: Path) -> dict[str, str] | None:
     """The text of a PNG; None for a file that is damaged."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # nothing is decoded here
     try:
-        with Image.open(file) as image:
+        with limits_are_ours(), Image.open(file, formats=["PNG"]) as image:
             facts = {str(k): str(v) for k, v in image.info.items()}
             image.verify()
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError):  # SyntaxError: PIL's, for a wrong checksum
         return None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
     return facts
 
 
 def read_png(file: Path) -> Pixels:
-    with Image.open(file) as image:
+    with limits_are_ours(), Image.open(file, formats=["PNG"]) as image:
         return np.atleast_3d(np.asarray(image))
 
 

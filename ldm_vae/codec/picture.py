@@ -14,7 +14,16 @@ import numpy as np
 from PIL import Image
 
 from ldm_vae.data import large
-from ldm_vae.data.images import MAX_PIXELS, Pixels, check_float, large_pixels, pil_pixels, read_pixels
+from ldm_vae.data.images import (
+    MAX_PIXELS,
+    Pixels,
+    check_float,
+    formats,
+    large_pixels,
+    limits_are_ours,
+    pil_pixels,
+    read_pixels,
+)
 from ldm_vae.errors import BadImageError, ConfigError, CorruptError
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -115,7 +124,7 @@ def read_picture(
     given = given.read_bytes() if isinstance(given, Path) else given
     values = read_pixels(given, **options)
     try:
-        with Image.open(io.BytesIO(given)) as image:
+        with limits_are_ours(), Image.open(io.BytesIO(given), formats=formats()) as image:
             icc, exif = metadata_of(image)
     except Exception:  # not a kind of file that PIL knows
         icc = exif = b""
@@ -183,7 +192,7 @@ def encode_picture(picture: Picture, extension: str) -> bytes:
     kind = Image.registered_extensions()[extension]
     try:
         image.save(file, kind, **FINEST.get(kind, {}), **picture.metadata())
-        with Image.open(file) as again:
+        with limits_are_ours(), Image.open(file) as again:
             kept = again.size, again.mode
     except Exception as error:  # writers raise many kinds, for metadata that they cannot read, too
         raise ConfigError(f"{extension} cannot hold this picture ({error}): write .png") from None

@@ -73,6 +73,16 @@ def test_a_small_tiff_of_huge_tiles_is_refused(dtype: type) -> None:
                 read_pixels(file.getvalue(), channels=1, max_pixels=1000)
 
 
+def test_the_limit_is_ours_and_not_pils(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL refuses twice this many, whatever is asked for."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    data = encoded(Image.fromarray(RAMP), "PNG")
+    assert np.array_equal(read_pixels(data, max_pixels=48), RAMP)
+    with pytest.raises(BadImageError, match="8x6 is more than the limit of 47 pixels"):
+        read_pixels(data, max_pixels=47)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
 def test_a_damaged_tiff_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     data = bytearray(encoded(Image.fromarray(RAMP), "TIFF"))
     offset = int.from_bytes(data[4:8], "little")
