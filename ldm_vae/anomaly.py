@@ -27,7 +27,15 @@ from ldm_vae.data.sources import Source
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError, nothing_usable
 from ldm_vae.files import write_json
 from ldm_vae.metrics import SMALLEST_FOR_SSIM
-from ldm_vae.models.pretrained import channels_of, fingerprint, is_finder, latent_channels_of, side_for, stride_of
+from ldm_vae.models.pretrained import (
+    channels_of,
+    fingerprint,
+    is_finder,
+    latent_channels_of,
+    side_for,
+    stride_of,
+    viewable,
+)
 from ldm_vae.models.tiling import encode_mean
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
 
@@ -99,7 +107,7 @@ class AnomalyDetector:
     def maps(self, images: Tensor) -> tuple[dict[str, Map], Tensor]:
         """One image (1, C, H, W) in [-1, 1] -> by method its smoothed map, float32 (H, W); and its reconstruction.
 
-        That of a network that finds blemishes is where it finds them, (1, 1, H, W).
+        A network that finds blemishes has in its place how probable one is, (1, 1, H, W) in [-1, 1].
 
         Raises:
             BadImageError: too small for a method.
@@ -110,7 +118,8 @@ class AnomalyDetector:
         if side is not None and (height, width) != (side, side):
             raise BadImageError(f"{width}x{height} pixels: this autoencoder's vector is of {side}x{side}")
         latents = encode_mean(self.vae, images)
-        reconstruction = self.vae.decode(latents).sample[..., :height, :width].clamp(-1, 1)
+        given = self.vae.decode(latents).sample[..., :height, :width].float()
+        reconstruction = viewable(self.vae, given)
         found: dict[str, Map] = {}
         for method in self.facts.methods:
             match method:
@@ -126,7 +135,7 @@ class AnomalyDetector:
                 case "mahalanobis":
                     raw = self.distances(latents, height, width)
                 case "blemishes":
-                    raw = (1 + reconstruction[:, 0]) / 2
+                    raw = nn.functional.softplus(given[:, 0])  # -log(1 - p): what is certain counts for more
                 case "standardised":
                     assert self.variance is not None
                     raw = squared_error(images, reconstruction) / torch.from_numpy(self.variance).to(self.device)

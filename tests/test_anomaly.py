@@ -105,9 +105,9 @@ def test_a_network_that_finds_blemishes_has_its_own_method_and_no_other() -> Non
     assert found.facts.methods == ("blemishes",)
     maps, given = found.maps(leaves(3))
     with torch.inference_mode():
-        expected = (1 + finder(leaves(3)).sample.clamp(-1, 1)) / 2
-    assert np.allclose(maps["blemishes"], expected[0, 0], atol=1e-6)
-    assert given.shape == (1, 1, 48, 48)
+        probability = finder(leaves(3)).sample.sigmoid()
+    assert np.allclose(maps["blemishes"], -torch.log(1 - probability[0, 0]), atol=1e-6)
+    assert torch.allclose(given, 2 * probability - 1, atol=1e-6)
     for vae, methods in ((finder, ("l1",)), (finder, ("blemishes", "mahalanobis")), (make_vae(), ("blemishes",))):
         with pytest.raises(ConfigError, match="blemishes is the one method of networks that find these"):
             fit_detector(vae, *good, methods=methods, false_alarm_rate=0.3)

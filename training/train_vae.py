@@ -40,6 +40,7 @@ from ldm_vae.models.pretrained import (
     latent_channels_of,
     load_autoencoder,
     stride_of,
+    viewable,
 )
 from ldm_vae.models.prior import CausalPrior
 from ldm_vae.models.tiling import reconstruct
@@ -161,7 +162,7 @@ PRESETS = {
     ),
     "find": (
         "stride 8, 64 channels, says what does not belong there: for anomalies",
-        plain_preset("find", target="blemishes"),
+        plain_preset("find", target="blemishes", reconstruction="cross-entropy"),
     ),
     "f8c4-large": (
         "stride 8, 4 channels, about the parameters of Stable Diffusion's VAE, for GPUs",
@@ -187,6 +188,8 @@ def validate(config: Config, num_processes: int) -> None:
         raise ConfigError(
             "--target blemishes is no picture: add --perceptual none --adversarial none, no --corruption, no --prior"
         )
+    if (config.target == "blemishes") != (config.reconstruction == "cross-entropy"):
+        raise ConfigError("--reconstruction cross-entropy is that of --target blemishes, and of no other")
     if not 0 < config.target_activation < 1:
         raise ConfigError(f"--target-activation is {config.target_activation}: it must be between 0 and 1")
     if config.target_bpp is not None and (config.target_bpp <= 0 or config.kl_weight <= 0):
@@ -348,7 +351,8 @@ def draw(
 ) -> dict[str, float]:
     """The sample grid of the averaged VAE, and its PSNR on the validation images; `inputs` are what it sees of them."""
     with state.averaged() as vae, torch.inference_mode(), accelerator.autocast():
-        reconstructions = torch.cat([reconstruct(vae, i[None].to(accelerator.device)).float().cpu() for i in inputs])
+        given = [reconstruct(vae, i[None].to(accelerator.device)).float().cpu() for i in inputs]
+    reconstructions = viewable(vae, torch.cat(given))
     grid = reconstruction_grid(images[:8], reconstructions[:8], None if inputs is images else inputs[:8])
     grid.save(run.directory / "samples" / f"step-{step}.png")
     return {"val_psnr": float(psnr(to_pixels(images), to_pixels(reconstructions)).mean())}

@@ -166,7 +166,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         latent_activation: of the mean: "none", or for sparse latents "relu" or "sigmoid".
         noise_level: the encoder takes the standard deviation of the noise in an image where it is known, up to this, in
             0..255. It begins with no effect.
-        finds_blemishes: what it gives is no image but, of one channel from -1 to 1, where a blemish is.
+        finds_blemishes: what it gives is no image but, of one channel, the log-odds that a blemish is there.
         latents_mean, latents_std: per latent channel, measured over a data set; (z - mean) / std are scaled latents.
         scaling_factor, shift_factor: the scalar convention of older diffusers VAEs, for code that asks for it.
 

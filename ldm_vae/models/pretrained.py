@@ -54,6 +54,11 @@ def is_finder(vae: Any) -> bool:
     return bool(vae.config.get("finds_blemishes"))
 
 
+def viewable(vae: Any, sample: Tensor) -> Tensor:
+    """What a decoder gave, as images in [-1, 1]: of log-odds the probability, 1 where it is sure of a blemish."""
+    return torch.tanh(sample / 2) if is_finder(vae) else sample.clamp(-1, 1)
+
+
 def check_device(device: str) -> None:
     """Raises ConfigError for one that torch does not know, or that is not there."""
     try:

@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from torch.nn import functional
 
-ReconstructionLoss = Literal["l1", "l2", "charbonnier"]
+ReconstructionLoss = Literal["l1", "l2", "charbonnier", "cross-entropy"]
 AdversarialLoss = Literal["hinge", "non-saturating"]
 
 
@@ -19,9 +19,11 @@ def reconstruction_loss(
 ) -> Tensor:
     """Mean over all values of images (B, C, H, W) in [-1, 1]; Charbonnier is sqrt(d^2 + 1e-6) (Lai et al. 2017).
 
-    `weights` (B,) multiply the error of each image; 1 unless given.
+    Cross-entropy, in nats, is that of log-odds, where images are 1 (true) and -1. `weights` (B,) multiply the error of
+    each image; 1 unless given.
     """
-    difference = reconstruction.float() - images.float()
+    made, wanted = reconstruction.float(), images.float()
+    difference = made - wanted
     match kind:
         case "l1":
             errors = difference.abs()
@@ -29,6 +31,8 @@ def reconstruction_loss(
             errors = difference.square()
         case "charbonnier":
             errors = (difference.square() + 1e-6).sqrt()
+        case "cross-entropy":
+            errors = functional.binary_cross_entropy_with_logits(made, (1 + wanted) / 2, reduction="none")
     return errors.mean() if weights is None else (weights[:, None, None, None] * errors).mean()
 
 

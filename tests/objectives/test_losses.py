@@ -41,6 +41,10 @@ def test_reconstruction_losses_are_those_of_their_names() -> None:
     assert losses.reconstruction_loss(x, y, "charbonnier").item() == pytest.approx(0.75, abs=1e-5)
     zero = torch.zeros(1, requires_grad=True)
     losses.reconstruction_loss(zero, torch.zeros(1), "charbonnier").backward()
+    odds, truth = torch.tensor([2.0, -3.0, 50.0]), torch.tensor([1.0, 1.0, -1.0])
+    p = 1 / (1 + math.exp(-2.0)), 1 / (1 + math.exp(3.0))
+    expected = -(math.log(p[0]) + math.log(p[1]) - 50.0) / 3  # log(1 - p) of such odds is the odds, negative
+    assert losses.reconstruction_loss(odds, truth, "cross-entropy").item() == pytest.approx(expected, rel=1e-6)
     assert zero.grad is not None
     assert zero.grad.item() == 0  # no kink
 

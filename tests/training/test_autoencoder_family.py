@@ -170,6 +170,8 @@ def test_variants_combine_and_do_not_depend_on_how_the_batch_is_split(tmp_path: 
         ({"global_latent": 4, "resolution": 64, "shorter_side": 32}, "--shorter-side 32 is less"),
         ({"target": "blemishes", "perceptual": "random"}, "--target blemishes is no picture"),
         ({"target": "blemishes", "corruption": "gaussian:5"}, "--target blemishes is no picture"),
+        ({"target": "blemishes"}, "cross-entropy is that of --target blemishes"),
+        ({"reconstruction": "cross-entropy"}, "cross-entropy is that of --target blemishes"),
         ({"sparsity_weight": -1.0}, "sparsity-weight"),
         ({"kl_weight": 1e-3}, "no posterior"),
         ({"init": "{run}", "global_latent": 4}, "leave out --init"),
