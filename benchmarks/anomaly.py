@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -69,6 +69,8 @@ class Config:
     """In pixels of what the network sees, as are the surroundings."""
     surroundings: float = 12.0
     share: float = 0.05
+    networks: tuple[Literal["restore", "find"], ...] = ("restore", "find")
+    """Those of ours that tiles are judged by."""
     find_steps: int = 12_000
     """Of the network that finds blemishes on tiles, and how its maps are scored."""
     find_blur: float = 2.0
@@ -277,7 +279,7 @@ def difference_interval(ours: Any, theirs: Any, anomalous: np.ndarray, seed: int
 
 def judge_tiles(config: Config) -> Row:
     images = tiles(config)
-    ours = [restorer(config), finder(config)]
+    ours = [{"restore": restorer, "find": finder}[name](config) for name in config.networks]
     good_tiles = config.data / "train" / "good"
     by_blemishes = chosen_method(ours, open_source(f"{good_tiles}#held-out", channels=1))
     anomalous = np.array([i.kind != "good" for i in images])
