@@ -208,7 +208,7 @@ def reduced(pixels: Pixels, scale: float) -> Pixels:
 
 def write_reduced(config: Config) -> Path:
     """The good tiles as the network is to see them, in a folder."""
-    folder = config.output / "good"
+    folder = config.output / f"good-{config.scale:g}"
     folder.mkdir(exist_ok=True)
     for file in sorted((config.data / "train" / "good").rglob("*.jpg")):
         pixels = reduced(read_pixels(file.read_bytes(), channels=1), config.scale)
@@ -233,7 +233,7 @@ class Ours:
 
 def restorer(config: Config) -> Ours:
     """What takes blemishes away, of tiles made smaller."""
-    good, run = write_reduced(config), config.output / "run"
+    good, run = write_reduced(config), config.output / f"restore-{config.scale:g}"
     seconds = trained(config, f"{good}#train", run, preset=config.preset, steps=config.steps)
     sources = [open_source(f"{good}#{part}", channels=1) for part in ("train", "held-out")]
     detector, _ = fit_detector(load_autoencoder(str(run)), *sources, **options_of(config))

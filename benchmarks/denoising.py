@@ -59,6 +59,11 @@ class Config:
     seed: int = 0
 
 
+def eight_bits(source: Source, index: int) -> Pixels:
+    """What every method is given, whatever the file has."""
+    return to_pixels(to_images(source[index].pixels))
+
+
 def noisy(pixels: Pixels, sigma: float, index: int, seed: int) -> Pixels:
     return Corruption("gaussian", sigma, sigma)(pixels, generator_at(seed, index, Stream.CORRUPTION))[0]
 
@@ -100,7 +105,7 @@ CLASSICAL: dict[str, tuple[Callable[..., Pixels], tuple[float, ...]]] = {
 
 def tuned(config: Config, source: Source) -> dict[tuple[str, float], float]:
     """The strength of each classical method at each sigma that has the best mean PSNR on these images."""
-    images = [source[i].pixels for i in range(min(config.num_tuning, len(source)))]
+    images = [eight_bits(source, i) for i in range(min(config.num_tuning, len(source)))]
     chosen = {}
     for name, (function, strengths) in CLASSICAL.items():
         for sigma in tqdm(config.sigmas, desc=f"tuning {name}"):
@@ -128,7 +133,7 @@ def methods_for(vae: Any, chosen: dict[tuple[str, float], float], sigma: float) 
 def measure(vae: Any, source: Source, chosen: dict[tuple[str, float], float], config: Config) -> list[dict[str, Any]]:
     rows = []
     for index in tqdm(range(len(source)), unit="image"):
-        clean = source[index].pixels
+        clean = eight_bits(source, index)
         for sigma in config.sigmas:
             given = noisy(clean, sigma, index, config.seed)
             for name, method in methods_for(vae, chosen, sigma).items():
@@ -182,15 +187,16 @@ def gallery(vae: Any, source: Source, chosen: dict[tuple[str, float], float], si
         part = pixels[y : y + CUT, x : x + CUT]
         return np.pad(part, ((0, CUT - part.shape[0]), (0, CUT - part.shape[1]), (0, 0)))
 
-    rows = [("clean", np.stack([cut(source[i].pixels) for i in shown]))]
+    rows = [("clean", np.stack([cut(eight_bits(source, i)) for i in shown]))]
     for name, method in methods_for(vae, chosen, sigma).items():
-        made = [cut(method(noisy(source[i].pixels, sigma, i, seed), sigma)) for i in shown]
+        made = [cut(method(noisy(eight_bits(source, i), sigma, i, seed), sigma)) for i in shown]
         rows.append((f"{name}, sigma {sigma:g}", np.stack(made)))
     return labelled_rows(rows)
 
 
 def main(config: Config) -> None:
-    if min(config.num_tuning, config.num_images or 1) < 1 or not config.sigmas or min(config.sigmas) <= 0:
+    least = min(config.num_tuning, 1 if config.num_images is None else config.num_images)
+    if least < 1 or not config.sigmas or min(config.sigmas) <= 0:
         raise ConfigError("--num-images and --num-tuning must be at least 1, and --sigmas above 0")
     check_device(config.device)
     vae = load_autoencoder(config.vae).to(config.device)
@@ -200,7 +206,7 @@ def main(config: Config) -> None:
     source, others = open_source(config.data), open_source(config.tune_on)
     for given, path in ((source, config.data), (others, config.tune_on)):
         check_finite(given, path, config.num_images)
-    source = HeadSource(source, config.num_images or len(source))
+    source = HeadSource(source, len(source) if config.num_images is None else config.num_images)
     chosen = tuned(config, others)
     rows = measure(vae, source, chosen, config)
     lines = summarise(rows)

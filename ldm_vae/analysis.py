@@ -115,7 +115,7 @@ def embed_images(command: Embed) -> None:
         if file.exists() and not command.overwrite:
             raise ConfigError(f"{file} is there already: add --overwrite to replace it")
     check_device(command.device)
-    vae = load_autoencoder(command.vae).to(command.device)
+    vae = in_tiles(load_autoencoder(command.vae).to(command.device))
     check_writable(command.output.parent)
     source = open_source(command.data, channels=channels_of(vae), resolution=command.resolution or 256)
     check_finite(source, command.data, command.num_images)
@@ -138,6 +138,13 @@ def embed_images(command: Embed) -> None:
     print(f"{len(vectors)} vectors of {vectors.shape[1]} numbers are in {command.output}")
 
 
+def in_tiles(vae: Any) -> Any:
+    """Large images in little memory, where that changes nothing."""
+    if hasattr(vae, "decoder_halo"):
+        vae.enable_tiling()
+    return vae
+
+
 def say_bad(bad: dict[str, str]) -> None:
     for name, reason in bad.items():
         print(f"left out: {name}: {reason}")
@@ -158,15 +165,24 @@ def detector_folder(given: Path | None, vae: str) -> Path:
 
 def check_unseen(command: Fit) -> None:
     """Raises ConfigError where the autoencoder was trained on the images that are to be held out."""
-    try:
-        seen = json.loads((Path(command.vae) / "config.json").read_text())["config"]["data"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # not a run of ours: the user knows
     held_out = command.held_out if command.held_out is not None else f"{command.data}#held-out"
-    if seen in (held_out, held_out.removesuffix("#held-out")):
-        raise ConfigError(
-            f"{command.vae} was trained on all of {seen}: train on {seen}#train, or give --held-out other good images"
-        )
+    for run in (Path(command.vae), Path(command.vae).parent):  # a run, or the model in it
+        try:
+            seen = json.loads((run / "config.json").read_text())["config"]["data"]
+            (trained_on, part), (used, other) = (split_of(path) for path in (seen, held_out))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # not a run of ours: the user knows
+        if trained_on == used and {part, other} != {"train", "held-out"}:
+            raise ConfigError(
+                f"{command.vae} was trained on {seen}, of which {held_out} has a part: train on {trained_on}#train, or "
+                "give --held-out other good images"
+            )
+
+
+def split_of(path: str) -> tuple[str, str]:
+    """A source, with whatever names it in one way, and the part of it."""
+    base, _, part = path.partition("#")
+    return str(Path(base).resolve()) if Path(base).exists() else base, part
 
 
 def fit(command: Fit) -> None:
@@ -183,7 +199,7 @@ def fit(command: Fit) -> None:
             raise ConfigError(f"{folder} is there: add --overwrite to replace it, or choose another --output")
     check_unseen(command)
     check_device(command.device)
-    vae = load_autoencoder(command.vae, or_finder=True).to(command.device)
+    vae = in_tiles(load_autoencoder(command.vae, or_finder=True).to(command.device))
     check_writable(folder.parent)
     given = command.data if command.held_out is not None else f"{command.data}#train"
     held_out = command.held_out if command.held_out is not None else f"{command.data}#held-out"
@@ -220,7 +236,7 @@ def score(command: Score) -> None:
 
     folder = detector_folder(command.detector, command.vae)
     check_device(command.device)
-    vae = load_autoencoder(command.vae, or_finder=True).to(command.device)
+    vae = in_tiles(load_autoencoder(command.vae, or_finder=True).to(command.device))
     detector = AnomalyDetector.load(folder, vae)
     facts = detector.facts
     method = command.method or facts.methods[-1]
@@ -228,11 +244,13 @@ def score(command: Score) -> None:
         raise ConfigError(f"the detector has no {method}: it has {', '.join(facts.methods)}")
     source = open_source(command.data, channels=channels_of(vae))
     check_finite(source, command.data, None)
+    if Path(command.data).is_dir() and command.output.resolve().is_relative_to(Path(command.data).resolve()):
+        raise ConfigError(f"--output {command.output} is inside --data: its heat maps would be images to score, too")
     check_writable(command.output)
     names = distinct(source.name(i) for i in range(len(source)))
     files = {index: file for file, index in files_of(names).items()}
     rows, bad = [], {}
-    for index, (_, images) in enumerate(tqdm(images_of(source), total=len(source), unit="image")):
+    for index, (_, images) in enumerate(tqdm(images_of(source, vae), total=len(source), unit="image")):
         name = names[index]
         try:
             if isinstance(images, str):

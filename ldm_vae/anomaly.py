@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from ldm_vae.data.images import to_images
+from ldm_vae.data.images import centre_square, to_images
 from ldm_vae.data.sources import Source
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError, nothing_usable
 from ldm_vae.files import write_json
@@ -111,7 +111,10 @@ class AnomalyDetector:
 
         Raises:
             BadImageError: too small for a method.
+            ValueError: more than one image.
         """
+        if len(images) != 1:
+            raise ValueError(f"{len(images)} images: a map is made of one at a time")
         images = images.to(self.device)
         height, width = images.shape[-2:]
         side = side_for(self.vae, None)
@@ -144,8 +147,8 @@ class AnomalyDetector:
 
     def distances(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Latents (1, c, h, w) -> Mahalanobis distances (1, H, W)."""
-        centred = latents[0].double() - torch.from_numpy(self.mean).to(latents.device)[:, None, None]
-        white = torch.einsum("ij,jhw->ihw", torch.from_numpy(self.whitening).to(latents.device), centred)
+        centred = latents[0].cpu().double() - torch.from_numpy(self.mean)[:, None, None]
+        white = torch.einsum("ij,jhw->ihw", torch.from_numpy(self.whitening), centred)
         distances = white.square().sum(dim=0).sqrt()[None, None].float()  # (1, 1, h, w)
         size = [n * stride_of(self.vae) for n in latents.shape[2:]]
         enlarged = nn.functional.interpolate(distances, size=size, mode="bilinear", align_corners=False)
@@ -253,7 +256,7 @@ class LatentGaussian:
         self.products = np.zeros((channels, channels))
 
     def add(self, latents: Tensor) -> None:
-        rows = latents.flatten(1).T.double().cpu().numpy()  # (h * w, c)
+        rows = latents.flatten(1).T.cpu().double().numpy()  # (h * w, c)
         self.count += len(rows)
         self.total += rows.sum(axis=0)
         self.products += rows.T @ rows
@@ -273,11 +276,16 @@ def shrunk(variance: np.ndarray) -> np.ndarray:
     return np.asarray((1 - SHRINKAGE) * variance + SHRINKAGE * max(variance.mean(), 1e-12), np.float32)
 
 
-def images_of(source: Source) -> Any:
-    """(name, images (1, C, H, W) in [-1, 1] or the reason why there are none) of every image, in order."""
+def images_of(source: Source, vae: Any) -> Any:
+    """(name, images (1, C, H, W) in [-1, 1] or the reason why there are none) of every image, in order.
+
+    For one vector an image they are its centred square, of the side that the autoencoder was made for.
+    """
+    side = side_for(vae, None)
     for i in range(len(source)):
         try:
-            yield source.name(i), to_images(source[i].pixels)[None]
+            pixels = source[i].pixels
+            yield source.name(i), to_images(pixels if side is None else centre_square(pixels, side))[None]
         except BadImageError as error:
             yield source.name(i), str(error)
 
@@ -335,7 +343,7 @@ def fit_detector(
     bad: dict[str, str] = {}
     gaussian = LatentGaussian(latent_channels_of(vae))
     errors, count = np.zeros(()), 0
-    for name, images in images_of(good):
+    for name, images in images_of(good, vae):
         if isinstance(images, str):
             bad[name] = images
             continue
@@ -344,7 +352,7 @@ def fit_detector(
             gaussian.add(latents[0])
             if "standardised" in facts.methods:
                 made = vae.decode(latents).sample.clamp(-1, 1)
-                errors = errors + squared_error(images.to(device), made)[0].double().cpu().numpy()
+                errors = errors + squared_error(images.to(device), made)[0].cpu().double().numpy()
                 count += 1
     if not gaussian.count:
         raise nothing_usable(bad)
@@ -352,7 +360,7 @@ def fit_detector(
     variance = shrunk(errors / count) if count else None
     detector = AnomalyDetector(vae, facts, mean=mean, whitening=whitening, variance=variance, lpips=lpips)
     rows = []
-    for name, images in images_of(held_out):
+    for name, images in images_of(held_out, vae):
         try:
             if isinstance(images, str):
                 raise BadImageError(images)

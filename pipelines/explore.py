@@ -42,6 +42,9 @@ REACH = 3.0
 """Traversals go so many deviations each way."""
 
 
+SAMPLE = "[0-9][0-9][0-9][0-9][0-9].png"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Flags of the explorer."""
@@ -75,6 +78,13 @@ class Space:
         """The posteriors' means."""
         return self.moments.chunk(2, dim=1)[0]
 
+    @property
+    def normal_prior(self) -> bool:
+        """Whether the latents were drawn towards N(0, 1); those whose deviation never changes were not: of plain
+        autoencoders, and of those that were trained for the codec."""
+        deviations = self.moments.chunk(2, dim=1)[1]
+        return is_variational(self.vae) and not bool((deviations == deviations.flatten()[0]).all())
+
     def decoded(self, latents: Tensor) -> np.ndarray:
         """Latents (n, c, h, w) -> pixels (n, R, R, 3)."""
         with torch.inference_mode():
@@ -82,9 +92,9 @@ class Space:
 
 
 def drawn(space: Space, count: int, seed: int) -> Tensor:
-    """Latents from N(0, 1) for a variational one; otherwise from a normal distribution fitted to each channel."""
+    """Latents from N(0, 1) where that is their prior; otherwise from a normal distribution fitted to each channel."""
     noise = torch.randn((count, *space.latents.shape[1:]), generator=torch.Generator().manual_seed(seed))
-    if is_variational(space.vae):
+    if space.normal_prior:
         return noise
     mean, std = (f(space.latents, dim=(0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
     return mean + std * noise
@@ -92,16 +102,16 @@ def drawn(space: Space, count: int, seed: int) -> Tensor:
 
 def samples(space: Space, config: Config) -> Image.Image:
     made = space.decoded(drawn(space, config.rows * STEPS, config.seed))
-    of = "N(0, 1)" if is_variational(space.vae) else "each channel's mean and deviation"
+    of = "N(0, 1)" if space.normal_prior else "each channel's mean and deviation"
     rows = [(f"latents from {of}" if i == 0 else "", made[i * STEPS : (i + 1) * STEPS]) for i in range(config.rows)]
     return labelled_rows(rows)
 
 
 def write_samples(space: Space, folder: Path, config: Config) -> None:
-    """One PNG a sample, with the channels of the images."""
+    """One PNG a sample, grey or RGB, in the place of the ones before."""
     grey = channels_of(space.vae) == 1
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
+    for old in folder.glob(SAMPLE):
         old.unlink()
     for i, z in enumerate(drawn(space, config.num_samples, config.seed + 1)):
         pixels = space.decoded(z[None])[0]
@@ -145,7 +155,8 @@ def neighbours(space: Space, config: Config) -> Image.Image:
 def channels(space: Space) -> list[dict[str, Any]]:
     """A row a channel. Activity is the variance of the means (Burda et al. 2016, section 2.4: in use above 0.01)."""
     posterior = posterior_of(space.moments)
-    bits = kl_bits_per_channel(posterior).tolist() if is_variational(space.vae) else None
+    bits = kl_bits_per_channel(posterior).tolist() if space.normal_prior else None
+    idle = 0.5 if space.vae.config.get("latent_activation") == "sigmoid" else 0.0
     rows = []
     for c in range(space.latents.shape[1]):
         values = space.latents[:, c].double()
@@ -155,7 +166,7 @@ def channels(space: Space) -> list[dict[str, Any]]:
                 "mean": float(values.mean()),
                 "std": float(values.std()),
                 "activity": float(values.var()),
-                "not_zero": float((values != 0).double().mean()),
+                "active": float((values.abs() > idle).double().mean()),
                 "posterior_std": "" if bits is None else float(posterior.std[:, c].square().mean().sqrt()),
                 "kl_bits": "" if bits is None else bits[c],
             }
@@ -172,8 +183,12 @@ def main(config: Config) -> None:
     folders = [Path(path).name for path in paths]
     if len(set(folders)) < len(folders):  # runs/a/vae and runs/b/vae
         folders = [f"{i}-{name}" for i, name in enumerate(folders)]
+    targets = [config.output / name if len(paths) > 1 else config.output for name in folders]
+    for folder in targets if config.num_samples else []:
+        if any(not p.match(SAMPLE) for p in (folder / "samples").glob("*")):
+            raise ConfigError(f"{folder / 'samples'} holds other things than samples: choose another --output")
     check_writable(config.output)
-    for path, name in zip(paths, folders, strict=True):
+    for path, folder in zip(paths, targets, strict=True):
         vae = load_autoencoder(path)
         side = side_for(vae, None) or max(config.resolution // stride_of(vae), 1) * stride_of(vae)
         source = open_source(config.data, channels=channels_of(vae), resolution=side)
@@ -183,7 +198,6 @@ def main(config: Config) -> None:
         with torch.inference_mode():
             moments = torch.cat([encode_moments(vae, i[None]).float() for i in images])
         space = Space(vae=vae, images=images, moments=moments)
-        folder = config.output / name if len(paths) > 1 else config.output
         folder.mkdir(parents=True, exist_ok=True)
         for draw in (samples, interpolations, traversals, neighbours):
             draw(space, config).save(folder / f"{draw.__name__}.png")

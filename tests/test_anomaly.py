@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import betabinom, binom
+from scipy.stats import betabinom
 
 from ldm_vae import cli
 from ldm_vae.anomaly import (
@@ -22,7 +22,7 @@ from ldm_vae.anomaly import (
     relative,
     threshold_at,
 )
-from ldm_vae.data.images import to_images, to_pixels
+from ldm_vae.data.images import centre_square, to_images, to_pixels
 from ldm_vae.data.sources import HeadSource, open_source
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
@@ -48,13 +48,14 @@ def leaves(index: int) -> torch.Tensor:
 def test_thresholds_give_the_rate_asked_for_on_fresh_good_images_within_the_binomial_interval() -> None:
     rng = np.random.default_rng(0)
     for rate in (0.05, 0.2):
-        alarms = trials = 0
+        alarms = 0
         for _ in range(300):
             scores = rng.gamma(2.0, size=139)
             alarms += int((rng.gamma(2.0, size=20) > threshold_at(scores, rate)).sum())
-            trials += 20
-        low, high = binom.interval(0.999, trials, rate)
-        assert low <= alarms <= high + 0.01 * trials
+        above = round(140 * rate)  # of 140 places that a new score has among 139, those that are alarms
+        mean, variance = betabinom.stats(20, above, 140 - above)  # thresholds differ, and so do their rates
+        assert mean / 20 == pytest.approx(rate)
+        assert abs(alarms - 300 * mean) < 3.3 * math.sqrt(300 * variance)
     assert threshold_at(list(range(19)), 0.05) == 18
     assert threshold_at(list(range(99)), 0.05) == 94
     with pytest.raises(DataError, match="at least 19"):
@@ -96,6 +97,29 @@ def test_standardised_errors_are_in_units_of_their_variance_at_each_pixel(tmp_pa
     assert np.array_equal(again["standardised"], maps["standardised"])
     with pytest.raises(ConfigError, match="one vector"):
         fit_detector(make_vae(), *good, **options)  # type: ignore[arg-type]
+
+
+def test_images_of_any_size_are_squares_to_an_autoencoder_of_vectors(model: Path, tmp_path: Path) -> None:
+    """They are seen as in training, fitted or scored; a map is of one image."""
+    sizes = {"a": (48, 48), "b": (28, 28), "c": (96, 96), "d": (60, 40), "e": (48, 100)}
+    source = open_source("procedural:dead-leaves", resolution=100)
+    (tmp_path / "good").mkdir()
+    for i, (name, size) in enumerate(sizes.items()):
+        Image.fromarray(source[i].pixels).resize(size).save(tmp_path / "good" / f"{name}.png")
+    vae = make_vae(pool=12, latent_channels=5, deterministic=True)
+    vae.save_pretrained(tmp_path / "vae")
+    given = ("--vae", tmp_path / "vae", "--data", tmp_path / "good")
+    rate = ("--held-out", tmp_path / "good", "--false-alarm-rate", 0.3)
+    run("anomaly", "fit", *given, *rate, "--methods", "standardised", "mahalanobis", "--output", tmp_path / "fitted")
+    run("anomaly", "score", *given, "--detector", tmp_path / "fitted", "--output", tmp_path / "out")
+    scores = {r["name"]: float(r["standardised"]) for r in csv.DictReader((tmp_path / "out" / "scores.csv").open())}
+    assert list(scores) == [f"{n}.png" for n in sizes]
+    detector = AnomalyDetector.load(tmp_path / "fitted", vae)
+    square = centre_square(np.asarray(Image.open(tmp_path / "good" / "d.png")), 48)
+    maps = detector.maps(to_images(square)[None])[0]
+    assert scores["d.png"] == pytest.approx(detector.scores(maps)["standardised"], rel=1e-5)
+    with pytest.raises(ValueError, match="2 images: a map is made of one at a time"):
+        detector.maps(torch.zeros(2, 3, 48, 48))
 
 
 def test_a_network_that_finds_blemishes_has_its_own_method_and_no_other() -> None:
@@ -264,8 +288,14 @@ def test_what_cannot_be_fitted_or_scored_is_said(
     assert not (tmp_path / "fitted").exists()
     (model / "config.json").write_text(json.dumps({"config": {"data": str(photos)}}))
     rate = ("--false-alarm-rate", 0.4)
-    assert "was trained on all of" in fails(*fit, *rate)
-    assert "was trained on all of" in fails(*fit, "--held-out", photos, *rate)
+    assert "was trained on" in fails(*fit, *rate)
+    for held_out in (photos, f"{photos}/", f"{photos}#held-out", f"{photos}#train"):
+        assert "was trained on" in fails(*fit, "--held-out", held_out, *rate)
+    (model / "config.json").write_text(json.dumps({"config": {"data": f"{photos.parent}/./{photos.name}#train"}}))
+    assert "was trained on" in fails(*fit, "--held-out", photos, *rate)
+    inside = ("fit", "--vae", model / "vae", "--data", photos, "--output", tmp_path / "fitted")
+    assert "was trained on" in fails(*inside, "--held-out", f"{photos}#train", *rate)
+    run("anomaly", "fit", "--vae", model, "--data", photos, "--output", tmp_path / "unseen", *rate)
     (model / "config.json").unlink()
     assert "other things than a detector" in fails("fit", "--vae", model, "--data", photos, "--output", model, *rate)
     assert "other things" in fails("fit", "--vae", model, "--data", photos, "--output", model, *rate, "--overwrite")
@@ -273,6 +303,8 @@ def test_what_cannot_be_fitted_or_scored_is_said(
     run("anomaly", *fit, "--held-out", photos, "--false-alarm-rate", 0.2)
     assert "is there" in fails(*fit)
     score = ("score", "--vae", model, "--data", photos, "--output", tmp_path / "out")
+    within = ("score", "--vae", model, "--data", photos, "--output", photos / "out")
+    assert "is inside --data" in fails(*within, "--detector", tmp_path / "fitted")
     assert "holds no detector" in fails(*score)
     assert "has no lpips" in fails(*score, "--detector", tmp_path / "fitted", "--method", "lpips")
     small = tmp_path / "small"

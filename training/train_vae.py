@@ -229,6 +229,9 @@ def build(config: Config, accelerator: Accelerator) -> State:
             raise ConfigError(f"{config.init} takes images of {channels_of(vae)} channels: add --channels to say so")
         if config.train == "all":  # its latents will be others, and so will their scale
             vae.register_to_config(**{k: v for k, v in SCALE.items() if k in vae.config})
+        corruption = corruption_of(config)
+        if corruption is not None and corruption.kind == "gaussian" and vae.config.get("noise_level") is not None:
+            vae.register_to_config(noise_level=max(vae.config.noise_level, corruption.high))
     else:
         vae = PatchAutoencoderKL(in_channels=config.channels, **architecture_of(config))
     check_variant(vae, config)

@@ -289,7 +289,7 @@ class HeadSource:
 def check_finite(source: Source, path: str, num_images: int | None) -> None:
     """Raises ConfigError for going through all images of a source without end."""
     if len(source) > ENDLESS and num_images is None:
-        raise ConfigError(f"{path} has no end: add --num-images 1000, say")
+        raise ConfigError(f"{path} has no end: add --num-images 1000, where the command has it, or name other images")
 
 
 def is_hugging_face_folder(path: Path) -> bool:

@@ -60,7 +60,7 @@ def check_noise_level(vae: Any, sigma: float | None) -> None:
     if most is None:
         raise ConfigError("this autoencoder cannot be told how much noise there is: leave out sigma")
     if not 0 <= sigma <= most:
-        raise ConfigError(f"sigma is {sigma}: this autoencoder was trained for 0 to {most:g}")
+        raise ConfigError(f"sigma is {sigma}: this autoencoder can be told 0 to {most:g}")
 
 
 def reach_of(vae: Any) -> tuple[int, int] | None:

@@ -57,7 +57,8 @@ class PerceptualLoss(nn.Module):
         if channels is None and image_channels not in (1, 3):
             raise ConfigError(
                 f"LPIPS sees three channels and the images have {image_channels}: name three of them "
-                "(--lpips-channels 2 1 0) or do without it (--perceptual none)"
+                "(training: --lpips-channels 2 1 0) or do without it (training: --perceptual none; anomaly fit: other "
+                "--methods)"
             )
         if channels is not None and not all(0 <= c < image_channels for c in channels):
             raise ConfigError(f"LPIPS channels {channels} are not all among the images' 0..{image_channels - 1}")
@@ -102,5 +103,5 @@ def load_backbone(backbone: Backbone, pretrained: bool) -> lpips.LPIPS:
                 f"LPIPS needs the pretrained weights {file}, which are not usable in {place} and could not be "
                 f"downloaded ({type(error).__name__}: {error}): copy the file there"
                 f"{' (TORCH_HOME moves the place)' if 'TORCH_HOME' not in os.environ else ''}, "
-                "or choose --perceptual random or --perceptual none"
+                "or do without it (training: --perceptual random or none; anomaly fit: other --methods)"
             ) from None

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
 from benchmarks import anomaly, denoising, embeddings, prior_samples
 from ldm_vae.data.images import read_pixels
+from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, DataError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 
@@ -65,6 +67,17 @@ def test_denoisers_see_the_same_noise_and_their_figures_are_right(photos: Path, 
     assert (tmp_path / "out" / "sigma-25.png").stat().st_size > 0
     with pytest.raises(ConfigError, match="sigmas"):
         denoising.main(denoising.Config(vae="", data="", tune_on="", output=tmp_path, sigmas=()))
+
+
+def test_photos_of_16_bits_are_denoised_as_those_of_8(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", pixels.astype(np.uint16) * 257, photometric="rgb")
+    source = open_source(str(tmp_path))
+    assert source[0].pixels.dtype == np.uint16
+    assert np.array_equal(denoising.eight_bits(source, 0), pixels)
+    for count in (0, -1):
+        with pytest.raises(ConfigError, match="num-images"):
+            denoising.main(denoising.Config(vae="", data="", tune_on="", output=tmp_path, num_images=count))
 
 
 def test_embeddings_are_compared_at_equal_length(
@@ -133,8 +146,11 @@ def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(
     ours, pca = (rows[name]["image_auroc"] for name in (f"ours, {record['ours']}", record["above_pca"]["than"]))
     assert pca == max(r["image_auroc"] for name, r in rows.items() if name.startswith("PCA"))
     assert record["above_pca"]["low"] <= ours - pca <= record["above_pca"]["high"]
-    seen = read_pixels((tmp_path / "out" / "good" / "0.png").read_bytes(), channels=1)
+    seen = read_pixels((tmp_path / "out" / "good-0.5" / "0.png").read_bytes(), channels=1)
     assert seen.shape == (20, 28, 1)  # half as large
+    anomaly.main(replace(config, networks=("find",), output=tmp_path / "one"))
+    one = {r["method"] for r in json.loads((tmp_path / "one" / "results.json").read_text())["rows"]}
+    assert rows.keys() - one == {"ours, l1", "ours, ssim", "ours, mahalanobis"}
     with pytest.raises(DataError, match="train/good"):
         anomaly.main(anomaly.Config(data=tmp_path / "no", output=tmp_path / "out"))
 

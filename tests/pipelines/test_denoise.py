@@ -58,7 +58,7 @@ def test_a_level_that_cannot_be_told_is_refused(run: str, photos: Path, tmp_path
     with pytest.raises(ConfigError, match="cannot be told"):
         main(Config(vae=f"{run}/blind", sigma=25.0, **output))
     for sigma in (-1.0, 51.0, float("nan")):
-        with pytest.raises(ConfigError, match="trained for 0 to 50"):
+        with pytest.raises(ConfigError, match="can be told 0 to 50"):
             main(Config(vae=run, sigma=sigma, **output))
     with pytest.raises(SystemExit) as exit_, one_line_errors():
         main(parse_flags(Config, description="", args=["--vae", run, "--input", str(tmp_path / "no"), "--output", "x"]))

@@ -11,7 +11,9 @@ from PIL import Image
 from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import load_autoencoder
-from pipelines.explore import Config, Space, drawn, main, neighbours, traversals
+from ldm_vae.models.prior import CausalPrior
+from ldm_vae.objectives.autoencoding import TrainableVAE
+from pipelines.explore import Config, Space, channels, drawn, main, neighbours, traversals
 
 ONE = {"block_out_channels": (8,), "encoder_layers_per_block": (1,), "decoder_layers_per_block": (1,)}
 SHEETS = {"samples.png", "interpolations.png", "traversals.png", "neighbours.png", "channels.csv"}
@@ -38,6 +40,14 @@ def test_sheets_and_figures_of_each_autoencoder(models: Path, photos: Path, tmp_
     assert len(rows) == 3
     assert all(float(r["kl_bits"]) >= 0 for r in rows)
     assert next(csv.DictReader((tmp_path / "1-plain" / "channels.csv").open()))["kl_bits"] == ""
+    main(Config(vae=vaes[:1], data=str(photos), output=tmp_path / "0-kl", resolution=16, rows=3, num_samples=1))
+    assert [p.name for p in (tmp_path / "0-kl" / "samples").iterdir()] == ["00000.png"]  # in the place of both
+    grid = tmp_path / "1-plain" / "samples" / "step-100.png"  # as in a run's directory
+    grid.write_bytes(b"a grid")
+    with pytest.raises(ConfigError, match="holds other things than samples"):
+        main(Config(vae=vaes, data=str(photos), output=tmp_path, resolution=16, rows=3, num_samples=1))
+    assert grid.read_bytes() == b"a grid"
+    assert len(list((tmp_path / "0-kl" / "samples").iterdir())) == 1
 
 
 def space_of(path: Path, count: int = 200) -> Space:
@@ -55,6 +65,33 @@ def test_the_prior_is_standard_normal_or_what_the_latents_have(models: Path) -> 
     for c in range(3):
         assert fitted[:, c].mean().item() == pytest.approx(space.latents[:, c].mean().item(), abs=0.05)
         assert fitted[:, c].std().item() == pytest.approx(space.latents[:, c].std().item(), rel=0.05)
+
+
+def test_latents_of_the_codec_have_no_normal_prior() -> None:
+    """Their deviation is that of rounding, everywhere: they are drawn as they are, and no KL is said."""
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(latent_channels=3, **ONE)
+    TrainableVAE(vae, learned_logvar=False, prior=CausalPrior(3))
+    with torch.no_grad():
+        vae.encoder.conv_out.weight[:3] *= 50
+    images = torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        space = Space(vae=vae, images=images, moments=vae.encode(images).latent_dist.parameters)
+    assert drawn(space, 2000, 0)[:, 0].std().item() == pytest.approx(space.latents[:, 0].std().item(), rel=0.05)
+    assert {row["kl_bits"] for row in channels(space)} == {""}
+
+
+@pytest.mark.parametrize(("activation", "idle"), [("relu", 0.0), ("sigmoid", 0.5)])
+def test_active_latents_are_counted_as_in_training(activation: str, idle: float) -> None:
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(latent_channels=3, latent_activation=activation, deterministic=True, **ONE)
+    images = torch.rand(20, 3, 16, 16) * 2 - 1
+    with torch.inference_mode():
+        moments = vae.encode(images).latent_dist.parameters
+    rows = channels(Space(vae=vae, images=images, moments=moments))
+    shares = [float((moments[:, c] > idle).float().mean()) for c in range(3)]
+    assert [r["active"] for r in rows] == pytest.approx(shares)
+    assert 0 < sum(shares) < 3
 
 
 def test_an_image_is_its_own_nearest_neighbour_and_traversals_move_it(models: Path) -> None:

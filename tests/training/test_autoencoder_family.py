@@ -97,8 +97,13 @@ def test_a_global_latent_is_so_many_numbers_an_image(tmp_path: Path) -> None:
 
 
 def test_grey_images_can_be_denoised_and_mirroring_can_be_left_out(tmp_path: Path) -> None:
-    main(config_for("denoise", tmp_path, channels=1, steps=1, mirror=False))
-    vae = load_autoencoder(str(tmp_path))
+    run = str(tmp_path / "0-55")
+    main(config_for("denoise", Path(run), channels=1, steps=1, mirror=False))
+    for high, known in ((90, 90), (10, 55)):  # what can be told is what was taught, before or now
+        again = tmp_path / f"0-{high}"
+        main(config_for("denoise", again, channels=1, steps=1, init=run, corruption=f"gaussian:0-{high}"))
+        assert load_autoencoder(str(again)).config.noise_level == known
+    vae = load_autoencoder(run)
     assert vae.config.noise_level == 55
     assert denoise(vae, torch.zeros(1, 1, 20, 24), sigma=10).shape == (1, 1, 20, 24)
     source = open_source("procedural:dead-leaves", resolution=16)
