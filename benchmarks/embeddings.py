@@ -167,6 +167,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(config: Config) -> None:
     if not config.lengths or min(*config.lengths, config.num_train, config.num_test, config.steps, config.map_size) < 1:
         raise ConfigError("--lengths, --num-train, --num-test, --steps and --map-size must be at least 1")
+    if config.map_of not in config.lengths:
+        raise ConfigError(f"--map-of {config.map_of} is none of --lengths")
     check_writable(config.output)
     pixels, labels = read_fashion_mnist(config.data, "train")
     test, test_labels = read_fashion_mnist(config.data, "t10k")

@@ -131,7 +131,8 @@ def embed_images(command: Embed) -> None:
         rows = [{"name": n, "class": c} for n, c in zip(names, classes, strict=True)]
         write_csv(names_file, rows)
     else:
-        table = pyarrow.table({"name": names, "class": classes, "vector": list(vectors)})
+        readable = [n.encode(errors="backslashreplace").decode() for n in names]
+        table = pyarrow.table({"name": readable, "class": classes, "vector": list(vectors)})
         with atomic(command.output) as out:
             parquet.write_table(table, out)
     say_bad(bad)

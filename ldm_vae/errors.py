@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,8 @@ def one_line_errors() -> Iterator[None]:
 
     Where another process of the launch is gone, the code is 1.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be no text
     try:
         yield
     except (LdmVaeError, ValueError, OSError) as error:

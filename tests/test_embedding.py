@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,14 @@ def test_a_folder_becomes_vectors_with_names_and_classes(models: Path, photos: P
     table = parquet.read_table(tmp_path / "v.parquet").to_pydict()
     assert table["name"] == [r["name"] for r in rows[:7]]
     assert np.array_equal(np.array(table["vector"], np.float32), vectors[:7])
+
+
+def test_names_that_are_no_text_are_kept_as_far_as_parquet_can(models: Path, photos: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "in").mkdir()
+    shutil.copy(sorted(photos.rglob("*.png"))[0], os.fsencode(tmp_path / "in") + b"/\xff.png")
+    run("embed", "--vae", models / "map", "--data", tmp_path / "in", "--output", tmp_path / "v.parquet")
+    assert parquet.read_table(tmp_path / "v.parquet").to_pydict()["name"] == ["\\udcff.png"]
 
 
 def test_images_of_unlike_sizes_are_resized_where_a_vector_needs_it(models: Path, photos: Path, tmp_path: Path) -> None:

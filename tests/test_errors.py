@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -31,6 +33,14 @@ def said(capsys: pytest.CaptureFixture[str], how: Any) -> str:
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+def test_names_that_are_no_text_can_be_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8", errors="strict"))
+    with one_line_errors():
+        print(os.fsdecode(b"left out: \xff.png"), flush=True)
+    assert out.getvalue() == b"left out: \\udcff.png\n"
 
 
 def test_a_worker_that_the_system_ends_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
