@@ -80,6 +80,11 @@ def test_photos_of_16_bits_are_denoised_as_those_of_8(tmp_path: Path) -> None:
             denoising.main(denoising.Config(vae="", data="", tune_on="", output=tmp_path, num_images=count))
 
 
+def test_a_map_of_vectors_that_are_not_made_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--map-of 3 is none of --lengths"):
+        embeddings.main(embeddings.Config(data=tmp_path, output=tmp_path, lengths=(2,), map_of=3))
+
+
 def test_embeddings_are_compared_at_equal_length(
     fashion: Path, tmp_path: Path, in_process: Callable[..., float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from ldm_vae.config import parse_flags
-from ldm_vae.data.images import to_images, to_pixels
-from ldm_vae.errors import ConfigError, RunError, one_line_errors
+from ldm_vae.data.images import read_pixels, to_images, to_pixels
+from ldm_vae.errors import ConfigError, DataError, RunError, one_line_errors
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import load_autoencoder
 from ldm_vae.models.tiling import denoise
@@ -51,6 +51,28 @@ def test_every_image_of_a_folder_is_denoised(run: str, photos: Path, tmp_path: P
         assert np.abs(found.astype(int) - expected).max() <= 1
     with pytest.raises(RunError, match="sigma: 10"):  # two kinds are not mixed
         main(Config(vae=run, input=str(photos), output=tmp_path / "out"))
+
+
+def test_files_of_all_kinds_are_denoised_past_bad_ones(run: str, tmp_path: Path) -> None:
+    """Grey, transparent, of 16 bits, of odd sizes: what the network sees is what the reader of images gives."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(rng.integers(0, 256, (33, 47), np.uint8)).save(tmp_path / "in" / "grey.png")
+    Image.fromarray(rng.integers(0, 256, (20, 9, 4), np.uint8)).save(tmp_path / "in" / "transparent.png")
+    Image.fromarray(rng.integers(0, 65536, (17, 64), np.uint16)).save(tmp_path / "in" / "deep.png")
+    (tmp_path / "in" / "bad.png").write_bytes(b"nothing")
+    main(Config(vae=run, input=str(tmp_path / "in"), output=tmp_path / "out"))
+    vae = load_autoencoder(run)
+    for name in ("grey", "transparent", "deep"):
+        images = to_images(read_pixels((tmp_path / "in" / f"{name}.png").read_bytes()))[None]
+        with torch.inference_mode():
+            expected = to_pixels(denoise(vae, images))[0]
+        found = np.asarray(Image.open(tmp_path / "out" / f"{name}.png"))
+        assert np.abs(found.astype(int) - expected).max() <= 1
+    assert "bad.png" in (tmp_path / "out" / "bad_images.csv").read_text()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images"):
+        main(Config(vae=run, input=str(tmp_path / "empty"), output=tmp_path / "none"))
 
 
 def test_a_level_that_cannot_be_told_is_refused(run: str, photos: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_vae.errors import ConfigError, ModelError
+from ldm_vae.errors import ConfigError, DataError, ModelError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import load_autoencoder
 from ldm_vae.models.prior import CausalPrior
@@ -115,5 +115,12 @@ def test_what_cannot_be_explored_is_said(models: Path, photos: Path, tmp_path: P
         main(Config(**output))
     with pytest.raises(ModelError, match="no such model"):
         main(Config(vae=(str(models / "no"),), **output))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images"):
+        main(Config(vae=(str(models / "plain"),), data=str(tmp_path / "empty"), output=tmp_path))
+    finder = PatchAutoencoderKL(out_channels=1, finds_blemishes=True, **ONE)
+    finder.save_pretrained(tmp_path / "finder")
+    with pytest.raises(ModelError, match="gives no images"):
+        main(Config(vae=(str(tmp_path / "finder"),), **output))
     with pytest.raises(ConfigError, match="num-images"):
         main(Config(vae=(str(models / "plain"),), num_images=1, **output))
