@@ -215,7 +215,8 @@ def test_image_i_of_a_batch_of_8_is_the_one_made_alone(prediction: Any, schedule
 def test_one_generator_for_several_images_gives_each_a_seed_of_its_own(flow: LatentDiffusionPipeline) -> None:
     several = made(flow, num_images=3, generator=torch.Generator().manual_seed(4))
     assert torch.equal(several, made(flow, num_images=3, generator=torch.Generator().manual_seed(4)))
-    assert torch.equal(several[:2], made(flow, num_images=2, generator=torch.Generator().manual_seed(4)))
+    two = made(flow, num_images=2, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(several[:2], two, rtol=0, atol=1e-5)  # another size of batch, and so other kernels
     assert (several[0] - several[1]).abs().max() > 1e-3
     torch.manual_seed(9)
     unseeded = made(flow, num_images=2)

@@ -102,8 +102,15 @@ def test_two_processes_and_micro_batches_and_one_process_give_the_same_network(
     assert two.returncode == 0, two.stderr
     assert "effective batch 8 = 2 processes x 4 images x 1 micro-batches" in two.stdout
     main(config_for(cache, tmp_path / "micro", gradient_accumulation_steps=2))
+    a = state(reference, 6)
     for other in ("two", "micro"):
-        assert largest_difference(state(reference, 6), state(tmp_path / other, 6), ("unet", "ema")) < 1e-5
+        b = state(tmp_path / other, 6)
+        parts = [(a[k] - b[k]).abs().flatten() for k in a if k.startswith(("unet/", "ema/shadow"))]
+        differences = torch.cat(parts)
+        # A weight whose gradient is nothing but rounding moves by the learning rate, either way: Adam divides by its
+        # size. Of 11 million there is none on AMD's processors and one on Intel's, by 1.7e-5.
+        assert (differences > 1e-5).sum() <= 1e-6 * len(differences)
+        assert differences.max() < 1e-4
     accelerator = Accelerator()
     config = config_for(cache, tmp_path)
     start = state_tensors(build(config, open_data(config, accelerator), accelerator).parts())
