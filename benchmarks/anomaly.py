@@ -33,7 +33,7 @@ from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
 from ldm_vae.data.images import Pixels, read_pixels, resize, to_images
 from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import Source, open_source
-from ldm_vae.errors import DataError, one_line_errors
+from ldm_vae.errors import ConfigError, DataError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_csv, write_json
 from ldm_vae.models.pretrained import load_autoencoder
 from ldm_vae.pictures import heat_map
@@ -278,6 +278,8 @@ def difference_interval(ours: Any, theirs: Any, anomalous: np.ndarray, seed: int
 
 
 def judge_tiles(config: Config) -> Row:
+    if not config.networks:
+        raise ConfigError("--networks names none: at least one of restore and find is needed")
     images = tiles(config)
     ours = [{"restore": restorer, "find": finder}[name](config) for name in config.networks]
     good_tiles = config.data / "train" / "good"

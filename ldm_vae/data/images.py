@@ -114,7 +114,7 @@ def read_pil(data: bytes, max_pixels: int) -> Pixels:
 
 @contextmanager
 def limits_are_ours() -> Iterator[None]:
-    """In here PIL opens images of any size."""
+    """In here PIL opens images of any size. It is PIL's global, so not for two threads at once."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield

@@ -156,6 +156,8 @@ def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(
     anomaly.main(replace(config, networks=("find",), output=tmp_path / "one"))
     one = {r["method"] for r in json.loads((tmp_path / "one" / "results.json").read_text())["rows"]}
     assert rows.keys() - one == {"ours, l1", "ours, ssim", "ours, mahalanobis"}
+    with pytest.raises(ConfigError, match="--networks names none"):
+        anomaly.main(replace(config, networks=()))
     with pytest.raises(DataError, match="train/good"):
         anomaly.main(anomaly.Config(data=tmp_path / "no", output=tmp_path / "out"))
 
