@@ -52,6 +52,11 @@ class Config:
     weight_decay: float = 0.05
     flip: bool = True
     """Mirror half of the training images."""
+    erase: float = 0.0
+    """Make a square of half the side, anywhere, mid-grey in that share of the training images (DeVries & Taylor 2017,
+    "Cutout")."""
+    widths: tuple[int, ...] = (32, 64, 128)
+    """Channels of the stages."""
     resolution: int = 32
     """Side of the squares."""
     channels: int = 3
@@ -82,8 +87,11 @@ def read_labelled(source: Source, classes: tuple[str, ...], config: Config) -> t
     return np.stack(pixels), torch.tensor(labels), len(bad_images)
 
 
-def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
-    """Images (B, C, R, R), half of them mirrored, all moved by the same few pixels; the edges are continued."""
+def augment(images: Tensor, generator: torch.Generator, *, flip: bool, erase: float = 0.0) -> Tensor:
+    """Images (B, C, R, R), half of them mirrored, all moved by the same few pixels; the edges are continued.
+
+    A share `erase` of them then has a square of R / 2, or what is inside of it, of mid-grey.
+    """
     if flip:
         chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
         images = torch.where(chosen, images.flip(3), images)
@@ -91,7 +99,14 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor
     reach = side // SHIFT_SHARE
     padded = nn.functional.pad(images, (reach,) * 4, mode="replicate")
     down, right = torch.randint(0, 2 * reach + 1, (2,), generator=generator).tolist()
-    return padded[:, :, down : down + side, right : right + side]
+    moved = padded[:, :, down : down + side, right : right + side]
+    if erase == 0:
+        return moved
+    chosen = torch.rand(len(images), 1, 1, generator=generator) < erase
+    y, x = (side * torch.rand(2, len(images), 1, generator=generator)).unsqueeze(-1)  # the middles, (B, 1, 1)
+    places = torch.arange(side)
+    inside = ((places[:, None] - y).abs() < side / 4) & ((places[None, :] - x).abs() < side / 4)  # (B, R, R)
+    return torch.where((inside & chosen)[:, None], 0.0, moved)
 
 
 def train(classifier: ImageClassifier, pixels: Pixels, labels: Tensor, config: Config, device: torch.device) -> None:
@@ -105,7 +120,7 @@ def train(classifier: ImageClassifier, pixels: Pixels, labels: Tensor, config: C
     for step in range(steps):
         positions = positions_of(step, batch_size=config.batch_size)
         chosen = [index_at(p, size=len(pixels), seed=config.seed) for p in positions]
-        images = augment(to_images(pixels[chosen]), generator, flip=config.flip)  # (B, C, R, R)
+        images = augment(to_images(pixels[chosen]), generator, flip=config.flip, erase=config.erase)  # (B, C, R, R)
         images = images.to(device, memory_format=torch.channels_last)
         loss = nn.functional.cross_entropy(classifier(images), labels[chosen].to(device))
         rate = learning_rate_at(step, config.learning_rate, steps=steps, warmup_steps=steps // 10)
@@ -137,6 +152,10 @@ def open_both(config: Config) -> tuple[Source, Source]:
     for name, value in numbers.items():
         if value < 1:
             raise ConfigError(f"--{name} is {value}: it must be at least 1")
+    if not 0 <= config.erase <= 1:
+        raise ConfigError(f"--erase is {config.erase}: it must be between 0 and 1")
+    if len(config.widths) < 1 or min(config.widths) < 1:
+        raise ConfigError(f"--widths are {config.widths}: each stage needs at least 1 channel")
     if not 0 < config.learning_rate < math.inf:
         raise ConfigError(f"--learning-rate is {config.learning_rate}: it must be more than 0")
     if config.resolution < 16:
@@ -165,7 +184,11 @@ def main(config: Config) -> dict[str, Any]:
     read_seconds = time.perf_counter() - began
     torch.manual_seed(config.seed)  # of the initial weights
     classifier = ImageClassifier(
-        config.channels, len(source.classes), class_names=source.classes, resolution=config.resolution
+        config.channels,
+        len(source.classes),
+        widths=config.widths,
+        class_names=source.classes,
+        resolution=config.resolution,
     )
     classifier = classifier.to(device, memory_format=torch.channels_last)
     began = time.perf_counter()

@@ -25,6 +25,7 @@ SMALL = replace(
     vae_batch_size=4,
     steps=2,
     batch_size=4,
+    classifier_widths=(8, 16),
     classifier_epochs=1,
     num_images=20,
     guidance_scales=(1.0,),

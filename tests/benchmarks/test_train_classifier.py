@@ -83,6 +83,18 @@ def test_training_images_are_mirrored_and_moved_by_a_pixel_for_every_32() -> Non
     assert len(set(augment(ramp, torch.Generator().manual_seed(0), flip=False)[:, 0, 32, 32].tolist())) == 1
 
 
+def test_a_square_of_half_the_side_is_erased_in_a_share_of_the_images() -> None:
+    """Less where its middle, drawn evenly from the whole image, is near an edge: 7/16 of a side on average."""
+    white = torch.ones(2000, 1, 32, 32)
+    erased = augment(white, torch.Generator().manual_seed(0), flip=False, erase=0.25) == 0
+    touched = erased.flatten(1).any(dim=1)
+    assert touched.float().mean() == pytest.approx(0.25, abs=0.03)
+    sides = erased[touched].any(dim=3).sum(dim=2).float()
+    assert sides.max() == 16
+    assert sides.mean() == pytest.approx(14, abs=0.5)
+    assert erased[touched].float().mean() == pytest.approx((7 / 16) ** 2, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -95,6 +107,8 @@ def test_training_images_are_mirrored_and_moved_by_a_pixel_for_every_32() -> Non
         (["--num-images", "0"], "--num-images is 0"),
         (["--epochs", "0"], "--epochs is 0"),
         (["--resolution", "8"], "at least 16"),
+        (["--erase", "2"], "--erase is 2"),
+        (["--widths", "0"], "at least 1 channel"),
         (["--learning-rate", "nan"], "--learning-rate is nan"),
         (["--output", "{tmp}/bad/a/x.png/out"], "cannot write to"),
         (["--nonsense"], "nonsense"),
