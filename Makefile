@@ -17,7 +17,8 @@ setup: .venv/installed
 
 # Another DATA than last time's starts anew; the same one goes on.
 demo: setup
-	@grep -qsF '"data": "$(DATA)#train"' runs/demo/config.json || rm -rf runs/demo
+	@$(BIN)/python -c 'import json, sys; sys.exit(json.load(open(sys.argv[1]))["data"] != sys.argv[2])' \
+		runs/demo/config.json "$(DATA)#train" 2> /dev/null || rm -rf runs/demo
 	$(BIN)/python training/train_vae.py demo --data "$(DATA)#train" --val-data "$(DATA)#held-out" --output runs/demo
 	$(BIN)/python benchmarks/reconstruction.py --vae runs/demo --data "$(DATA)#held-out" --num-images 100 --resolution 64 \
 		--perceptual random --output runs/demo/reconstruction

@@ -159,7 +159,7 @@ class Trainee(torch.nn.Module):
         if self.prior is None:
             posterior = posterior_of(moments)
             latents = mean + posterior.std * torch.randn_like(mean)
-            nats = losses.kl_per_pixel(posterior, num_pixels).expand(len(images))
+            nats = losses.kl_per_pixel(posterior, num_pixels)
         else:
             step = quality[:, None, None, None]
             latents = mean + step * (torch.rand_like(mean) - 0.5)

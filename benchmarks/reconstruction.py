@@ -30,7 +30,7 @@ from ldm_vae.models.pretrained import channels_of, encode_moments, load_autoenco
 from ldm_vae.models.tiling import reconstruct
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
 from ldm_vae.pictures import labelled_rows, visible
-from ldm_vae.runs import versions
+from ldm_vae.runs import PATIENCE, versions
 from ldm_vae.timing import describe_machine, peak_memory_of, seconds_of
 
 
@@ -179,7 +179,8 @@ def main(config: Config) -> None:
         raise ConfigError("no --vae given: name at least one run directory, diffusers folder or hub id")
     if min(config.resolution, config.num_images or 1) < 1:
         raise ConfigError("--resolution and --num-images must be at least 1")
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on GPUs, too
     vaes = {path: load_autoencoder(path).to(accelerator.device) for path in dict.fromkeys(config.vae)}
     channels = {channels_of(v) for v in vaes.values()}
     if len(channels) > 1:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from tqdm import tqdm
 
 from ldm_vae.errors import ConfigError, RunError
@@ -62,12 +62,16 @@ class Training(StepConfig):
     """Any that Accelerate knows by name (tensorboard, wandb, ...), or none; metrics.jsonl is always written."""
 
     def accelerator(self) -> Accelerator:
-        return Accelerator(
+        """Raises ConfigError for a launch that nothing here was written for."""
+        accelerator = Accelerator(
             gradient_accumulation_steps=self.gradient_accumulation_steps,
             mixed_precision=self.mixed_precision,
             log_with=None if self.tracker == "none" else self.tracker,
             project_dir=self.output,
         )
+        if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+            raise ConfigError("FSDP 1 cannot be used: launch with configs/fsdp_unet.yaml, which is FSDP 2")
+        return accelerator
 
     def effective_batch(self, num_processes: int) -> str:
         micro = self.gradient_accumulation_steps
@@ -135,7 +139,8 @@ class Loop:
         self.made_from = dict(made_from or {})
         self.step = 0
         self.facts: dict[str, Any] = {"seconds": 0.0, "skipped_steps": 0, "made_from": self.made_from}
-        self.resume()
+        if not self.resume():
+            self.run.forget_after(0)
         self.stopping = self.logging = self.drawing = self.saving = False
         self.waited, self.unhealthy_in_a_row, self.gone_back = 0.0, 0, False
         self.logged_at = (self.step, self.facts["seconds"])
@@ -150,11 +155,11 @@ class Loop:
                 f"the processes do not find the same checkpoint in {self.run.directory}: all machines must see "
                 "the same folder there"
             )
-        self.run.forget_after(checkpoint.step if checkpoint else 0)
         if checkpoint is None:
             return False
+        self.run.forget_after(checkpoint.step)
         before = checkpoint.facts.get("made_from", {})
-        changed = [name for name, value in self.made_from.items() if before.get(name) != value]
+        changed = [name for name, value in self.made_from.items() if before.get(name, value) != value]
         if changed:
             raise RunError(
                 f"{self.run.directory} was begun with something else ({', '.join(changed)} changed since): "
@@ -220,7 +225,8 @@ class Loop:
             self.logging = self.drawing = self.saving = False
             return
         last = self.stopping or self.step == self.config.steps
-        self.saving = last or self.step % self.config.checkpoint_every == 0
+        due = self.step % self.config.checkpoint_every == 0
+        self.saving = last or (due and healthy)  # what is to be gone back to must be sound
         self.logging = last or self.step % self.config.log_every == 0
         drawing = last or self.step in FIRST_GRIDS or self.step % self.config.sample_every == 0
         self.drawing = drawing and not self.stopping

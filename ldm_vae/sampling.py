@@ -57,11 +57,17 @@ class NoiseLevel:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raises ValueError for one whose noise levels are not known here."""
+    """Raises ValueError for one whose noise levels are not known here, or that draws noise for all images at once."""
     known = {c.__name__: c for fitting in SCHEDULERS.values() for c, _ in fitting.values()}
     if not any(isinstance(scheduler, c) for c in known.values()):
         names = ", ".join(sorted(known))
         raise ValueError(f"{type(scheduler).__name__} is not a scheduler that is known here: use one of {names}")
+    stochastic = scheduler.config.get("stochastic_sampling") or "sde" in str(scheduler.config.get("algorithm_type"))
+    if stochastic:
+        raise ValueError(
+            f"this {type(scheduler).__name__} adds noise in each step, which would not be that of an image's own seed: "
+            "set algorithm_type to dpmsolver++, or stochastic_sampling to False"
+        )
 
 
 def noise_levels(scheduler: Any) -> list[NoiseLevel]:

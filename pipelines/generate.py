@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.utils import logging
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from ldm_vae.config import parse_flags
@@ -173,17 +172,17 @@ def folder_of(name: str) -> str:
 
 def batches_of(
     jobs: Sequence[Job], images: Source | None, batch_size: int, bad_images: dict[str, str]
-) -> Iterator[tuple[list[Job], list[Tensor] | None]]:
+) -> Iterator[tuple[list[Job], list[Pixels] | None]]:
     """Jobs that go together, with the images that they start from, of one size; bad images are noted and left out."""
     for start in range(0, len(jobs), batch_size):
         batch = list(jobs[start : start + batch_size])
         if images is None:
             yield batch, None
             continue
-        ready: dict[tuple[int, ...], list[tuple[Job, Tensor]]] = {}
+        ready: dict[tuple[int, ...], list[tuple[Job, Pixels]]] = {}
         for job in batch:
             try:
-                given = to_images(images[job.position].pixels)
+                given = images[job.position].pixels
             except BadImageError as error:
                 bad_images[images.name(job.position)] = str(error)
                 continue

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from ldm_vae.errors import ConfigError
 from ldm_vae.models.unet import make_denoiser
+from training import train_diffusion, train_vae
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PROCESSES = {"one_gpu": (1, 1), "eight_gpus": (8, 1), "nodes": (32, 4), "fsdp_unet": (8, 1)}
@@ -49,3 +53,19 @@ def test_the_parts_of_every_denoiser_are_divided(preset: str, monkeypatch: pytes
     divides = fsdp2_prepare_auto_wrap_policy(plugin, unet)
     assert divides is not None
     assert sum(divides(m) for m in unet.modules()) > 5
+
+
+def test_fsdp_is_of_version_2_and_for_the_denoiser_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Accelerate has FSDP on GPUs alone: what it would say of itself there."""
+
+    def launched(version: int) -> None:
+        said = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=version == 2, num_processes=8)
+        monkeypatch.setattr("ldm_vae.loop.Accelerator", lambda **_: said)
+
+    launched(1)
+    with pytest.raises(ConfigError, match=r"FSDP 1 cannot be used: launch with configs/fsdp_unet\.yaml"):
+        replace(train_diffusion.PRESETS["tiny"][1], output=tmp_path).accelerator()
+    launched(2)
+    assert replace(train_diffusion.PRESETS["tiny"][1], output=tmp_path).accelerator().is_fsdp2
+    with pytest.raises(ConfigError, match="an autoencoder is not divided among processes"):
+        train_vae.main(replace(train_vae.PRESETS["demo"][1], output=tmp_path, data="procedural:shapes"))

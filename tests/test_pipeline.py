@@ -124,12 +124,35 @@ def test_every_solver_takes_noise_to_gaussian_data_whose_exact_denoiser_it_is_gi
     latents = made(pipeline, latents=noise, num_inference_steps=steps, output_type="latent")
     torch.testing.assert_close(latents, noise * s, rtol=rtol, atol=1e-3)
     image = picture()
-    halfway = made(pipeline, image=image, generator=5, strength=0.5, num_inference_steps=steps, output_type="latent")
+    options: dict[str, Any] = {"num_inference_steps": steps, "output_type": "latent"}
+    halfway = made(pipeline, image=shown(image), generator=5, strength=0.5, **options)
     known = pipeline.encode(image)
     start = noise_levels(pipeline.scheduler)[pipeline.scheduler.order * (steps - steps // 2)]
     own = torch.randn(1, 4, 6, 4, generator=torch.Generator().manual_seed(5))
     share = s / (start.alpha**2 * s**2 + start.sigma**2) ** 0.5
     torch.testing.assert_close(halfway, share * start.noised(known, own), rtol=rtol, atol=1e-2)
+
+
+def test_an_image_of_the_pipeline_goes_back_into_it(flow: LatentDiffusionPipeline) -> None:
+    images = made(flow, generator=3)
+    assert images.mean() == pytest.approx(0.5, abs=0.2)
+    for given in (images, images.permute(0, 2, 3, 1).numpy()):
+        known = made(flow, image=given, strength=0, output_type="latent")
+        torch.testing.assert_close(known, flow.encode(images * 2 - 1))
+
+
+def test_solvers_that_add_noise_of_their_own_or_meet_a_time_twice_are_refused() -> None:
+    pipeline = pipeline_of("v", "dpmsolver++")
+    with pytest.raises(ValueError, match="1001 steps are more than the 1000 timesteps that there are"):
+        made(pipeline, num_inference_steps=1001)
+    config = pipeline.scheduler.config
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config, algorithm_type="sde-dpmsolver++")
+    with pytest.raises(ValueError, match="set algorithm_type to dpmsolver"):
+        made(pipeline)
+    euler = pipeline_of("flow", "euler")
+    euler.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(ValueError, match="stochastic_sampling to False"):
+        made(euler)
 
 
 @pytest.mark.parametrize(("prediction", "scheduler"), SOLVERS)
@@ -266,7 +289,7 @@ def test_the_progress_bar_counts_the_steps_that_are_done(capsys: pytest.CaptureF
     pipeline.set_progress_bar_config(disable=False)
     made(pipeline)
     assert "4/4" in capsys.readouterr().err
-    made(pipeline, image=picture(), strength=0.5)
+    made(pipeline, image=shown(picture()), strength=0.5)
     assert "2/2" in capsys.readouterr().err
 
 
@@ -278,21 +301,21 @@ def test_strength_0_returns_the_reconstruction(flow: LatentDiffusionPipeline, si
     images = picture(*size)
     with torch.no_grad():
         expected = shown(reconstruct(flow.vae, images))
-    torch.testing.assert_close(made(flow, image=images, strength=0), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(made(flow, image=shown(images), strength=0), expected, rtol=0, atol=1e-5)
     heun = pipeline_of("flow", "heun", vae=flow.vae)
-    torch.testing.assert_close(made(heun, image=images, strength=0.0), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(made(heun, image=shown(images), strength=0.0), expected, rtol=0, atol=1e-5)
 
 
 def test_strength_1_forgets_the_image_and_half_is_eulers_method_from_the_middle(flow: LatentDiffusionPipeline) -> None:
     images = picture()
-    torch.testing.assert_close(made(flow, 2, image=images, strength=1, generator=7), made(flow, 2, generator=7))
+    torch.testing.assert_close(made(flow, 2, image=shown(images), strength=1, generator=7), made(flow, 2, generator=7))
     with torch.no_grad():
         known = scale_latents(flow.vae, encode_moments(flow.vae, images).chunk(2, dim=1)[0])
         latents = 0.5 * known + 0.5 * torch.randn(1, 4, 6, 4, generator=torch.Generator().manual_seed(7))
         for time in (500.0, 250.0):
             output = flow.unet(latents, torch.tensor([time]), class_labels=torch.tensor([2])).sample
             latents = latents - 0.25 * output
-    ours = made(flow, 2, image=images, strength=0.5, generator=7, output_type="latent")
+    ours = made(flow, 2, image=shown(images), strength=0.5, generator=7, output_type="latent")
     torch.testing.assert_close(ours, latents, rtol=0, atol=1e-5)
 
 
@@ -302,7 +325,7 @@ def test_inpainting_leaves_what_is_not_masked_as_the_reconstruction_has_it(predi
     images = picture(22, 17)
     mask = torch.zeros(22, 17)
     mask[5:11, 3:9] = 1
-    options: dict[str, Any] = {"image": images, "generator": [1, 2]}
+    options: dict[str, Any] = {"image": shown(images), "generator": [1, 2]}
     kept = made(pipeline, strength=0, **options)
     for strength in (0.6, 1.0):
         painted = made(pipeline, mask_image=mask, strength=strength, **options)
@@ -310,7 +333,7 @@ def test_inpainting_leaves_what_is_not_masked_as_the_reconstruction_has_it(predi
         assert (painted - kept)[..., mask == 1].abs().max() > 0.01
         assert (painted[0] - painted[1])[..., mask == 1].abs().max() > 0.01
     assert torch.equal(made(pipeline, mask_image=torch.zeros(22, 17), **options), kept)
-    two = made(pipeline, image=images, mask_image=torch.stack([mask, 1 - mask])[:, None], generator=[1, 2])
+    two = made(pipeline, image=shown(images), mask_image=torch.stack([mask, 1 - mask])[:, None], generator=[1, 2])
     assert torch.equal(two[1][:, mask == 1], kept[1][:, mask == 1])
     everything = made(pipeline, mask_image=torch.ones(22, 17), **options)
     torch.testing.assert_close(everything, made(pipeline, **options), rtol=0, atol=1e-6)
@@ -332,7 +355,7 @@ def test_while_inpainting_the_known_latents_follow_their_noise_level(flow: Laten
         assert not torch.allclose(inputs["latents"][..., ~kept], expected[..., ~kept], atol=1e-3)
         return {}
 
-    made(flow, image=images, mask_image=mask, strength=1, generator=2, callback_on_step_end=check)
+    made(flow, image=shown(images), mask_image=mask, strength=1, generator=2, callback_on_step_end=check)
 
 
 def test_images_can_be_pil_arrays_or_tensors_and_one_or_many(flow: LatentDiffusionPipeline) -> None:
@@ -342,7 +365,7 @@ def test_images_can_be_pil_arrays_or_tensors_and_one_or_many(flow: LatentDiffusi
     options: dict[str, Any] = {"strength": 0.5, "generator": [1, 2], "output_type": "np"}
     reference = made(flow, image=pil, mask_image=mask, **options)
     array = np.asarray(pil)
-    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1) / 127.5 - 1
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1) / 255
     for image in ([pil, pil], array, np.stack([array, array]), array / 255, tensor, [tensor, array]):
         for region in (mask, np.asarray(mask), np.asarray(mask) > 0, [mask, mask]):
             np.testing.assert_allclose(made(flow, image=image, mask_image=region, **options), reference, atol=1e-5)
@@ -353,12 +376,12 @@ def test_images_can_be_pil_arrays_or_tensors_and_one_or_many(flow: LatentDiffusi
 def test_images_of_13_channels_go_through_as_tensors(flow: LatentDiffusionPipeline) -> None:
     many = pipeline_of(vae=patch_vae(channels=13))
     images = picture(channels=13)
-    assert made(many, image=images, strength=0.5).shape == (1, 13, 24, 16)
+    assert made(many, image=shown(images), strength=0.5).shape == (1, 13, 24, 16)
     assert made(many, output_type="np").shape == (1, 24, 16, 13)
     with pytest.raises(ValueError, match="13 channels cannot be PIL images"):
         made(many, output_type="pil")
     with pytest.raises(ValueError, match=r"shape \(1, 13, 24, 16\) .* \(3, H, W\)"):
-        made(flow, image=images)
+        made(flow, image=shown(images))
 
 
 # Between images -------------------------------------------------------------------------------------------------------
@@ -379,14 +402,14 @@ def test_an_interpolation_begins_and_ends_with_the_images_of_its_seeds(flow: Lat
 def test_an_interpolation_of_images_begins_and_ends_with_their_variations(flow: LatentDiffusionPipeline) -> None:
     a, b = picture(22, 17, seed=1), picture(22, 17, seed=2)
     options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt", "generator": 6}
-    frames = flow.interpolate_images(a, b, 3, class_labels=1, **options).images
+    frames = flow.interpolate_images(shown(a), shown(b), 3, class_labels=1, **options).images
     for frame, image in ((frames[0], a), (frames[2], b)):
-        alone = flow(1, image=image, strength=0.5, **options).images[0]
+        alone = flow(1, image=shown(image), strength=0.5, **options).images[0]
         torch.testing.assert_close(frame, alone, rtol=0, atol=1e-5)
-    mixed = flow.interpolate_images(a, b, 3, strength=0, **options | {"output_type": "latent"}).images
+    mixed = flow.interpolate_images(shown(a), shown(b), 3, strength=0, **options | {"output_type": "latent"}).images
     torch.testing.assert_close(mixed[1], (flow.encode(a) + flow.encode(b))[0] / 2)
     with pytest.raises(ValueError, match="different sizes"):
-        flow.interpolate_images(a, picture(), 3)
+        flow.interpolate_images(shown(a), shown(picture()), 3)
     with pytest.raises(ValueError, match="at least its two ends"):
         flow.interpolate(1, 2, 1)
 
@@ -395,7 +418,7 @@ def test_an_interpolation_of_images_begins_and_ends_with_their_variations(flow: 
 
 
 def test_tiles_of_the_patch_autoencoder_change_nothing(flow: LatentDiffusionPipeline) -> None:
-    options: dict[str, Any] = {"image": picture(70, 90), "strength": 0.5, "generator": 1}
+    options: dict[str, Any] = {"image": shown(picture(70, 90)), "strength": 0.5, "generator": 1}
     whole = made(flow, **options)
     flow.enable_vae_tiling()
     flow.vae.enable_tiling(5)
@@ -433,7 +456,7 @@ def test_the_autoencoders_of_diffusers_work_too(kind: str) -> None:
     images = picture(13, 18)
     with torch.no_grad():
         expected = shown(reconstruct(pipeline.vae, images))
-    torch.testing.assert_close(made(pipeline, image=images, strength=0), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(made(pipeline, image=shown(images), strength=0), expected, rtol=0, atol=1e-5)
     assert made(pipeline, [0, 1], height=12 * 4, width=8).shape[0] == 2
     pipeline.enable_vae_tiling()
     assert vae.use_tiling
@@ -445,7 +468,7 @@ def test_the_autoencoders_of_diffusers_work_too(kind: str) -> None:
 def test_half_precision_stays_close(flow: LatentDiffusionPipeline) -> None:
     half = pipeline_of().to(torch.bfloat16)
     assert half.unet.dtype == torch.bfloat16
-    image = picture()
+    image = shown(picture())
     ours = made(half, 1, image=image, generator=1)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, made(flow, 1, image=image, generator=1), rtol=0, atol=0.1)

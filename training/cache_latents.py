@@ -7,7 +7,7 @@ The same command goes on with a cache that was not finished, on any number of pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,9 @@ class EncoderBatch:
     labels: list[int]
     bad_images: dict[str, str]
 
+    def pin_memory(self) -> EncoderBatch:
+        return replace(self, tensors=self.tensors.pin_memory())
+
 
 class SquaresInOrder(Dataset[EncoderBatch]):
     """`squares[indices]`: one batch of images, made in the worker as a whole."""
@@ -120,7 +123,7 @@ def encode(batch: EncoderBatch, vae: Any, squares: SquaresInOrder, *, flip: bool
     """The moments of a batch, in which an image whose moments are not finite is a bad one."""
     if not len(batch.tensors):
         return batch
-    images = batch.tensors.to(vae.device, memory_format=torch.channels_last)
+    images = batch.tensors.to(vae.device, memory_format=torch.channels_last, non_blocking=True)
     entries = [images, images.flip(-1)] if flip else [images]
     moments = torch.stack([encode_moments(vae, entry).float().cpu() for entry in entries], dim=1)
     finite = moments.flatten(1).isfinite().all(dim=1).tolist()

@@ -39,7 +39,7 @@ from ldm_vae.latents.rows import (
     collate_rows,
     validation_batches,
 )
-from ldm_vae.latents.statistics import Statistics, has_scale, put_statistics
+from ldm_vae.latents.statistics import Statistics, has_scale, put_statistics, scale_of
 from ldm_vae.loop import FREE_ON_RESUME, Loop, Training, check
 from ldm_vae.models.pretrained import (
     channels_of,
@@ -183,7 +183,14 @@ def open_data(config: Config, accelerator: Accelerator) -> Data:
         latent_shape=shape,
         classes=classes if config.class_conditional else (),
         val_images=val_images,
-        made_from={"vae": fingerprint(vae), "data": fingerprint_of_data, "classes": list(classes), "size": list(shape)},
+        made_from={
+            "vae": fingerprint(vae),
+            "data": fingerprint_of_data,
+            "number of images": len(images),
+            "scale": scale_of(vae),
+            "classes": list(classes),
+            "size": list(shape),
+        },
     )
 
 
@@ -217,6 +224,7 @@ def build(config: Config, data: Data, accelerator: Accelerator) -> State:
     whole = None
     if accelerator.is_fsdp2:
         whole = deepcopy(unet).cpu() if accelerator.is_main_process else None
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None  # it would round timesteps and gradients to bf16
         prepared, wrapped = accelerator.prepare(unet, optimizer)  # both at once: the parameters become others
         optimizer = wrapped.optimizer
     else:

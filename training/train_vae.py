@@ -396,6 +396,8 @@ def describe(config: Config, state: State, source: Source, accelerator: Accelera
 
 def main(config: Config) -> None:
     accelerator = config.accelerator()
+    if accelerator.is_fsdp2:
+        raise ConfigError("an autoencoder is not divided among processes: launch without FSDP")
     validate(config, accelerator.num_processes)
     side = config.shorter_side or config.resolution
     source = open_source(config.data, channels=config.channels, resolution=side)

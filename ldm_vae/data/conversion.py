@@ -19,7 +19,7 @@ def images_from(given: Any, *, channels: int) -> Tensor:
 
     Args:
         given: a PIL image; an array (H, W), (H, W, C) or (N, H, W, C) of uint8, uint16 or floats in [0, 1]; a tensor
-            (C, H, W) or (N, C, H, W) in [-1, 1]; or a list of those, all of one size.
+            (C, H, W) or (N, C, H, W) in [0, 1], as diffusers' pipelines take it; or a list of those, all of one size.
 
     Raises:
         ValueError: another type, shape or number of channels, or sizes that differ.
@@ -34,13 +34,15 @@ def images_from(given: Any, *, channels: int) -> Tensor:
             raise ValueError(f"images of different sizes {sorted(sizes)} were given: call once for each size")
         return torch.cat(parts)
     if isinstance(given, Tensor):
-        images = given[None] if given.ndim == 3 else given
-        if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
+        values = given[None] if given.ndim == 3 else given
+        if values.ndim != 4 or values.shape[1] != channels or not values.is_floating_point():
             raise ValueError(
                 f"a tensor of shape {tuple(given.shape)} and {given.dtype} was given: "
-                f"floats in [-1, 1] of shape ({channels}, H, W) or (N, {channels}, H, W) are needed"
+                f"floats in [0, 1] of shape ({channels}, H, W) or (N, {channels}, H, W) are needed"
             )
-        return images.float()
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ValueError("a tensor with values outside [0, 1] was given: of images in [-1, 1], give (x + 1) / 2")
+        return 2 * values.float() - 1
     if isinstance(given, Image.Image):
         return to_images(convert_channels(pixels_of(given), channels))[None]
     if isinstance(given, np.ndarray) and given.ndim in (2, 3, 4):

@@ -179,10 +179,10 @@ def zip_source(path: Path, *, channels: int, max_pixels: int, scratch: Path | No
 class HuggingFaceSource:
     """The image column of a Hugging Face dataset; labels from its ClassLabel column when it has one.
 
-    Rows that name a file are read below `root` alone: elsewhere they may name anything.
+    Rows that name a file are read below `roots` alone: elsewhere they may name anything.
     """
 
-    def __init__(self, dataset: Any, *, channels: int, max_pixels: int, root: Path | None = None) -> None:
+    def __init__(self, dataset: Any, *, channels: int, max_pixels: int, roots: tuple[str | Path, ...] = ()) -> None:
         import datasets
 
         images = [k for k, v in dataset.features.items() if isinstance(v, datasets.Image)]
@@ -192,7 +192,8 @@ class HuggingFaceSource:
         self.image, self.label = images[0], labels[0] if labels else None
         self.classes: tuple[str, ...] = tuple(dataset.features[self.label].names) if self.label else ()
         self.dataset = dataset.cast_column(self.image, datasets.Image(decode=False))
-        self.channels, self.max_pixels, self.root = channels, max_pixels, root
+        self.channels, self.max_pixels = channels, max_pixels
+        self.roots = {name(root) for root in roots for name in (os.path.abspath, os.path.realpath)}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -207,11 +208,12 @@ class HuggingFaceSource:
     def __getitem__(self, index: int) -> Sample:
         row = self.dataset[index]
         stored = row[self.image] or {}
-        data = stored.get("bytes")
-        path = stored.get("path")
-        if data is None and path and self.root is not None and os.path.isfile(path):
-            inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(self.root))
-            data = Path(path).read_bytes() if inside else None
+        data, path = stored.get("bytes"), stored.get("path")
+        if data is None and path:
+            inside = any(Path(os.path.abspath(path)).is_relative_to(root) for root in self.roots)
+            if not inside or not os.path.isfile(path):
+                raise BadImageError("names a file that is not in the data set")
+            data = Path(path).read_bytes()
         pixels = read_pixels(data or b"", channels=self.channels, max_pixels=self.max_pixels)
         label = row[self.label] if self.label else None
         label = label if label is not None and label >= 0 else None  # the library's -1 is "not labelled"
@@ -222,13 +224,16 @@ def hugging_face_source(path: str, *, channels: int, max_pixels: int) -> Hugging
     """A hub id, a parquet file, a folder of parquet files, what `save_to_disk` wrote, or imagefolder:FOLDER."""
     try:
         import datasets
+        from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError:
         raise DataError(f"{path} is a Hugging Face dataset: pip install 'ldm-vae[datasets]' to read it") from None
-    local, root = Path(path), None
+    local = Path(path)
+    roots: tuple[str, ...] = ()
     try:
         if path.startswith("imagefolder:"):
-            root = Path(path.removeprefix("imagefolder:"))
-            dataset = datasets.load_dataset("imagefolder", data_dir=str(root), split="train")
+            folder = path.removeprefix("imagefolder:")
+            dataset = datasets.load_dataset("imagefolder", data_dir=folder, split="train")
+            roots = (folder,)
         elif local.is_file():
             dataset = datasets.load_dataset("parquet", data_files=str(local), split="train")
         elif (local / "state.json").is_file():
@@ -237,9 +242,10 @@ def hugging_face_source(path: str, *, channels: int, max_pixels: int) -> Hugging
             dataset = datasets.load_dataset("parquet", data_dir=str(local), split="train")
         else:
             dataset = datasets.load_dataset(path, split="train")
+            roots = (str(datasets.config.HF_DATASETS_CACHE), HF_HUB_CACHE)  # where the library puts files
     except Exception as error:  # the library raises many kinds: offline, unknown, damaged, no train split
         raise DataError(f"cannot load the Hugging Face dataset {path}: {type(error).__name__}: {error}") from None
-    return HuggingFaceSource(dataset, channels=channels, max_pixels=max_pixels, root=root)
+    return HuggingFaceSource(dataset, channels=channels, max_pixels=max_pixels, roots=roots)
 
 
 class SplitSource:

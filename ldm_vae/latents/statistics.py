@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -84,8 +85,24 @@ def mean_and_std(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = config["latents_mean"], config["latents_std"]
     else:
         mean, std = [config.get("shift_factor") or 0.0], [1 / (config.get("scaling_factor") or 1.0)]
-    shape = (-1, 1, 1)
-    return tuple(torch.tensor(v, dtype=like.dtype, device=like.device).view(shape) for v in (mean, std))  # type: ignore[return-value]
+    return on_device(tuple(mean), tuple(std), like.dtype, like.device)
+
+
+@cache
+def on_device(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Made once, as a GPU would be waited for whenever numbers are sent there."""
+    with torch.inference_mode(False):  # wherever the first call is
+        made = [torch.tensor(v, dtype=dtype, device=device).view(-1, 1, 1) for v in (mean, std)]
+    return made[0], made[1]
+
+
+def scale_of(vae: Any) -> list[list[float]] | None:
+    """What the VAE says of the mean and the deviation of its latents, as lists; None where it says nothing."""
+    if not has_scale(vae):
+        return None
+    return [v.flatten().tolist() for v in mean_and_std(vae, torch.zeros(1, dtype=torch.float64))]
 
 
 def scale_latents(vae: Any, latents: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from ldm_vae.models.pretrained import (
 from ldm_vae.models.prior import STEP_LOGVAR, CausalPrior
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.perceptual import Backbone
-from ldm_vae.objectives.step import StepConfig, averaged, parameters_of, set_learning_rate
+from ldm_vae.objectives.step import StepConfig, averaged, parameters_of, sent, set_learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,18 +98,18 @@ class TrainableVAE(nn.Module):
         """
         moments = encode_moments(self.vae, images, noise_level)
         posterior = posterior_of(moments)
+        num_pixels = images.shape[-2] * images.shape[-1]
         if not is_variational(self.vae):
-            latents, nats = posterior.mean, torch.zeros(len(images), device=images.device)
+            latents, nats_per_pixel = posterior.mean, torch.zeros(len(images), device=images.device)
         elif self.prior is None:
             latents = posterior.mean + posterior.std * noise
-            nats = posterior.kl()
+            nats_per_pixel = losses.kl_per_pixel(posterior, num_pixels)
         else:
             step = quality[:, None, None, None]
             symbols = posterior.mean / step
             uniform = 0.5 * torch.erf(noise / math.sqrt(2))  # in -1/2..1/2
-            nats = self.prior(symbols + uniform, quality).sum(dim=(1, 2, 3))
+            nats_per_pixel = self.prior(symbols + uniform, quality).sum(dim=(1, 2, 3)) / num_pixels
             latents = posterior.mean + step * (symbols.round() - symbols).detach()
-        nats_per_pixel = nats / (images.shape[-2] * images.shape[-1])
         return self.vae.decode(latents).sample, moments, self.logvar * 1, nats_per_pixel
 
 
@@ -286,23 +286,24 @@ def train_step(
     vae = state.bare.vae
     last = last_layer(vae)
     adversarial_gradient = torch.zeros_like(last)
+    layout = torch.channels_last if last.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     result = StepResult()
     for micro in range(config.gradient_accumulation_steps):
         before = time.perf_counter()
         batch = next(batches)
         result.waited += time.perf_counter() - before
         result.bad_images |= batch.bad_images
-        images = batch.images.to(accelerator.device, memory_format=torch.channels_last, non_blocking=True)
+        images = batch.images.to(accelerator.device, memory_format=layout, non_blocking=True)
         inputs = batch.inputs
         if inputs is not None:
-            inputs = inputs.to(accelerator.device, memory_format=torch.channels_last, non_blocking=True)
+            inputs = inputs.to(accelerator.device, memory_format=layout, non_blocking=True)
         levels = None
         if vae.config.get("noise_level") is not None:
             levels = torch.full((len(images),), UNKNOWN_LEVEL) if batch.noise_levels is None else batch.noise_levels
-            levels = levels.to(images.device)
+            levels = sent(levels, images.device)
         shape = (latent_channels_of(vae), images.shape[-2] // stride_of(vae), images.shape[-1] // stride_of(vae))
-        noise = torch.from_numpy(noise_at(config.seed, batch.positions, shape, Stream.POSTERIOR)).to(images.device)
-        quality = qualities_at(batch.positions, config).to(images.device)
+        drawn = torch.from_numpy(noise_at(config.seed, batch.positions, shape, Stream.POSTERIOR))
+        noise, quality = (sent(t, images.device) for t in (drawn, qualities_at(batch.positions, config)))
         with accelerator.accumulate(*networks):
             done = generator_step(
                 images,

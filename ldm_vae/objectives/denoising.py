@@ -117,7 +117,8 @@ def train_step(
         batch = batch.to(accelerator.device)
         scaled_latents = scaled_latents_of(batch, state.vae, encoded=state.encoded)
         with accelerator.accumulate(state.unet):
-            loss = losses_of(state.unet, scaled_latents, batch, config, state.bare).mean()
+            with accelerator.autocast():  # which Accelerate does not do for a network that FSDP2 divides
+                loss = losses_of(state.unet, scaled_latents, batch, config, state.bare).mean()
             accelerator.backward(loss)
         losses += loss.detach() / config.gradient_accumulation_steps
     norm = whole(nn.utils.clip_grad_norm_(parameters_of(state.optimizer), config.max_grad_norm))

@@ -14,6 +14,7 @@ appendix D; Lin et al. 2024, algorithm 1 |
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any, Literal
 
 import diffusers
@@ -51,18 +52,20 @@ def alpha_and_sigma(prediction: Prediction, timesteps: Tensor) -> tuple[Tensor, 
         sigma = timesteps.float() / NUM_TIMESTEPS
         alpha = 1 - sigma
     else:
-        abar = cumulative_alphas(prediction).to(timesteps.device)[timesteps.long()]
+        abar = cumulative_alphas(prediction, timesteps.device)[timesteps.long()]
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
     return alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
 
 
-def cumulative_alphas(prediction: Prediction) -> Tensor:
-    """abar (1000,): the product of 1 - beta; for v rescaled so that the last one is 0 (Lin et al. 2024)."""
-    betas = torch.linspace(FIRST_BETA, LAST_BETA, NUM_TIMESTEPS, dtype=torch.float64)
-    root = (1 - betas).cumprod(0).sqrt()
-    if prediction == "v":
-        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    return root.square().float()
+@cache
+def cumulative_alphas(prediction: Prediction, device: torch.device) -> Tensor:
+    """abar (1000,): the product of 1 - beta; for v rescaled so that the last one is 0 (Lin et al. 2024). Made once."""
+    with torch.inference_mode(False):  # wherever the first call is
+        betas = torch.linspace(FIRST_BETA, LAST_BETA, NUM_TIMESTEPS, dtype=torch.float64)
+        root = (1 - betas).cumprod(0).sqrt()
+        if prediction == "v":
+            root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        return root.square().float().to(device)
 
 
 def add_noise(
@@ -148,13 +151,16 @@ def prediction_of(scheduler: Any) -> Prediction:
 def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device) -> None:
     """So many steps, evenly spaced in the time of the prediction, from pure noise to none.
 
-    FlowMatchEulerDiscreteScheduler's own choice ends with a step from 0.001 to 0; even steps are 1/N apart. For some N
+    The own choice of the FlowMatch schedulers ends with a step from 0.001 to 0; even steps are 1/N apart. For some N
     (61, 103, ...) "trailing" spacing rounds to one timestep more than was asked for, -1: that one is taken away.
 
     Raises:
         ValueError: a number of steps that DDIMScheduler cannot take. In each it removes the noise of 1000 // N
-            timesteps, whatever their distance is: with 600 steps samples would end a third too wide.
+            timesteps, whatever their distance is: with 600 steps samples would end a third too wide. Or more steps
+            than there are timesteps, of which a solver would meet some twice and divide by their distance.
     """
+    if prediction_of(scheduler) != "flow" and num_inference_steps > NUM_TIMESTEPS:
+        raise ValueError(f"{num_inference_steps} steps are more than the {NUM_TIMESTEPS} timesteps that there are")
     if isinstance(scheduler, diffusers.DDIMScheduler) and NUM_TIMESTEPS % num_inference_steps:
         divisors = [n for n in range(1, NUM_TIMESTEPS + 1) if NUM_TIMESTEPS % n == 0]
         near = sorted(divisors, key=lambda n: abs(n - num_inference_steps))[:2]
@@ -166,6 +172,8 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device
         sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
     else:
+        if isinstance(scheduler, diffusers.FlowMatchHeunDiscreteScheduler):
+            scheduler.sigma_min = 1 / num_inference_steps
         scheduler.set_timesteps(num_inference_steps, device=device)
     if scheduler.timesteps[-1] < 0:
         scheduler.timesteps = scheduler.timesteps[:-1]

@@ -55,14 +55,14 @@ def coarse_loss(
 
 
 def kl_per_pixel(posterior: DiagonalGaussianDistribution, num_pixels: int) -> Tensor:
-    r"""KL(posterior || N(0, 1)) in nats per pixel, mean over the batch (Kingma & Welling 2014, appendix B).
+    r"""KL(posterior || N(0, 1)) in nats per pixel, of each image: (B,) (Kingma & Welling 2014, appendix B).
 
     One pixel is one (y, x) place, whatever its channels: `num_pixels` is H * W of the image. Stable Diffusion's code
     sums the KL over the latents and the error over all C * H * W values of an image, so its weight of 1e-6 beside
     a *summed* error is 1e-6 / C of ours beside a *mean* error: 3.3e-7 for colour images. Divided by ln 2, this is
     the rate in bits per pixel of an ideal code for samples of the posterior.
     """
-    return posterior.kl().mean() / num_pixels
+    return posterior.kl() / num_pixels
 
 
 def kl_bits_per_channel(posterior: DiagonalGaussianDistribution) -> Tensor:

@@ -18,7 +18,8 @@ def colours() -> np.ndarray:
 def test_the_same_image_in_any_form_is_the_same_tensor() -> None:
     pixels = colours()
     expected = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    forms: list[Any] = [Image.fromarray(pixels), pixels, pixels[None], pixels / 255, expected[0], expected]
+    forms: list[Any] = [Image.fromarray(pixels), pixels, pixels[None], pixels / 255]
+    forms += [(expected[0] + 1) / 2, (expected + 1) / 2]
     for given in forms:
         torch.testing.assert_close(images_from(given, channels=3), expected)
     torch.testing.assert_close(images_from(forms, channels=3), expected.expand(6, -1, -1, -1))
@@ -82,6 +83,8 @@ def test_images_leave_as_they_came() -> None:
         (np.full((4, 4, 3), 255.0), BadImageError, r"outside \[0, 1\]"),
         (np.zeros((4, 4, 3), np.int64), BadImageError, "values of type int64"),
         (torch.zeros(1, 4, 4), ValueError, r"\(1, 4, 4\) and torch.float32 was given: floats in"),
+        (torch.full((3, 4, 4), -0.5), ValueError, r"outside \[0, 1\] was given: of images in \[-1, 1\], give"),
+        (torch.full((3, 4, 4), torch.nan), ValueError, r"outside \[0, 1\]"),
         ([torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)], ValueError, "different sizes"),
     ],
 )

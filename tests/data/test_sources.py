@@ -68,15 +68,43 @@ def test_a_file_that_a_row_names_is_read_below_its_root_alone(photos: Path, tmp_
     features = datasets.Features({"image": datasets.Image()})
     rows = {"image": [{"bytes": None, "path": str(file)}]}
     dataset = datasets.Dataset.from_dict(rows, features=features)
-    for root in (None, tmp_path, tmp_path / ".." / tmp_path.name):
-        with pytest.raises(BadImageError, match="empty file"):
-            HuggingFaceSource(dataset, channels=3, max_pixels=10**6, root=root)[0]
-    assert HuggingFaceSource(dataset, channels=3, max_pixels=10**6, root=photos)[0].pixels.shape == (60, 72, 3)
+    for roots in ((), (tmp_path,), (tmp_path / ".." / tmp_path.name,)):
+        with pytest.raises(BadImageError, match="names a file that is not in the data set"):
+            HuggingFaceSource(dataset, channels=3, max_pixels=10**6, roots=roots)[0]
+    source = HuggingFaceSource(dataset, channels=3, max_pixels=10**6, roots=(tmp_path, photos))
+    assert source[0].pixels.shape == (60, 72, 3)
+    rows["image"][0]["path"] = str(photos)
+    source = HuggingFaceSource(datasets.Dataset.from_dict(rows, features=features), channels=3, max_pixels=10**6)
+    with pytest.raises(BadImageError, match="names a file"):
+        source[0]
 
 
-def test_an_imagefolder_is_read_by_datasets(photos: Path) -> None:
+def test_images_that_the_hub_has_as_files_are_read_from_where_the_library_put_them(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a data set of image files `load_dataset` gives names in its cache, with links to what was downloaded."""
+    datasets = pytest.importorskip("datasets")
+    blob, name = tmp_path / "real" / "blobs" / "0", tmp_path / "hub" / "snapshots" / "a.png"
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(next(photos.rglob("*.png")).read_bytes())
+    (tmp_path / "hub").symlink_to(tmp_path / "real")
+    name.parent.mkdir()
+    name.symlink_to(blob)
+    loaded = datasets.Dataset.from_dict(
+        {"image": [{"bytes": None, "path": str(name)}]}, features=datasets.Features({"image": datasets.Image()})
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: loaded)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert open_source("owner/name")[0].pixels.shape == (60, 72, 3)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    with pytest.raises(BadImageError, match="names a file"):
+        open_source("owner/name")[0]
+
+
+def test_an_imagefolder_is_read_by_datasets(photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    source = open_source(f"imagefolder:{photos}")
+    (tmp_path / "link").symlink_to(photos)
+    source = open_source(f"imagefolder:{tmp_path / 'link'}")  # whose rows name the files without the link
     assert len(source) == 12
     assert source.classes == ("first class", "zweite Klasse ü")
     assert {source[i].label for i in range(12)} == {0, 1}

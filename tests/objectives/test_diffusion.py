@@ -170,5 +170,10 @@ def test_even_steps_and_a_scheduler_that_does_not_fit() -> None:
     scheduler = make_scheduler("flow", "euler")
     set_timesteps(scheduler, 4, torch.device("cpu"))
     assert scheduler.sigmas.tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    heun = make_scheduler("flow", "heun")
+    for _ in range(2):  # it remembers nothing of the first time
+        set_timesteps(heun, 4, torch.device("cpu"))
+        assert heun.sigmas.tolist() == pytest.approx([1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0])
+        set_timesteps(heun, 7, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"scheduler ddim does not fit flow: try dpmsolver\+\+, euler, heun, unipc"):
         make_scheduler("flow", "ddim")

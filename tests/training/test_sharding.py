@@ -18,10 +18,13 @@ import sys
 from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 def prepare(self, unet, optimizer):
+    assert self.state.fsdp_plugin.mixed_precision_policy is None
+    unet.register_forward_pre_hook(lambda _, given: print(given[1].dtype, torch.is_autocast_enabled("cpu")))
     mesh = init_device_mesh("cpu", (self.num_processes,))
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         fully_shard(block, mesh=mesh)
@@ -32,6 +35,7 @@ def prepare(self, unet, optimizer):
 
 Accelerator.prepare = prepare
 Accelerator.is_fsdp2 = True
+AcceleratorState.fsdp_plugin = SimpleNamespace(mixed_precision_policy="everything becomes bf16")
 sys.path.insert(0, {root!r})
 from ldm_vae.config import parse_config
 from training import train_diffusion
@@ -71,3 +75,7 @@ def test_sharded_training_is_that_of_one_process(photos: Path, vae: Path, tmp_pa
     shutil.rmtree(alone / "checkpoints" / "step-6")  # and the other way
     assert launch(str(script), [*words, "--output", str(alone)], processes=2).returncode == 0
     assert largest_difference(state(sharded, 6), state(alone, 6), ("unet", "ema")) < 1e-4
+    bf16 = [*words, "--output", str(tmp_path / "bf16"), "--mixed-precision", "bf16", "--steps", "1"]
+    done = launch(str(script), bf16, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert {line for line in done.stdout.splitlines() if line.startswith("torch.")} == {"torch.float32 True"}

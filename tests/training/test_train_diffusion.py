@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,7 @@ def test_nan_steps_are_skipped_counted_and_then_lead_back_to_the_checkpoint(
         {"prediction": "v", "min_snr_gamma": 5.0, "tracker": "tensorboard"},
         {"prediction": "epsilon", "class_conditional": False, "gradient_checkpointing": True},
         {"mixed_precision": "bf16", "num_workers": 1, "val": True},
+        {"compile": True, "flip": False},
     ],
     ids=lambda c: " ".join(c),
 )
@@ -261,7 +263,27 @@ def test_a_run_is_not_resumed_on_other_latents_or_classes(photos: Path, vae: Pat
     main(config)
     (folder / "a third class").mkdir()
     (folder / "a third class" / "0.png").write_bytes(file.read_bytes())
-    with pytest.raises(RunError, match=r"begun with something else \(data, classes changed since\)"):
+    with pytest.raises(RunError, match=r"begun with something else \(data, number of images, classes changed since\)"):
+        main(config)
+
+
+def test_a_run_is_not_resumed_on_more_images_of_the_same_data_or_another_scale(
+    photos: Path, vae: Path, tmp_path: Path
+) -> None:
+    def make_cache(num_images: int, **changes: Any) -> None:
+        shutil.rmtree(tmp_path / "c", ignore_errors=True)
+        given = {"vae": str(vae), "data": str(photos), "resolution": 32, "num_workers": 0, "num_images": num_images}
+        cache_latents.main(cache_latents.Config(output=tmp_path / "c", **given | changes))
+
+    make_cache(8)
+    config = config_for(tmp_path / "c", tmp_path / "run", steps=2, flip=False)
+    main(config)
+    main(config)  # as it was
+    make_cache(10)
+    with pytest.raises(RunError, match=r"begun with something else \(number of images, scale changed since\)"):
+        main(config)
+    make_cache(8, flip=True)
+    with pytest.raises(RunError, match=r"begun with something else \(scale changed since\)"):
         main(config)
 
 

@@ -287,8 +287,10 @@ def test_nan_steps_are_skipped_counted_and_then_lead_back_to_the_checkpoint(
     poisoned["left"] = 10**9
     with pytest.raises(RunError, match="once more"):
         main(config_for(photos, tmp_path / "hopeless", checkpoint_every=3))
+    config = config_for(photos, tmp_path / "early", checkpoint_every=4)  # due at the first bad step: not written
     with pytest.raises(RunError, match="before the first checkpoint"):
-        main(config_for(photos, tmp_path / "early", checkpoint_every=100))
+        main(config)
+    assert {m["step"] for m in metrics(config.output)} >= {1, 2, 3}  # the curve is there to be looked at
 
 
 def test_a_folder_with_every_kind_of_damage_trains_and_names_each_bad_file(photos: Path, tmp_path: Path) -> None:
