@@ -52,7 +52,7 @@ class Training(StepConfig):
     mixed_precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
     compile: bool = False
-    """torch.compile the network's stages."""
+    """torch.compile the network."""
     num_workers: int | None = None
     """Processes that decode images, for each training process; up to 8, as the cores allow, unless given."""
     log_every: int = 20
