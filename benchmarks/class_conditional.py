@@ -198,6 +198,12 @@ def remember(config: Config) -> None:
     write_json(file, as_json(config))
 
 
+def last_of(run: Path, metric: str) -> float:
+    """The last value in the log of a run."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return float([line[metric] for line in lines if metric in line][-1])
+
+
 def main(config: Config) -> None:
     check_writable(config.output)
     remember(config)
@@ -209,6 +215,7 @@ def main(config: Config) -> None:
         "machine": describe_machine(Accelerator().device),
         "versions": versions(),
         "git": git_revision(),
+        "vae_val_psnr": last_of(config.output / "vae", "val_psnr"),
         "training_seconds": seconds | {"all": sum(seconds.values())},
         "classifier": json.loads((config.output / "classifier" / "results.json").read_text()),
         "figures": json.loads((config.output / "figures" / "results.json").read_text()),

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ldm_vae.config import parse_flags
 from ldm_vae.data.conversion import check_viewable
 from ldm_vae.data.image_files import is_image
-from ldm_vae.data.images import MAX_PIXELS, Pixels, centre_square, resize, to_images, to_pixels
+from ldm_vae.data.images import MAX_PIXELS, Pixels, centre_square, formats, resize, to_images, to_pixels
 from ldm_vae.data.sources import FileSource, FolderReader, Source, check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, sha256, write_csv
@@ -229,7 +229,7 @@ def main(config: Config) -> None:
         pipeline.scheduler = make_scheduler(prediction_of(pipeline.scheduler), config.scheduler)
     validate(config, pipeline)
     images = open_images(config, channels_of(pipeline.vae))
-    mask = None if config.mask is None else Image.open(config.mask)
+    mask = None if config.mask is None else Image.open(config.mask, formats=formats())
     settings = settings_of(config, pipeline, images)
     jobs = jobs_of(config, pipeline, images, settings)
     check_writable(config.output)

@@ -6,6 +6,9 @@ import importlib
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from PIL import Image
 
 from ldm_vae import cli
 from ldm_vae.config import parse_config, parse_flags
+from ldm_vae.runs import Run
+from training import train_vae
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -81,6 +86,20 @@ def run_commands(page: str) -> int:
             run(words)
         ran += 1
     return ran
+
+
+def test_the_demo_goes_on_with_the_data_that_it_was_begun_with(tmp_path: Path) -> None:
+    """What `make demo` asks before it clears its folder."""
+    found = re.search(r"-c '(import json.*?)'", (ROOT / "Makefile").read_text())
+    assert found is not None
+    config = replace(train_vae.PRESETS["demo"][1], data="Fotos ü's#train", output=tmp_path)
+    Run(tmp_path, config, free=(), main=True).release()
+    for data, same in (("Fotos ü's#train", True), ("others#train", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", found[1], str(tmp_path / "config.json"), data], stderr=subprocess.PIPE
+        )
+        assert (done.returncode == 0) == same
+        assert not done.stderr
 
 
 def test_the_commands_of_the_guide_to_compression_run(here: Path) -> None:

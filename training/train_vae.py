@@ -142,7 +142,7 @@ PRESETS = {
     "f8c4": ("stride 8, 4 channels: Stable Diffusion's shape of latents", preset("f8c4")),
     "f8c8": ("stride 8, 8 channels", preset("f8c8")),
     "f16c16": ("stride 16, 16 channels", preset("f16c16")),
-    "f4c3": ("stride 4, 3 channels: near-lossless latents", preset("f4c3")),
+    "f4c3": ("stride 4, 3 channels: small images", preset("f4c3")),
     "f8c8-codec": ("8 channels for the codec, low rates", codec_preset("f8c8-codec", target_bpp=0.2)),
     "f8c32-codec": ("32 channels for the codec", codec_preset("f8c32-codec", target_bpp=0.5)),
     "f8c64-codec": (

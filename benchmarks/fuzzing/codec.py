@@ -1,6 +1,6 @@
 """Mutate compressed files and decode them: an error of ours, or what the bytes say; never a crash or a hang.
 
-python -m benchmarks.fuzzing.codec [--count 100000 --seed 0]
+python -m benchmarks.fuzzing.codec [--count 100000 --seed 0 --output RESULTS.json]
 
 Half of the mutations leave the checksums wrong: each must be refused, or have changed nothing. The other half come with
 checksums that are right, as a hostile writer would make them: they must be refused, or decode to a picture of the size
@@ -14,6 +14,7 @@ import tracemalloc
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -26,11 +27,14 @@ from ldm_vae.codec.bitstream import Limits
 from ldm_vae.codec.codec import LOG2_TILE, LatentCodec
 from ldm_vae.codec.fitting import fit_tables
 from ldm_vae.codec.picture import Picture, encode_picture
-from ldm_vae.config import parse_flags
+from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import CompressedFileError, ConfigError, one_line_errors
+from ldm_vae.files import write_json
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.runs import git_revision, versions
+from ldm_vae.timing import describe_machine
 
 LIMITS = Limits(max_pixels=1 << 16, max_side=1 << 10)
 EXTENSIONS = (".png", ".jpg", ".tif", ".npy")
@@ -46,6 +50,8 @@ class Config:
 
     count: int = 100_000
     seed: int = 0
+    output: Path | None = None
+    """File for the record; none unless given."""
 
 
 def mutate_inside(data: bytes, rng: np.random.Generator) -> bytes:
@@ -141,9 +147,13 @@ def main(config: Config) -> None:
     tracemalloc.start()
     outcome = fuzz(codec, source[0].pixels[:80], count=config.count, seed=config.seed)
     _, peak = tracemalloc.get_traced_memory()
-    for name, found in outcome.items():
-        print(f"{name}: {len(found) if isinstance(found, list) else found}")
-    print(f"peak memory in Python and NumPy: {peak / 2**20:.0f} MiB")
+    results = {name: len(found) if isinstance(found, list) else found for name, found in outcome.items()}
+    results["peak MiB in Python and NumPy"] = round(peak / 2**20)
+    for name, found in results.items():
+        print(f"{name}: {found}")
+    if config.output is not None:
+        record = {"config": as_json(config), "machine": describe_machine(torch.device("cpu")), "versions": versions()}
+        write_json(config.output, record | {"git": git_revision(), "results": results})
     if outcome["crashed"]:
         print(outcome["crashed"][0])
     too_much = peak > MOST_MEMORY

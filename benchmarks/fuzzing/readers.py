@@ -1,6 +1,6 @@
 """Mutate what is read from disk (images, archives, shards, runs, models, caches): an error of ours, or read right.
 
-python -m benchmarks.fuzzing.readers [--count 10000 --seed 0]
+python -m benchmarks.fuzzing.readers [--count 10000 --seed 0 --output RESULTS.json]
 
 Each reader gets so many mutated files. It must raise an LdmVaeError, or give what it was made from where a digest says
 what that is, and otherwise something of a size that its limits allow; within seconds, and never crash.
@@ -30,17 +30,19 @@ from PIL import Image
 from benchmarks.fuzzing.mutations import mutate
 from ldm_vae.codec.fitting import fit_tables
 from ldm_vae.codec.tables import load_tables
-from ldm_vae.config import parse_flags
+from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data import large
 from ldm_vae.data.images import large_pixels, read_pixels
 from ldm_vae.data.procedural import ProceduralSource
 from ldm_vae.data.shards import ShardSource, build_index
 from ldm_vae.data.sources import Source, open_source
 from ldm_vae.errors import BadImageError, LdmVaeError, one_line_errors
+from ldm_vae.files import write_json
 from ldm_vae.latents.cache import LatentCache, Plan, begin, summarise, write_index, write_shard
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import fingerprint, load_autoencoder
-from ldm_vae.runs import Checkpoint, Run
+from ldm_vae.runs import Checkpoint, Run, git_revision, versions
+from ldm_vae.timing import describe_machine
 
 MAX_PIXELS = 1 << 20
 SLOW = 20.0
@@ -55,6 +57,8 @@ class Config:
     count: int = 10_000
     """For each reader; those of folders get a tenth."""
     seed: int = 0
+    output: Path | None = None
+    """File for the record; none unless given."""
 
 
 @dataclass(frozen=True)
@@ -291,6 +295,10 @@ def main(config: Config) -> None:
         outcomes = fuzz(config.count, config.seed, Path(work))
     for name, outcome in outcomes.items():
         print(f"{name}: {asdict(outcome)}")
+    if config.output is not None:
+        record = {"config": as_json(config), "machine": describe_machine(torch.device("cpu")), "versions": versions()}
+        results = {name: asdict(outcome) for name, outcome in outcomes.items()}
+        write_json(config.output, record | {"git": git_revision(), "results": results})
     print(Counter({k: sum(getattr(o, k) for o in outcomes.values()) for k in ("read", "refused", "slow", "crashed")}))
     raise SystemExit(any(o.crashed or o.slow for o in outcomes.values()))
 

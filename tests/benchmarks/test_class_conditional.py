@@ -90,6 +90,7 @@ def test_everything_is_trained_sampled_and_judged_and_a_second_time_nothing_is_l
     ]
     record = json.loads((config.output / "results.json").read_text())
     assert record["training_seconds"] == {"vae": 1.0, "cache": 1.0, "diffusion": 1.0, "all": 3.0}
+    assert 0 < record["vae_val_psnr"] < 30
     results = record["figures"]["results"]
     assert [Path(name).name for name in results] == [
         *("real against real", "reconstructions"),
