@@ -50,6 +50,8 @@ class Config:
     """Of the diffusion model."""
     batch_size: int = 64
     learning_rate: float = 1e-3
+    num_workers: int = 0
+    """Of the diffusion model's training; on a GPU a step is over before one process has read the next batch."""
     flip: bool = False
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Of the trainings and of sampling: processors differ in which is faster."""
@@ -142,7 +144,8 @@ def train(config: Config, data: str, test: str) -> dict[str, float]:
         "diffusion": (
             *("training/train_diffusion.py", config.denoiser, "--latents", cache, "--output", run),
             *("--steps", config.steps, "--batch-size", config.batch_size, "--learning-rate", config.learning_rate),
-            *("--num-workers", 0, "--sample-every", 1000, *every, *(["--flip"] if config.flip else [])),
+            *("--num-workers", config.num_workers, "--sample-every", 1000, *every),
+            *(["--flip"] if config.flip else []),
         ),
     }
     for part, folder in {"vae": vae, "cache": cache, "diffusion": run}.items():

@@ -1,14 +1,16 @@
 """Everything that wants a GPU, in one call: is it right there, how fast is it, and what do trained models look like.
 
-python benchmarks/gpu_check.py --photos DIR --val-photos DIR --fashion-mnist DIR --output OUT
+python benchmarks/gpu_check.py --photos DIR --val-photos DIR --fashion-mnist DIR --flowers64 DIR --output OUT
 
-On a machine without a GPU it does the same on the CPU, which is what its test does. What was finished is not done
-again, so that a call that ran out of time can be repeated with the same output.
+On a machine without a GPU it does the same on the CPU. What was finished is not done again, so that a call that ran out
+of time can be repeated with the same output, and parts can be done in calls of their own.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +24,7 @@ from ldm_vae.config import as_json, parse_flags
 from ldm_vae.errors import one_line_errors
 from ldm_vae.files import check_writable, write_json
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
-from ldm_vae.models.tiling import reconstruct
+from ldm_vae.models.tiling import exact_float32, reconstruct
 from ldm_vae.models.unet import make_denoiser
 from ldm_vae.objectives.diffusion import make_scheduler
 from ldm_vae.pipeline import LatentDiffusionPipeline
@@ -41,11 +43,15 @@ class Config:
     """Training photos; without them, no VAE is trained."""
     val_photos: str | None = None
     fashion_mnist: str | None = None
-    """Fashion-MNIST's folder; without it, no diffusion model is trained."""
+    """Fashion-MNIST's folder; without it, no diffusion model is trained on it."""
+    flowers64: str | None = None
+    """The same for the flowers."""
     vae_steps: int = 8000
     diffusion_steps: int = 8000
-    seconds: float = 2.0
-    """Per measurement of speed, in each round."""
+    rounds: int = 2
+    """Of measurements of speed."""
+    seconds: float = 0.3
+    """Of each, in each round."""
 
 
 # Is it right? ---------------------------------------------------------------------------------------------------------
@@ -64,7 +70,7 @@ def networks() -> tuple[PatchAutoencoderKL, Any]:
 @torch.inference_mode()
 def correctness(device: torch.device) -> dict[str, float]:
     """Largest differences: of the device from the CPU, of bf16 and of torch.compile from plain float32."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    exact_float32()
     (vae, unet), (own, own_unet) = networks(), networks()
     own, own_unet = own.to(device, memory_format=torch.channels_last), own_unet.to(device)
     images = torch.rand(2, 3, 128, 192, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -97,41 +103,60 @@ def script(name: str, *words: object) -> None:
     seconds_of_script(ROOT / name, *words)
 
 
-def speed(config: Config) -> dict[str, Any]:
-    """benchmarks/throughput.py in each precision, and compiled."""
-    folder = config.output / "throughput"
-    for words in ((), ("--mixed-precision", "bf16"), ("--mixed-precision", "bf16", "--compile")):
-        size = ("--resolution", 256, "--batch-size", 16) if torch.cuda.is_available() else ("--batch-size", 2)
-        script("benchmarks/throughput.py", "--output", folder, *size, "--seconds", config.seconds, *words)
-    return {file.stem: json.loads(file.read_text())["results"] for file in sorted(folder.glob("*.json"))}
+def speed(folder: Path, config: Config, *words: str) -> dict[str, Any]:
+    """benchmarks/throughput.py with these flags."""
+    size = ("--resolution", 256, "--batch-size", 16) if torch.cuda.is_available() else ("--batch-size", 2)
+    times = ("--rounds", config.rounds, "--seconds", config.seconds)
+    script("benchmarks/throughput.py", "--output", folder, *size, *times, *words)
+    (file,) = folder.glob("throughput-*.json")
+    result: dict[str, Any] = json.loads(file.read_text())["results"]
+    return result
+
+
+def speeds_of(run: Path) -> list[tuple[int, float]]:
+    """(step, images/s since the line before) of each line of a run's log."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(m["step"], m["images_per_second"]) for m in lines if "images_per_second" in m]
 
 
 def photos(config: Config) -> dict[str, Any]:
     """f8c4 trained with L1, KL and the adversarial loss on 128x128 crops, and its reconstructions of unseen photos."""
     run, figures = config.output / "vae", config.output / "reconstruction"
+    starts = config.vae_steps // 2
     script(
         *("training/train_vae.py", "f8c4", "--data", config.photos, "--val-data", config.val_photos, "--output", run),
         *("--steps", config.vae_steps, "--batch-size", 32, "--resolution", 128, "--shorter-side", 256),
-        *("--learning-rate", 1e-3, "--perceptual", "none", "--disc-start", config.vae_steps // 2),
+        *("--learning-rate", 1e-3, "--perceptual", "none", "--disc-start", starts),
         *("--adversarial-weight", 0.1, "--cache-gib", 8, "--sample-every", 2000, "--tracker", "none"),
     )
     words = ("--vae", run, "--data", config.val_photos, "--perceptual", "none", "--output", figures)
     script("benchmarks/reconstruction.py", *words)
-    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rates = [m["images_per_second"] for m in last if "images_per_second" in m]
     result = json.loads((figures / "results.json").read_text())["results"][str(run)]
-    return {"images_per_second": rates[len(rates) // 2], **result}
+    halves = {
+        "without the discriminator": [v for step, v in speeds_of(run) if step <= starts],
+        "with it": [v for step, v in speeds_of(run) if step > starts],
+    }
+    # the first line of each has the first calls
+    return {"images_per_second": {k: statistics.median(v[1:] or v) for k, v in halves.items()}, **result}
 
 
-def fashion(config: Config) -> dict[str, Any]:
-    """benchmarks/class_conditional.py with a larger denoiser."""
+def classes(config: Config, preset: str, data: str, *words: object) -> dict[str, Any]:
+    """benchmarks/class_conditional.py with a larger denoiser; its sheets, by names that can be copied anywhere."""
+    folder = config.output / preset
+    file = folder / "seconds.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    for part in ("vae", "cache", "diffusion"):
+        if part not in known:  # a call was cut in it, and its time is not known
+            shutil.rmtree(folder / part, ignore_errors=True)
     script(
-        *("benchmarks/class_conditional.py", "fashion-mnist", "--data", config.fashion_mnist),
-        *("--output", config.output / "fashion", "--denoiser", "small", "--steps", config.diffusion_steps),
-        *("--batch-size", 256, "--learning-rate", 5e-4),
+        *("benchmarks/class_conditional.py", preset, "--data", data, "--output", folder, "--denoiser", "small"),
+        *("--steps", config.diffusion_steps, "--batch-size", 256, "--learning-rate", 5e-4, "--num-workers", 8, *words),
     )
-    result: dict[str, Any] = json.loads((config.output / "fashion" / "results.json").read_text())
-    return {k: result[k] for k in ("training_seconds", "figures")}
+    for sheet in folder.glob("*/contact_sheet.png"):
+        shutil.copy(sheet, config.output / f"{preset}-{sheet.parent.name.replace(', ', '-').replace(' ', '-')}.png")
+    result: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    rate = statistics.median([v for _, v in speeds_of(folder / "diffusion")][1:])
+    return {"diffusion_images_per_second": rate} | {k: result[k] for k in ("training_seconds", "figures")}
 
 
 def main(config: Config) -> None:
@@ -143,11 +168,16 @@ def main(config: Config) -> None:
     parts: dict[str, Callable[[], Any]] = {"correctness": partial(correctness, device)}
     for dtype in (torch.float32, torch.bfloat16):
         parts[f"peak_flops_{dtype}"] = partial(peak_flops, device, dtype, seconds=config.seconds)
-    parts["throughput"] = partial(speed, config)
+    bf16 = ("--mixed-precision", "bf16")
+    for name, words in {"float32": (), "bf16": bf16, "bf16 compiled": (*bf16, "--compile")}.items():
+        folder = config.output / "throughput" / name.replace(" ", "-")
+        parts[f"throughput, {name}"] = partial(speed, folder, config, *words)
     if config.photos and config.val_photos:
         parts["photos"] = partial(photos, config)
     if config.fashion_mnist:
-        parts["fashion-mnist"] = partial(fashion, config)
+        parts["fashion-mnist"] = partial(classes, config, "fashion-mnist", config.fashion_mnist)
+    if config.flowers64:
+        parts["flowers64"] = partial(classes, config, "flowers64", config.flowers64)
     for name, part in parts.items():
         if name not in record:
             record[name] = part()

@@ -27,7 +27,7 @@ from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_
 from ldm_vae.files import atomic, check_writable, write_csv, write_json
 from ldm_vae.metrics import bootstrap_interval, ms_ssim, psnr, ssim, ssimulacra2
 from ldm_vae.models.pretrained import channels_of, encode_moments, load_autoencoder, stride_of
-from ldm_vae.models.tiling import reconstruct
+from ldm_vae.models.tiling import exact_float32, reconstruct
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
 from ldm_vae.pictures import labelled_rows, visible
 from ldm_vae.runs import PATIENCE, versions
@@ -180,7 +180,7 @@ def main(config: Config) -> None:
     if min(config.resolution, config.num_images or 1) < 1:
         raise ConfigError("--resolution and --num-images must be at least 1")
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on GPUs, too
+    exact_float32()
     vaes = {path: load_autoencoder(path).to(accelerator.device) for path in dict.fromkeys(config.vae)}
     channels = {channels_of(v) for v in vaes.values()}
     if len(channels) > 1:

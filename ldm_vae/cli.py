@@ -111,7 +111,9 @@ class FitCodec:
 def load_codec(model: str, device: str, workers: int) -> Any:
     from ldm_vae.codec.codec import LatentCodec
     from ldm_vae.models.pretrained import check_device
+    from ldm_vae.models.tiling import exact_float32
 
+    exact_float32()
     if not model:
         raise ConfigError(f"no --model given, and ${MODEL_VARIABLE} is not set")
     check_device(device)

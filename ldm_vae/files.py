@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,8 +61,8 @@ def lock(directory: Path) -> IO[bytes]:
     except (BlockingIOError, PermissionError):
         file.close()
         raise RunError(f"another process is at work in {directory}: wait for it, or choose another --output") from None
-    except OSError:
-        pass  # a file system without locks
+    except OSError as error:
+        warnings.warn(f"{directory} cannot be locked ({error.strerror}): see to it that one run is there", stacklevel=2)
     return file
 
 
@@ -106,6 +107,9 @@ def staged_directory(target: Path) -> Iterator[Path]:
                 if file.is_file():
                     with open(file, "rb") as data:
                         os.fsync(data.fileno())
+                else:
+                    flush_directory(file)
+            flush_directory(staging)
             if target.exists():
                 os.rename(target, old)
             try:

@@ -113,12 +113,12 @@ def pack(command: Pack) -> None:
         write_json(begun / "moving.json", plan)
         for file in begun.glob("*.tar"):
             os.replace(file, command.output / file.name)
-        shutil.rmtree(begun)
-    (command.output / "bad_images.csv").unlink(missing_ok=True)
-    if bad:
-        write_csv(command.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in bad.items()])
-        print(f"{len(bad)} files could not be read and are left out: see {command.output / 'bad_images.csv'}")
-    index(str(command.output), command.workers)
+        (command.output / "bad_images.csv").unlink(missing_ok=True)
+        if bad:
+            write_csv(command.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in bad.items()])
+            print(f"{len(bad)} files could not be read and are left out: see {command.output / 'bad_images.csv'}")
+        index(str(command.output), command.workers)
+        shutil.rmtree(begun)  # at last: what is there before, the same command goes on with
 
 
 def make_shards(source: Any, folder: Path, plan: dict[str, Any]) -> dict[str, str]:

@@ -152,6 +152,8 @@ class Run:
             return
         folder = self.directory / "checkpoints"
         target = folder / f"step-{checkpoint.step}"
+        for left in folder.glob(".step-*.ldm-vae.new"):  # of a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
         with staged_directory(target) as staging:
             tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
             save_file(tensors, staging / "state.safetensors")

@@ -19,7 +19,7 @@ from ldm_vae.data.large import MAX_LARGE_PIXELS
 from ldm_vae.errors import one_line_errors
 from ldm_vae.folders import convert_images
 from ldm_vae.models.pretrained import fingerprint, load_autoencoder
-from ldm_vae.models.tiling import check_noise_level, denoise, turn_on_tiling
+from ldm_vae.models.tiling import check_noise_level, denoise, exact_float32, turn_on_tiling
 from ldm_vae.runs import PATIENCE
 
 
@@ -43,6 +43,7 @@ class Config:
 
 def main(config: Config) -> None:
     logging.disable_progress_bar()
+    exact_float32()
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     vae = load_autoencoder(config.vae).to(accelerator.device)
     check_noise_level(vae, config.sigma)

@@ -29,6 +29,7 @@ from ldm_vae.data.sources import FileSource, FolderReader, Source, check_finite,
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, sha256, write_csv
 from ldm_vae.models.pretrained import channels_of, stride_of
+from ldm_vae.models.tiling import exact_float32
 from ldm_vae.objectives.diffusion import make_scheduler, prediction_of
 from ldm_vae.pictures import labelled_rows, visible
 from ldm_vae.pipeline import LatentDiffusionPipeline, fingerprint_of, load_pipeline
@@ -222,6 +223,7 @@ def tile_of(pixels: Pixels, sizes: set[tuple[int, ...]]) -> Pixels:
 
 def main(config: Config) -> None:
     logging.disable_progress_bar()
+    exact_float32()
     accelerator = Accelerator(kwargs_handlers=[PATIENCE], mixed_precision=config.mixed_precision)
     share = {"part": accelerator.process_index, "parts": accelerator.num_processes}
     pipeline = load_pipeline(config.model)

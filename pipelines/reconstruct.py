@@ -20,7 +20,7 @@ from ldm_vae.data.large import MAX_LARGE_PIXELS
 from ldm_vae.errors import one_line_errors
 from ldm_vae.folders import convert_images
 from ldm_vae.models.pretrained import fingerprint, load_autoencoder
-from ldm_vae.models.tiling import reconstruct, turn_on_tiling
+from ldm_vae.models.tiling import exact_float32, reconstruct, turn_on_tiling
 from ldm_vae.runs import PATIENCE
 
 
@@ -42,6 +42,7 @@ class Config:
 
 def main(config: Config) -> None:
     logging.disable_progress_bar()
+    exact_float32()
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     vae = load_autoencoder(config.vae).to(accelerator.device)
     tiles = "none, or exact" if not config.tile or turn_on_tiling(vae) else "blended"

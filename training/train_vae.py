@@ -254,6 +254,8 @@ def build(config: Config, accelerator: Accelerator) -> State:
     bare = TrainableVAE(vae, config.learned_logvar, prior)
     bare = bare.to(accelerator.device).to(memory_format=torch.channels_last).train()
     if config.compile:
+        if not getattr(vae, "_repeated_blocks", None):
+            raise ConfigError(f"--compile is not for {type(vae).__name__}, which does not name its repeated blocks")
         vae.compile_repeated_blocks()
     discriminator = lpips = None
     if config.adversarial != "none":
@@ -405,6 +407,10 @@ def main(config: Config) -> None:
     state = build(config, accelerator)
     run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
     loop = Loop(run, state.parts(), config, accelerator)
+    before = loop.facts.get("number of images", len(source))
+    if before != len(source):
+        accelerator.print(f"warning: {len(source)} images where there were {before}: from here on in another order")
+    loop.facts["number of images"] = len(source)
     if run.main:
         with run.listing_bad_images():
             val_images, met = validation_images(val_source, side=side - side % stride_of(state.bare.vae))

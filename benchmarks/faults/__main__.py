@@ -70,14 +70,14 @@ def kill(shop: Workshop, config: Config) -> Iterator[Row]:
         while done < count:
             process = job.start(output)
             try:
-                process.end(rng.uniform(known.began if done % 5 else 0, known.seconds))
+                code, said = process.end(rng.uniform(known.began if done % 5 else 0, known.seconds))
             except subprocess.TimeoutExpired:
                 process.signal_group(signal.SIGKILL)
                 process.end()
                 done += 1
                 writing += any(p.name != ".lock" for p in output.rglob(".*"))
             else:
-                lost.append(shop.other_than_undisturbed(job, output))
+                lost.append(f"ended with {code}: {said[-200:]}" if code else shop.other_than_undisturbed(job, output))
                 finals += 1
                 output = emptied(output)
         lost.append(shop.other_than_undisturbed(job, output))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import lzma
+import time
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import PurePosixPath
+from typing import TypeVar
+
+from ldm_vae.errors import DataError
 
 EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .tif .tiff .bmp .dib .avif .gif .npy".split()
@@ -17,6 +22,35 @@ EXTENSIONS = frozenset(
 MAX_FILE_BYTES = 2**30
 UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, UnicodeError)
 """What reading a file or a member of a zip raises; RuntimeError is for one that is encrypted."""
+
+PASSING = frozenset(
+    getattr(errno, name)
+    for name in "EIO ESTALE ENOTCONN ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ECONNRESET ECONNABORTED "
+    "ECONNREFUSED EREMOTEIO EAGAIN ENOMEM EMFILE ENFILE".split()
+    if hasattr(errno, name)
+)
+"""What a file system says that does not answer, or a machine that is short of something: nothing of the file."""
+RETRY_AFTER = (1.0, 4.0, 16.0)
+"""Seconds."""
+Read = TypeVar("Read")
+
+
+def patiently(read: Callable[[], Read], name: str) -> Read:
+    """What `read()` gives, asked again where the reason why it did not may pass.
+
+    Raises:
+        DataError: it did not pass. Another image in this one's place would make it another run.
+    """
+    for pause in (*RETRY_AFTER, None):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            if pause is None:
+                raise DataError(f"{name} cannot be read: {error.strerror}: start again when it can") from None
+            time.sleep(pause)
+    raise AssertionError
 
 
 def digest_of(settings: Iterable[str], lines: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from fsspec.core import url_to_fs
 
-from ldm_vae.data.image_files import MAX_FILE_BYTES, digest_of, is_image
+from ldm_vae.data.image_files import MAX_FILE_BYTES, RETRY_AFTER, digest_of, is_image, patiently
 from ldm_vae.data.images import Sample, read_pixels
 from ldm_vae.errors import BadImageError, DataError
 from ldm_vae.files import check_writable, staged_directory, write_json
@@ -38,8 +38,6 @@ Class = int | str
 MAX_LABEL_BYTES = 1 << 20
 MAX_CLASSES = 1_000_000
 REMOTE_AT_ONCE = 32
-RETRY_AFTER = (1.0, 4.0, 16.0)
-"""Seconds."""
 
 
 def shards_of(path: str) -> list[str]:
@@ -278,6 +276,11 @@ class Rows:
         return {"file": self.file, "count": self.count, "begin": self.begin, "descriptor": None, "process": 0}
 
 
+def local_content(shard: str, begin: int, end: int) -> bytes:
+    with open(shard, "rb") as file:
+        return os.pread(file.fileno(), end - begin, begin)
+
+
 def remote_content(shard: str, begin: int, end: int) -> bytes:
     """Bytes begin..end of what a server has. Raises DataError when it does not give them, asked several times."""
     for pause in (*RETRY_AFTER, None):
@@ -335,8 +338,7 @@ class ShardSource:
         if "://" in shard:
             return remote_content(shard, begin, end)
         try:
-            with open(shard, "rb") as file:
-                return os.pread(file.fileno(), end - begin, begin)
+            return patiently(lambda: local_content(shard, begin, end), shard)
         except OSError as error:
             raise BadImageError(f"cannot be read: {error.strerror or error}") from None
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from ldm_vae.data.image_files import EXTENSIONS, MAX_FILE_BYTES, UNREADABLE, digest_of, is_image
+from ldm_vae.data.image_files import EXTENSIONS, MAX_FILE_BYTES, UNREADABLE, digest_of, is_image, patiently
 from ldm_vae.data.images import MAX_PIXELS, Sample, large_pixels, read_pixels
 from ldm_vae.data.procedural import PROCEDURAL, ProceduralSource
 from ldm_vae.data.shards import ShardSource, is_shards
@@ -71,7 +71,7 @@ class FileSource:
     def content(self, index: int) -> bytes:
         """The file's bytes. Raises BadImageError."""
         try:
-            return self.read(self.names[index])
+            return patiently(lambda: self.read(self.names[index]), self.names[index])
         except UNREADABLE as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise BadImageError(f"cannot be read: {reason}") from None
@@ -101,7 +101,7 @@ def folder_source(root: Path, *, channels: int, max_pixels: int, scratch: Path |
     while pending:
         prefix, above = pending.pop()
         try:
-            entries = list(os.scandir(root / prefix))
+            entries = patiently(lambda folder=root / prefix: list(os.scandir(folder)), str(root / prefix))
         except OSError as error:
             if not prefix:
                 raise DataError(f"cannot list {root}: {error.strerror}") from None
@@ -213,7 +213,7 @@ class HuggingFaceSource:
             inside = any(Path(os.path.abspath(path)).is_relative_to(root) for root in self.roots)
             if not inside or not os.path.isfile(path):
                 raise BadImageError("names a file that is not in the data set")
-            data = Path(path).read_bytes()
+            data = patiently(Path(path).read_bytes, path)
         pixels = read_pixels(data or b"", channels=self.channels, max_pixels=self.max_pixels)
         label = row[self.label] if self.label else None
         label = label if label is not None and label >= 0 else None  # the library's -1 is "not labelled"

@@ -12,6 +12,14 @@ from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.models.pretrained import encode_moments, stride_of
 
 
+def exact_float32() -> None:
+    """Lets a GPU compute float32 as such: cuDNN's convolutions would round to 10 bits, other tiles otherwise.
+
+    For the whole process, so it is the commands that say it.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 def encode_mean(vae: Any, images: Tensor, *, noise_level: Tensor | None = None) -> Tensor:
     """Images (B, C, H, W) of any size -> the posterior's mean (B, c, ceil(H/f), ceil(W/f)).
 

@@ -106,7 +106,12 @@ def test_packing_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, monk
         with pytest.raises(KeyboardInterrupt):
             cli.main(command)  # stopped again, when some of them stand where they belong
     assert len(list(packed.glob("*.tar"))) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(packing, "index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(command)  # and when all do
     cli.main(command)
+    assert not (packed / packing.BEGUN).exists()
     assert len(made) == len(set(made)) == len(list(packed.glob("*.tar"))) > 4
     whole, shards = open_source(str(folder)), open_source(str(packed))
     assert all(np.array_equal(shards[i].pixels, whole[i].pixels) for i in range(24))

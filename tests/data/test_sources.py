@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
 import zipfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,6 +122,46 @@ def test_links_to_folders_are_followed_and_loops_end(photos: Path, tmp_path: Pat
     assert len(source) == 13
     with pytest.raises(BadImageError, match="cannot be read"):
         source[[source.name(i) for i in range(13)].index("gone.png")]
+
+
+def test_a_file_system_that_does_not_answer_makes_no_bad_image(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another image in its place would make the run another one, and a cache would have a hole for good."""
+    monkeypatch.setattr("ldm_vae.data.image_files.RETRY_AFTER", (0.0, 0.0))
+    source = open_source(str(photos))
+    expected, asked = source[3].pixels, []
+    read = Path.read_bytes
+
+    def answering(after: int, number: int) -> None:
+        def answer(self: Path) -> bytes:
+            asked.append(self)
+            if len(asked) <= after:
+                raise OSError(number, os.strerror(number))
+            return read(self)
+
+        asked.clear()
+        monkeypatch.setattr(Path, "read_bytes", answer)
+
+    answering(2, errno.ESTALE)
+    assert np.array_equal(source[3].pixels, expected)
+    assert len(asked) == 3
+    answering(100, errno.EIO)
+    with pytest.raises(DataError, match="cannot be read: Input/output error: start again when it can") as error:
+        source[3]
+    assert not isinstance(error.value, BadImageError)
+    answering(100, errno.EACCES)
+    with pytest.raises(BadImageError, match="cannot be read: Permission denied"):
+        source[3]
+    assert len(asked) == 1
+    scan, blocked = os.scandir, photos / "first class"
+
+    def listed(folder: Path) -> Any:
+        if folder == blocked:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", listed)
+    with pytest.raises(DataError, match=r"first class/? cannot be read"):
+        open_source(str(photos))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from processes import ENVIRONMENT, ROOT, metrics, run_until_killed, wait_for
 
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.sources import open_source
-from ldm_vae.errors import LdmVaeError, RunError, one_line_errors
+from ldm_vae.errors import ConfigError, LdmVaeError, RunError, one_line_errors
 from ldm_vae.models.pretrained import load_autoencoder
 from ldm_vae.state import state_tensors
 from training import train_vae
@@ -465,6 +466,27 @@ def test_every_option_trains(changes: dict[str, Any], photos: Path, tmp_path: Pa
     assert all(np.isfinite(v) for m in lines for v in m.values())
     if config.tracker == "tensorboard":
         assert list(config.output.rglob("events.out.tfevents*"))
+
+
+def test_parts_that_have_no_names_are_not_compiled_one_by_one(photos: Path, tmp_path: Path) -> None:
+    diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ConfigError, match="--compile is not for AutoencoderKL"):
+        main(config_for(photos, tmp_path / "run", init=str(tmp_path / "vae"), compile=True, adversarial="none"))
+
+
+def test_a_run_that_finds_other_images_says_so(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    config = config_for(folder, tmp_path / "run", steps=1, adversarial="none")
+    main(config)
+    main(config)
+    assert "warning" not in capsys.readouterr().out
+    next(folder.rglob("*.png")).unlink()
+    for said in ("warning: 11 images where there were 12", ""):
+        main(config)
+        assert said in capsys.readouterr().out
 
 
 def test_it_learns(tmp_path: Path) -> None:
