@@ -6,6 +6,7 @@ import os
 import re
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -94,6 +95,10 @@ def class_of(name: str) -> str | None:
     return parts[0] if len(parts) > 1 else None
 
 
+def listed(folder: Path) -> list[os.DirEntry[str]]:
+    return list(os.scandir(folder))
+
+
 def folder_source(root: Path, *, channels: int, max_pixels: int, scratch: Path | None) -> FileSource:
     """Every image below a folder. Links to folders are followed, each real folder once on a path."""
     names = []
@@ -101,7 +106,7 @@ def folder_source(root: Path, *, channels: int, max_pixels: int, scratch: Path |
     while pending:
         prefix, above = pending.pop()
         try:
-            entries = patiently(lambda folder=root / prefix: list(os.scandir(folder)), str(root / prefix))
+            entries = patiently(partial(listed, root / prefix), str(root / prefix))
         except OSError as error:
             if not prefix:
                 raise DataError(f"cannot list {root}: {error.strerror}") from None
