@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -325,8 +326,12 @@ def test_a_hundred_million_rows_cost_no_memory(tmp_path: Path) -> None:
         out.write(row.tobytes())
     facts = json.loads((index / FACTS).read_text())
     (index / FACTS).write_text(json.dumps(facts | {"samples": count}))
+    tracemalloc.start()
     source = open_source(str(file))
     assert len(source) == count
     assert source[count - 1].name == "a.tar/0.png"
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < count * ROW.itemsize / 100
     with pytest.raises(DataError, match="damaged at row 0"):
         source[0]
