@@ -174,6 +174,7 @@ def autoencoder_stages(config: Config, accelerator: Accelerator) -> dict[str, St
     )
     images = torch.rand(config.batch_size, 3, config.resolution, config.resolution) * 2 - 1
     batch = Batch(images=images, positions=list(range(config.batch_size)), bad_images={})
+    batch = batch.pin_memory() if accelerator.device.type == "cuda" else batch  # as the trainer's loader does
     large = (torch.rand(1, 3, config.side, config.side) * 2 - 1).to(accelerator.device)
     large = large.to(memory_format=torch.channels_last)
     rates = {"vae": 1e-4, "discriminator": 1e-4}
