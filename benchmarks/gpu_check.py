@@ -70,7 +70,6 @@ def networks() -> tuple[PatchAutoencoderKL, Any]:
 @torch.inference_mode()
 def correctness(device: torch.device) -> dict[str, float]:
     """Largest differences: of the device from the CPU, of bf16 and of torch.compile from plain float32."""
-    exact_float32()
     (vae, unet), (own, own_unet) = networks(), networks()
     own, own_unet = own.to(device, memory_format=torch.channels_last), own_unet.to(device)
     images = torch.rand(2, 3, 128, 192, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -162,6 +161,7 @@ def classes(config: Config, preset: str, data: str, *words: object) -> dict[str,
 def main(config: Config) -> None:
     check_writable(config.output)
     device = Accelerator().device
+    exact_float32()
     file = config.output / "gpu_check.json"
     record = json.loads(file.read_text()) if file.exists() else {"config": as_json(config), "versions": versions()}
     record |= {"machine": describe_machine(device), "git": git_revision()}

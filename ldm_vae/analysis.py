@@ -141,6 +141,9 @@ def embed_images(command: Embed) -> None:
 
 def in_tiles(vae: Any) -> Any:
     """Large images in little memory, where that changes nothing."""
+    from ldm_vae.models.tiling import exact_float32
+
+    exact_float32()
     if hasattr(vae, "decoder_halo"):
         vae.enable_tiling()
     return vae

@@ -35,7 +35,11 @@ RETRY_AFTER = (1.0, 4.0, 16.0)
 Read = TypeVar("Read")
 
 
-def patiently(read: Callable[[], Read], name: str) -> Read:
+def may_pass(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in PASSING
+
+
+def patiently(read: Callable[[], Read], name: str, *, passes: Callable[[Exception], bool] = may_pass) -> Read:
     """What `read()` gives, asked again where the reason why it did not may pass.
 
     Raises:
@@ -44,11 +48,11 @@ def patiently(read: Callable[[], Read], name: str) -> Read:
     for pause in (*RETRY_AFTER, None):
         try:
             return read()
-        except OSError as error:
-            if error.errno not in PASSING:
+        except Exception as error:
+            if not passes(error):
                 raise
             if pause is None:
-                raise DataError(f"{name} cannot be read: {error.strerror}: start again when it can") from None
+                raise DataError(f"{name} cannot be read: {type(error).__name__}: {error}") from None
             time.sleep(pause)
     raise AssertionError
 

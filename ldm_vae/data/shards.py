@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import tarfile
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -24,7 +23,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from fsspec.core import url_to_fs
 
-from ldm_vae.data.image_files import MAX_FILE_BYTES, RETRY_AFTER, digest_of, is_image, patiently
+from ldm_vae.data.image_files import MAX_FILE_BYTES, digest_of, is_image, patiently
 from ldm_vae.data.images import Sample, read_pixels
 from ldm_vae.errors import BadImageError, DataError
 from ldm_vae.files import check_writable, staged_directory, write_json
@@ -283,15 +282,12 @@ def local_content(shard: str, begin: int, end: int) -> bytes:
 
 def remote_content(shard: str, begin: int, end: int) -> bytes:
     """Bytes begin..end of what a server has. Raises DataError when it does not give them, asked several times."""
-    for pause in (*RETRY_AFTER, None):
-        try:
-            fs, path = url_to_fs(shard)
-            return bytes(fs.cat_file(path, start=begin, end=end))
-        except Exception as error:  # each file system has its own
-            if pause is None:
-                raise DataError(f"{shard} cannot be read: {type(error).__name__}: {error}") from None
-            time.sleep(pause)
-    raise AssertionError
+
+    def fetch() -> bytes:
+        fs, path = url_to_fs(shard)
+        return bytes(fs.cat_file(path, start=begin, end=end))
+
+    return patiently(fetch, shard, passes=lambda _: True)  # each file system has errors of its own
 
 
 class ShardSource:

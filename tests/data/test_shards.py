@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from ldm_vae import cli, packing
-from ldm_vae.data import shards as shards_module
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.shards import FACTS, ROW, ROWS, ShardSource, build_index, index_folder, shards_of
 from ldm_vae.data.sources import open_source
@@ -150,7 +149,7 @@ def test_what_is_there_is_replaced_by_what_is_whole_alone(
 def test_a_server_that_does_not_answer_makes_no_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another crop in its place would make the run another one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shards_module, "RETRY_AFTER", (0.0, 0.0))
+    monkeypatch.setattr("ldm_vae.data.image_files.RETRY_AFTER", (0.0, 0.0))
     write_tar(tmp_path / "a.tar", [("0.png", png(0))])
     memory = fsspec.filesystem("memory")
     memory.pipe("/silent/a.tar", (tmp_path / "a.tar").read_bytes())

@@ -145,7 +145,7 @@ def test_a_file_system_that_does_not_answer_makes_no_bad_image(photos: Path, mon
     assert np.array_equal(source[3].pixels, expected)
     assert len(asked) == 3
     answering(100, errno.EIO)
-    with pytest.raises(DataError, match="cannot be read: Input/output error: start again when it can") as error:
+    with pytest.raises(DataError, match=r"cannot be read: OSError: .*Input/output error") as error:
         source[3]
     assert not isinstance(error.value, BadImageError)
     answering(100, errno.EACCES)
