@@ -187,8 +187,10 @@ def checkpoint(shop: Workshop, config: Config) -> Iterator[Row]:
             found["as it was"] += 1
         else:
             lost.append(f"{file.name} at {at}: something else was loaded")
-        if number in (0, 1):  # by the command, too
-            lost.append(shop.other_than_undisturbed(job, output))
+        if number in (0, 1):  # by the command, too; in a copy, as it writes the newest anew
+            copied = emptied(shop.folder / "damaged, gone on with")
+            shutil.copytree(output, copied)
+            lost.append(shop.other_than_undisturbed(job, copied))
         file.write_bytes(data)
     said = ", ".join(f"{how}: {times}" for how, times in found.items())
     yield row("damaged checkpoint", "vae", config.positions, said, lost)
