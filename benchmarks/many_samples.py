@@ -71,6 +71,11 @@ def make_index(config: Config) -> None:
     write_json(folder / FACTS, facts | {"samples": config.samples, "rows": digest.hexdigest()})
 
 
+def children() -> set[str]:
+    """The processes that this one has started."""
+    return {p for file in Path("/proc/self/task").glob("*/children") for p in file.read_text().split()}
+
+
 def held(process: str) -> dict[str, float]:
     """MiB; Rss counts what it shares with the process that it was forked from, Private does not."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
@@ -79,7 +84,7 @@ def held(process: str) -> dict[str, float]:
 
 def measure(config: Config, position: int) -> dict[str, Any]:
     """Of this process from here on: imports are done."""
-    before = resident("VmRSS")
+    before, others = resident("VmRSS"), children()
     began = time.perf_counter()
     source = open_source(str(config.output / "shards"))
     opened = time.perf_counter() - began
@@ -93,7 +98,7 @@ def measure(config: Config, position: int) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     for _ in range(500):
         next(batches)
-    children = [p for file in Path("/proc/self/task").glob("*/children") for p in file.read_text().split()]
+    workers = children() - others
     return {
         "position": position,
         "samples": len(source),
@@ -102,8 +107,8 @@ def measure(config: Config, position: int) -> dict[str, Any]:
         "first_batch_seconds": seconds,
         "before_mib": before / 2**20,
         "resident_mib": resident("VmRSS") / 2**20,
-        "worker_resident_mib": max(held(c)["Rss"] for c in children),
-        "worker_private_mib": max(held(c)["Private_Clean"] + held(c)["Private_Dirty"] for c in children),
+        "worker_resident_mib": max(held(c)["Rss"] for c in workers),
+        "worker_private_mib": max(held(c)["Private_Clean"] + held(c)["Private_Dirty"] for c in workers),
     }
 
 

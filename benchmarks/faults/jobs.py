@@ -56,7 +56,7 @@ class Job:
     name: str
     words: tuple[str, ...]
     results: tuple[str, ...]
-    """Patterns of files whose bytes count."""
+    """Patterns of files whose bytes count; of checkpoints the last, as a stop leaves one of its own step beside it."""
 
     def start(self, output: Path, *more: str) -> Process:
         return Process([sys.executable, *(w.format(output=output) for w in self.words), *more])
@@ -82,7 +82,6 @@ TRAINER = "--batch-size 8 --num-workers 1 --mixed-precision no --tracker none --
 def jobs(work: Path) -> dict[str, Job]:
     """In the order in which each needs what those before have made."""
     photos, vae, cache = (str(work / name) for name in ("photos", "undisturbed/vae", "undisturbed/cache"))
-    run = ("checkpoints/step-*/state.safetensors", "samples/*.png")
     losses = "--perceptual none --disc-start 10 --spectral-norm".split()
     return {
         job.name: job
@@ -91,7 +90,7 @@ def jobs(work: Path) -> dict[str, Job]:
                 name="vae",
                 words=("training/train_vae.py", "demo", "--data", photos, "--output", "{output}", *losses, *TRAINER)
                 + ("--steps", "80", "--resolution", "32", "--checkpoint-every", "4", "--cache-gib", "0"),
-                results=(*run, "vae/*"),
+                results=("checkpoints/step-80/state.safetensors", "samples/*.png", "vae/*"),
             ),
             Job(
                 name="cache",
@@ -103,7 +102,7 @@ def jobs(work: Path) -> dict[str, Job]:
                 name="diffusion",
                 words=("training/train_diffusion.py", "tiny", "--latents", cache, "--output", "{output}", *TRAINER)
                 + ("--steps", "16", "--checkpoint-every", "2"),
-                results=(*run, "pipeline/*/*", "pipeline/*.json"),
+                results=("checkpoints/step-16/state.safetensors", "samples/*.png", "pipeline/*/*", "pipeline/*.json"),
             ),
             Job(
                 name="codec",
