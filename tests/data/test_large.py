@@ -30,11 +30,11 @@ def as_file(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "WEBP"])
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+CHANNELS = {"PNG": (1, 2, 3, 4), "TIFF": (1, 2, 3, 4), "JPEG": (1, 3), "WEBP": (1, 3, 4)}
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(kind, c) for kind, counts in CHANNELS.items() for c in counts])
 def test_what_lies_on_disk_is_what_would_lie_in_memory(kind: str, channels: int, tmp_path: Path) -> None:
-    if (kind, channels) in {("JPEG", 2), ("JPEG", 4), ("WEBP", 2)}:
-        pytest.skip("there are none")
     options = {"lossless": True} if kind == "WEBP" else {}
     data = as_file(pixels_of(channels), kind, **options)
     for asked in ({"keep_alpha": True}, {"channels": 1}, {"channels": 3}):
