@@ -96,17 +96,17 @@ def main(config: Config) -> None:
             measured = [m["images_per_second"] for m in trial if "images_per_second" in m]
             speeds[precision] = statistics.median(measured[len(measured) // 2 :])
         precision = max(speeds, key=speeds.__getitem__)
-        per_second = speeds[precision] / BATCH_SIZE
         options = split | {"precision": precision}
-        scores = {}
+        scores, seconds = {}, 0.0
         for rate in RATES:
             folder = config.output / "sweep" / f"{name}-{rate:g}"
-            steps = int(config.sweep_seconds * per_second)
+            steps = int(config.sweep_seconds * speeds[precision] / BATCH_SIZE)
             lines = train(name, config, folder, steps=steps, rate=rate, evaluations=1, **options)
             scores[rate] = [m["val_psnr"] for m in lines if "val_psnr" in m][-1]
+            seconds += [m["seconds"] for m in lines if "seconds" in m][-1]
             print(name, rate, scores[rate], flush=True)
         best = max(scores, key=scores.__getitem__)
-        steps = int(config.seconds * per_second)
+        steps = int(config.seconds * len(RATES) * steps / seconds)  # as fast as those were, which were longer
         lines = train(
             name,
             config,
