@@ -45,9 +45,15 @@ class Config:
     """In pixels."""
 
 
-def write_picture(file: Path, side: int) -> None:
-    """A picture of side x side pixels as PNG: dead leaves, turned and mirrored from tile to tile."""
+def write_picture(file: Path, side: int, *, transparent: bool = False) -> None:
+    """A picture of side x side pixels as PNG: dead leaves, turned and mirrored from tile to tile.
+
+    Where it is to be transparent, the darker leaves are cut out.
+    """
     tile = ProceduralSource("dead-leaves", seed=0, size=TILE, channels=3)[0].pixels
+    if transparent:
+        opaque = np.where(tile.mean(axis=2, keepdims=True) > 100, 255, 0).astype(np.uint8)
+        tile = np.concatenate([tile, opaque], axis=2)
     kinds = [np.rot90(t, k) for t in (tile, tile[:, ::-1]) for k in range(4)]
 
     def rows() -> Iterator[Any]:
@@ -56,7 +62,7 @@ def write_picture(file: Path, side: int) -> None:
             yield row[: side - y, :side]
 
     with atomic(file) as out:
-        write_large(out, rows(), (side, side, 3), folder=file.parent)
+        write_large(out, rows(), (side, side, tile.shape[2]), folder=file.parent)
 
 
 def write_progressive(picture: Path, file: Path) -> None:
@@ -108,6 +114,10 @@ def main(config: Config) -> None:
             picture.unlink()
             shutil.rmtree(work / "again")
             results[str(side)]["reconstruct, from a progressive JPEG"] = measured(["pipelines/reconstruct.py", *again])
+            write_picture(picture, side, transparent=True)
+            there = [*one, "compress", str(picture), str(packed), "--overwrite", *model]
+            back = [*one, "decompress", str(packed), str(work / "back.png"), "--overwrite", *model]
+            results[str(side)] |= {f"{words[2]}, with transparency": measured(words) for words in (there, back)}
         finally:
             shutil.rmtree(work)
         print(side, results[str(side)], flush=True)

@@ -103,8 +103,17 @@ def from_pixels(values: Pixels, *, channels: int = 3, icc: bytes = b"", exif: by
     if values.dtype == np.float32:
         values = np.rint(check_float(values) * 65535).astype(np.uint16)
     if values.ndim == 3 and values.shape[2] in (2, 4) and values.shape[2] != channels:
-        return Picture(pixels=values[:, :, :-1], alpha=np.ascontiguousarray(values[:, :, -1]), icc=icc, exif=exif)
+        return Picture(pixels=values[:, :, :-1], alpha=last_channel(values), icc=icc, exif=exif)
     return Picture(pixels=values, icc=icc, exif=exif)
+
+
+def last_channel(values: Pixels) -> Pixels:
+    """A copy of it, (H, W); of what lies on disk, no more than a strip is in memory beside."""
+    copy = np.empty(values.shape[:2], values.dtype)
+    for top, bottom in large.strips(*values.shape[:2]):
+        copy[top:bottom] = values[top:bottom, :, -1]
+        large.let_go(values)
+    return copy
 
 
 def read_picture(

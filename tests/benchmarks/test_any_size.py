@@ -19,6 +19,10 @@ def test_the_picture_has_its_size_and_no_two_tiles_beside_each_other_alike(tmp_p
     pixels = np.asarray(Image.open(tmp_path / "a.png"))
     assert pixels.shape == (2500, 2500, 3)
     assert not np.array_equal(pixels[:TILE, :TILE], pixels[:TILE, TILE : 2 * TILE])
+    write_picture(tmp_path / "b.png", 300, transparent=True)
+    alpha = np.asarray(Image.open(tmp_path / "b.png"))[:, :, 3]
+    assert 0.1 < (alpha == 0).mean() < 0.9
+    assert set(np.unique(alpha)) == {0, 255}
 
 
 @pytest.mark.slow
@@ -34,6 +38,9 @@ def test_commands_are_measured_and_stay_in_bounds(tmp_path: Path) -> None:
     main(Config(model=str(tmp_path / "model"), output=tmp_path / "out", sides=(1024, 6144)))
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     for found in results.values():
-        assert found.keys() == {"compress", "decompress", "reconstruct", "reconstruct, from a progressive JPEG"}
+        assert found.keys() == {
+            *("compress", "decompress", "reconstruct", "reconstruct, from a progressive JPEG"),
+            *("compress, with transparency", "decompress, with transparency"),
+        }
         assert all(0 < r["resident_mib"] < 1900 for r in found.values())
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "table.md"}

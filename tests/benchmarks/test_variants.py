@@ -148,9 +148,12 @@ def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(
     assert rows["ours, l1"]["detected"] == 1.0
     assert (tmp_path / "out" / "l1.png").stat().st_size > 0
     assert record["ours"] == max(record["chosen_by_blemishes"], key=record["chosen_by_blemishes"].get)
-    ours, pca = (rows[name]["image_auroc"] for name in (f"ours, {record['ours']}", record["above_pca"]["than"]))
+    best, fair = record["above_pca"]["best on these tiles"], record["above_pca"]["chosen as ours"]
+    ours, pca = (rows[name]["image_auroc"] for name in (f"ours, {record['ours']}", best["than"]))
     assert pca == max(r["image_auroc"] for name, r in rows.items() if name.startswith("PCA"))
-    assert record["above_pca"]["low"] <= ours - pca <= record["above_pca"]["high"]
+    assert best["low"] <= ours - pca <= best["high"]
+    assert fair["than"] == max(record["pca_by_blemishes"], key=record["pca_by_blemishes"].get)
+    assert record["pca_by_blemishes"].keys() == {name for name in rows if name.startswith("PCA")}
     seen = read_pixels((tmp_path / "out" / "good-0.5" / "0.png").read_bytes(), channels=1)
     assert seen.shape == (20, 28, 1)  # half as large
     anomaly.main(replace(config, networks=("find",), output=tmp_path / "one"))

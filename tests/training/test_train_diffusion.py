@@ -308,7 +308,7 @@ def test_the_scale_is_the_cache_s_whatever_the_vae_that_is_named_says(photos: Pa
 
 
 def test_a_stop_signal_ends_the_step_and_the_same_command_goes_on(cache: Path, tmp_path: Path) -> None:
-    whole = config_for(cache, tmp_path / "whole", steps=30, checkpoint_every=1000)
+    whole = config_for(cache, tmp_path / "whole", steps=20, checkpoint_every=1000)
     config = replace(whole, output=tmp_path / "stopped")
     command = [sys.executable, SCRIPT, *words(config)]
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -320,7 +320,7 @@ def test_a_stop_signal_ends_the_step_and_the_same_command_goes_on(cache: Path, t
     assert "stopped by SIGTERM after step" in output
     main(config)
     main(whole)
-    x, y = state(config.output, 30), state(whole.output, 30)
+    x, y = state(config.output, 20), state(whole.output, 20)
     assert all(torch.equal(x[k], y[k]) for k in x)
 
 
