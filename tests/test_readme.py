@@ -29,6 +29,7 @@ SMALLER = {
     "cache_latents": "--resolution 64 --num-workers 0",
     "train_diffusion": "--steps 2 --batch-size 2 --num-workers 0",
     "generate": "--steps 2",
+    "fit-codec": "--num-images 12 --qualities 1",
     "train_classifier": "--epochs 1 --batch-size 8",
     "generation": "--num-images 4",
     "rate_distortion": "--others jpeg-420 webp --num-images 2 --qualities 0.5 1 2",
@@ -81,7 +82,7 @@ def run_commands(page: str) -> int:
         while words[0] in ("accelerate", "launch", "python"):
             words.pop(0)
         if words[0] == "ldm-vae":
-            cli.main(words[1:])
+            cli.main(words[1:] + shlex.split(SMALLER.get(words[1], "")))
         else:
             run(words)
         ran += 1

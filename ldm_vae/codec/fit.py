@@ -233,16 +233,22 @@ def merge(counts: Integers, groups: int) -> list[list[int]]:
         some = rows[rows > 0]
         return float((some * np.log2(total / some)).sum()) if total else 0.0
 
+    def cost(i: int) -> float:
+        return bits(sums[i] + sums[i + 1]) - alone[i] - alone[i + 1]
+
     parts = [[i] for i in range(len(counts))]
     sums = list(counts)
     alone = [bits(s) for s in sums]
+    costs = [cost(i) for i in range(len(sums) - 1)]
     while len(parts) > groups:
-        cost = [bits(a + b) - x - y for a, b, x, y in zip(sums, sums[1:], alone, alone[1:], strict=False)]
-        i = int(np.argmin(cost))
+        i = int(np.argmin(costs))
         parts[i] += parts.pop(i + 1)
         sums[i] = sums[i] + sums.pop(i + 1)
         alone[i] = bits(sums[i])
         alone.pop(i + 1)
+        costs.pop(i)
+        for changed in range(max(i - 1, 0), min(i + 1, len(costs))):
+            costs[changed] = cost(changed)
     return parts
 
 

@@ -137,6 +137,7 @@ def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(
         batch_size=4,
         blur=1.0,
         surroundings=0.0,
+        sides=(16,),
         false_alarm_rate=0.4,
     )
     anomaly.main(config)
@@ -163,6 +164,16 @@ def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(
         anomaly.main(replace(config, networks=()))
     with pytest.raises(DataError, match="train/good"):
         anomaly.main(anomaly.Config(data=tmp_path / "no", output=tmp_path / "out"))
+
+
+def test_the_pairs_in_order_are_the_area_under_the_curve() -> None:
+    rng = np.random.default_rng(0)
+    scores, anomalous = rng.integers(0, 9, 50), rng.random(50) < 0.4  # with ties
+    area = anomaly.pairs_in_order(scores, anomalous).mean()
+    assert area == pytest.approx(anomaly.auroc(scores, anomalous))
+    assert 0.3 < area < 0.7
+    low, high = anomaly.difference_interval(scores + 9 * anomalous, scores, anomalous, seed=0)
+    assert low < 1 - area < high
 
 
 def tile(rng: np.random.Generator) -> np.ndarray:
