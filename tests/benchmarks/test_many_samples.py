@@ -9,6 +9,7 @@ from benchmarks import many_samples
 
 def test_a_large_index_is_read_from_its_begin_and_far_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(many_samples, "IMAGES", 20)
+    assert 20 < many_samples.torch_alone() < 1000
     config = many_samples.Config(output=tmp_path, samples=5000, num_workers=1)
     many_samples.make_index(config)
     for position in (0, 10**11):
