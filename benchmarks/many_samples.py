@@ -87,7 +87,7 @@ def mebibytes(smaps: str) -> dict[str, float]:
 
 def torch_alone() -> float:
     """MiB of what a process that has imported torch, and nothing else, hands on to any that it forks."""
-    program = "import torch; print(open('/proc/self/smaps_rollup').read())"
+    program = "import torch; print(open('/proc/self/smaps_rollup').read(), end='')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return mebibytes(done.stdout)["Anonymous"]
 
