@@ -21,7 +21,8 @@ import torch
 
 from ldm_vae.config import parse_flags
 from ldm_vae.errors import one_line_errors
-from ldm_vae.files import write_json
+from ldm_vae.files import check_writable, write_json
+from ldm_vae.runs import git_revision, versions
 from ldm_vae.timing import describe_machine, seconds_of_script
 
 ROOT = Path(__file__).parent.parent
@@ -84,29 +85,30 @@ def train(
 
 
 def main(config: Config) -> None:
+    check_writable(config.output)
     make_baselines(config.output / "init")
     curves, facts = {}, {}
-    for name, trial_steps in TRIAL_STEPS.items():
+    for name, few in TRIAL_STEPS.items():
         split = {"data": f"{config.data}#train", "val_data": f"{config.data}#held-out"}
         speeds = {}
         for precision in PRECISIONS:
             folder = config.output / "speed" / f"{name}-{precision}"
             options = split | {"precision": precision}
-            trial = train(name, config, folder, steps=trial_steps, rate=1e-3, evaluations=1, **options)
+            trial = train(name, config, folder, steps=few, rate=1e-3, evaluations=1, **options)
             measured = [m["images_per_second"] for m in trial if "images_per_second" in m]
             speeds[precision] = statistics.median(measured[len(measured) // 2 :])
         precision = max(speeds, key=speeds.__getitem__)
         options = split | {"precision": precision}
+        trial_steps = int(config.sweep_seconds * speeds[precision] / BATCH_SIZE)
         scores, seconds = {}, 0.0
         for rate in RATES:
             folder = config.output / "sweep" / f"{name}-{rate:g}"
-            steps = int(config.sweep_seconds * speeds[precision] / BATCH_SIZE)
-            lines = train(name, config, folder, steps=steps, rate=rate, evaluations=1, **options)
+            lines = train(name, config, folder, steps=trial_steps, rate=rate, evaluations=1, **options)
             scores[rate] = [m["val_psnr"] for m in lines if "val_psnr" in m][-1]
             seconds += [m["seconds"] for m in lines if "seconds" in m][-1]
             print(name, rate, scores[rate], flush=True)
         best = max(scores, key=scores.__getitem__)
-        steps = int(config.seconds * len(RATES) * steps / seconds)  # as fast as those were, which were longer
+        steps = int(config.seconds * len(RATES) * trial_steps / seconds)  # at the pace of all of these
         lines = train(
             name,
             config,
@@ -129,7 +131,13 @@ def main(config: Config) -> None:
             "curve_seconds_and_psnr_of_32_validation_photos": curves[name],
         }
         print(name, facts[name], flush=True)
-    write_json(config.output / "equal_time.json", {"machine": describe_machine(torch.device("cpu")), "models": facts})
+    record = {
+        "machine": describe_machine(torch.device("cpu")),
+        "versions": versions(),
+        "git": git_revision(),
+        "models": facts,
+    }
+    write_json(config.output / "equal_time.json", record)
     plot(curves, config.output / "psnr_against_time.png")
 
 

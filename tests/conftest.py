@@ -12,11 +12,17 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from ldm_vae.data.sources import open_source
-from training import train_diffusion
 
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a network
-train_diffusion.SAMPLE_STEPS = 2  # of the grids that runs draw: what these show is nothing yet
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_sampling_steps() -> None:
+    """Of the grids that diffusion runs draw: what they show after a few training steps is nothing yet."""
+    from training import train_diffusion  # not before the hub's library is told to stay offline
+
+    train_diffusion.SAMPLE_STEPS = 2
 
 
 @pytest.fixture(autouse=True)
