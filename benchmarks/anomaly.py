@@ -6,9 +6,9 @@ python benchmarks/anomaly.py fashion-mnist --data ../shared/data/fashion-mnist -
 Trained on good images alone; every tenth of them is held out for the thresholds. magnetic-tile has folders train/good,
 test/KIND and ground_truth/KIND; which of our scores is ours is chosen by blemishes made on the held-out good tiles, not
 by the test images. Of Fashion-MNIST each class is the good one in turn. Beside ours: the error of a reconstruction by
-principal components, scored like ours or by its mean, whichever and with however many components is best on the test
-images (in its favour), and of tiles also as it would be chosen without them, as ours is; and the mean distance to the
-5 nearest good images, on pixels.
+principal components, scored like each of ours or by its mean, whichever and with however many components is best on
+the test images (in its favour), and of tiles also as it would be chosen without them, as ours is; and the mean distance
+to the 5 nearest good images, on pixels.
 
 The same command goes on with what was trained.
 """
@@ -160,12 +160,21 @@ def by_components(
             if config.dataset == "fashion-mnist":
                 variance = shrunk(np.square(x - pca.inverse_transform(pca.transform(x))).mean(axis=0))
                 yield f"{name}, standardised", (errors / variance).mean(axis=1), maps / variance.reshape(side, side)
-            size = side / 256 / config.scale if config.dataset == "magnetic-tile" else 1.0
-            smoothed = np.stack([smooth(m, size * config.blur) for m in np.sqrt(maps)])
-            yield f"{name}, smooth", np.array([mean_of_largest(m, config.share) for m in smoothed]), smoothed
-            if config.surroundings > 0:
-                found = np.stack([relative(m, size * config.surroundings) for m in smoothed])
-                yield f"{name}, as ours", np.array([mean_of_largest(m, config.share) for m in found]), found
+            for scoring, (blur, surroundings, share) in scorings(config, side).items():
+                found = np.stack([relative(smooth(m, blur), surroundings) for m in np.sqrt(maps)])
+                yield f"{name}, {scoring}", np.array([mean_of_largest(m, share) for m in found]), found
+
+
+def scorings(config: Config, side: int) -> dict[str, tuple[float, float, float]]:
+    """Of PCA's errors, as ours are: blur and surroundings, in pixels of an image reduced to this side, and share."""
+    if config.dataset == "fashion-mnist":
+        return {"smooth": (config.blur, 0.0, config.share)}
+    size = side / 256 / config.scale
+    return {
+        "smooth": (size * config.blur, 0.0, config.share),
+        "as restore": (size * config.blur, size * config.surroundings, config.share),
+        "as find": (side / 256 * config.find_blur, 0.0, config.find_share),
+    }
 
 
 def by_neighbours(good: list[Pixels], test: list[Pixels], side: int) -> np.ndarray:

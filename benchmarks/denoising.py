@@ -3,12 +3,14 @@
 python benchmarks/denoising.py --vae RUN --data ../shared/data/kodak --tune-on ../shared/data/photos-val --output DIR
 
 White Gaussian noise, clipped and rounded to 8 bits as a file would hold it, the same for all, by (seed, index).
-Strengths of the classical methods are chosen on other images (--tune-on), by PSNR, for each noise level. Ours is blind,
-and told the noise level. BM3D is left out: its packages allow no commercial use.
+Settings of the classical methods are chosen on other images (--tune-on), by PSNR, for each noise level. Ours is blind,
+and told the noise level. BM3D is left out: of its packages, those that run on a CPU allow no commercial use.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -34,11 +36,15 @@ from ldm_vae.metrics import bootstrap_interval, psnr, ssim
 from ldm_vae.models.pretrained import channels_of, check_device, fingerprint, load_autoencoder
 from ldm_vae.models.tiling import denoise
 from ldm_vae.pictures import labelled_rows
-from ldm_vae.runs import git_revision, versions
+from ldm_vae.runs import git_revision, training_seconds, versions
 from ldm_vae.timing import describe_machine
 
 Method = Callable[[Pixels, float], Pixels]
 """Noisy pixels and sigma -> pixels."""
+Settings = dict[str, Any]
+"""Keywords of a classical method."""
+Chosen = dict[tuple[str, float], Settings]
+"""Of each classical method at each sigma."""
 CUT = 256
 
 
@@ -50,7 +56,7 @@ class Config:
     """A run of train_vae.py denoise."""
     data: str
     tune_on: str
-    """Other images, on which the strengths of the classical methods are chosen."""
+    """Other images, on which the settings of the classical methods are chosen."""
     output: Path
     sigmas: tuple[float, ...] = (15, 25, 50)
     num_images: int | None = None
@@ -74,15 +80,15 @@ def blur(pixels: Pixels, sigma: float, *, strength: float) -> Pixels:
     return values.round().clip(0, 255).astype(np.uint8)
 
 
-def non_local_means(pixels: Pixels, sigma: float, *, strength: float) -> Pixels:
-    """scikit-image's fast one (Buades et al. 2005; Darbon et al. 2008), its filter's width times `strength`."""
+def non_local_means(pixels: Pixels, sigma: float, *, strength: float, patch: int) -> Pixels:
+    """scikit-image's fast one (Buades et al. 2005; Darbon et al. 2008), of a width of `strength` times sigma."""
     from skimage.restoration import denoise_nl_means
 
     values = denoise_nl_means(
         pixels / 255,
         h=strength * sigma / 255,
         sigma=sigma / 255,
-        patch_size=5,
+        patch_size=patch,
         patch_distance=6,
         fast_mode=True,
         channel_axis=2,
@@ -96,41 +102,44 @@ def by_autoencoder(vae: Any, pixels: Pixels, sigma: float, *, told: bool) -> Pix
         return to_pixels(denoise(vae, images, sigma=sigma if told else None))[0]
 
 
-CLASSICAL: dict[str, tuple[Callable[..., Pixels], tuple[float, ...]]] = {
-    "Gaussian blur": (blur, (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)),
-    "non-local means": (non_local_means, (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)),
+BLURS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
+STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
+PATCHES = (3, 5, 7)
+CLASSICAL: dict[str, tuple[Callable[..., Pixels], list[Settings]]] = {
+    "Gaussian blur": (blur, [{"strength": s} for s in BLURS]),
+    "non-local means": (
+        non_local_means,
+        [{"strength": s, "patch": p} for s, p in itertools.product(STRENGTHS, PATCHES)],
+    ),
 }
-"""Function and the strengths to choose from."""
+"""Function and the settings to choose from."""
 
 
-def tuned(config: Config, source: Source) -> dict[tuple[str, float], float]:
-    """The strength of each classical method at each sigma that has the best mean PSNR on these images."""
+def tuned(config: Config, source: Source) -> Chosen:
+    """The settings of each classical method at each sigma that have the best mean PSNR on these images."""
     images = [eight_bits(source, i) for i in range(min(config.num_tuning, len(source)))]
     chosen = {}
-    for name, (function, strengths) in CLASSICAL.items():
-        for sigma in tqdm(config.sigmas, desc=f"tuning {name}"):
-            pairs = [(p, noisy(p, sigma, i, config.seed + 1)) for i, p in enumerate(images)]
-            figures = {
-                s: statistics.fmean(
-                    float(psnr(clean[None], function(given, sigma, strength=s)[None])[0]) for clean, given in pairs
-                )
-                for s in strengths
-            }
-            chosen[name, sigma] = max(figures, key=lambda s: figures[s])
+    for (name, (function, offered)), sigma in tqdm(list(itertools.product(CLASSICAL.items(), config.sigmas))):
+        pairs = [(p, noisy(p, sigma, i, config.seed + 1)) for i, p in enumerate(images)]
+        figures = [
+            statistics.fmean(float(psnr(clean[None], function(given, sigma, **o)[None])[0]) for clean, given in pairs)
+            for o in offered
+        ]
+        chosen[name, sigma] = offered[int(np.argmax(figures))]
     return chosen
 
 
-def methods_for(vae: Any, chosen: dict[tuple[str, float], float], sigma: float) -> dict[str, Method]:
+def methods_for(vae: Any, chosen: Chosen, sigma: float) -> dict[str, Method]:
     methods: dict[str, Method] = {"noisy": lambda pixels, _: pixels}
     for name, (function, _) in CLASSICAL.items():
-        methods[name] = partial(function, strength=chosen[name, sigma])
+        methods[name] = partial(function, **chosen[name, sigma])
     methods["ours, blind"] = partial(by_autoencoder, vae, told=False)
     if sigma <= (vae.config.get("noise_level") or 0):
         methods["ours, told sigma"] = partial(by_autoencoder, vae, told=True)
     return methods
 
 
-def measure(vae: Any, source: Source, chosen: dict[tuple[str, float], float], config: Config) -> list[dict[str, Any]]:
+def measure(vae: Any, source: Source, chosen: Chosen, config: Config) -> list[dict[str, Any]]:
     rows = []
     for index in tqdm(range(len(source)), unit="image"):
         clean = eight_bits(source, index)
@@ -178,7 +187,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(text) + "\n"
 
 
-def gallery(vae: Any, source: Source, chosen: dict[tuple[str, float], float], sigma: float, seed: int) -> Image.Image:
+def gallery(vae: Any, source: Source, chosen: Chosen, sigma: float, seed: int) -> Image.Image:
     """The middle of four images: clean, noisy, and by each method."""
     shown = list(range(0, len(source), max(len(source) // 4, 1)))[:4]
 
@@ -192,6 +201,13 @@ def gallery(vae: Any, source: Source, chosen: dict[tuple[str, float], float], si
         made = [cut(method(noisy(eight_bits(source, i), sigma, i, seed), sigma)) for i in shown]
         rows.append((f"{name}, sigma {sigma:g}", np.stack(made)))
     return labelled_rows(rows)
+
+
+def training_of(run: Path) -> dict[str, Any] | None:
+    """Settings and seconds of the training, where the model lies in its run."""
+    if not (run / "metrics.jsonl").is_file():
+        return None
+    return {"seconds": training_seconds(run), **json.loads((run / "config.json").read_text())}
 
 
 def main(config: Config) -> None:
@@ -218,7 +234,8 @@ def main(config: Config) -> None:
         "git": git_revision(),
         "images": len(source),
         "model": fingerprint(vae),
-        "strengths": [{"method": m, "sigma": s, "strength": v} for (m, s), v in chosen.items()],
+        "training": training_of(Path(config.vae)),
+        "settings": [{"method": m, "sigma": s, **v} for (m, s), v in chosen.items()],
         "results": lines,
     }
     write_json(config.output / "results.json", record)

@@ -14,6 +14,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from benchmarks import anomaly, denoising, embeddings, prior_samples
 from ldm_vae.data.images import read_pixels
@@ -164,6 +165,34 @@ def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(
         anomaly.main(replace(config, networks=()))
     with pytest.raises(DataError, match="train/good"):
         anomaly.main(anomaly.Config(data=tmp_path / "no", output=tmp_path / "out"))
+
+
+def test_errors_of_components_are_scored_as_each_of_ours() -> None:
+    rng = np.random.default_rng(0)
+    good, test = ([tile(rng)[:, :, None] for _ in range(n)] for n in (12, 3))
+    config = anomaly.Config(sides=(16,))
+    found = {name: (values, maps) for name, values, maps in anomaly.by_components(good, test, config)}
+    x, y = (np.stack([anomaly.small(p, 16) for p in part]) for part in (good, test))
+    basis = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)[2][:4]
+    errors = np.square((y - x.mean(axis=0)) @ (np.eye(256) - basis.T @ basis))
+    roots = np.sqrt(errors).reshape(3, 16, 16)
+    finder = np.stack([gaussian_filter(m, 2 * 16 / 256) for m in roots])
+    restorer = np.stack([gaussian_filter(m, 4 * 16 / 128) for m in roots])
+    around = np.stack([gaussian_filter(m, 12 * 16 / 128) + 0.1 * m.mean() for m in restorer])
+
+    def largest(maps: np.ndarray, count: int) -> np.ndarray:
+        return np.sort(maps.reshape(3, -1), axis=1)[:, -count:].mean(axis=1)
+
+    expected = {
+        "mean": errors.mean(axis=1),
+        "smooth": largest(restorer, 13),
+        "as restore": largest(restorer / around, 13),
+        "as find": largest(finder, 5),
+    }
+    assert found.keys() == {f"PCA of {n} at 16x16, {scoring}" for n in (4, 8) for scoring in expected}
+    for scoring, values in expected.items():
+        assert np.allclose(found[f"PCA of 4 at 16x16, {scoring}"][0], values, rtol=1e-3), scoring
+    assert np.allclose(found["PCA of 4 at 16x16, as find"][1], finder, atol=1e-4)
 
 
 def test_the_pairs_in_order_are_the_area_under_the_curve() -> None:
