@@ -16,16 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import check_writable, write_json
+from ldm_vae.pictures import labelled_rows
 from ldm_vae.runs import git_revision, training_seconds, versions
 from ldm_vae.timing import describe_machine, seconds_of_script
 
 ROOT = Path(__file__).parent.parent
+SHOWN, SHOWN_A_ROW = 4, 12
+"""Rows of samples on the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,21 @@ def script(name: Any, *words: Any) -> None:
     seconds_of_script(ROOT / name, *words)
 
 
+def side_by_side(explored: Path) -> Image.Image:
+    """The first samples of both."""
+    rows = []
+    titles = {
+        "plain": "plain, latents from each number's mean and deviation",
+        "variational": "variational, latents from N(0, 1)",
+    }
+    for name, title in titles.items():
+        files = sorted((explored / name / "samples").glob("*.png"))[: SHOWN * SHOWN_A_ROW]
+        pixels = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in files]).repeat(2, axis=1).repeat(2, axis=2)
+        for first in range(0, len(pixels), SHOWN_A_ROW):
+            rows.append(("" if first else title, pixels[first : first + SHOWN_A_ROW]))
+    return labelled_rows(rows)
+
+
 def main(config: Config) -> None:
     if min(config.length, config.steps, config.num_samples) < 1 or config.kl_weight <= 0:
         raise ConfigError("--length, --steps, --num-samples and --kl-weight must be above 0")
@@ -69,6 +89,7 @@ def main(config: Config) -> None:
     explored = config.output / "explored"
     shown = ("--data", zips["train"], "--output", explored, "--num-samples", config.num_samples, "--seed", config.seed)
     script("pipelines/explore.py", *vaes, *shown)
+    side_by_side(explored).save(config.output / "samples.png")
     classifier = config.output / "classifier"
     if not (classifier / "results.json").exists():
         given = ("--data", zips["train"], "--val-data", zips["t10k"], "--output", classifier)

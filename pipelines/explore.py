@@ -40,8 +40,8 @@ STEPS = 8
 """Pictures a row of interpolations and traversals."""
 REACH = 3.0
 """Traversals go so many deviations each way."""
-
-
+RANGES = {"none": (-torch.inf, torch.inf), "relu": (0.0, torch.inf), "sigmoid": (0.0, 1.0)}
+"""Where latents can be, by their activation."""
 SAMPLE = "[0-9][0-9][0-9][0-9][0-9].png"
 
 
@@ -92,12 +92,15 @@ class Space:
 
 
 def drawn(space: Space, count: int, seed: int) -> Tensor:
-    """Latents from N(0, 1) where that is their prior; otherwise from a normal distribution fitted to each channel."""
+    """Latents from N(0, 1) where that is their prior; otherwise from a normal distribution fitted to each channel.
+
+    Those of a sparse autoencoder that would be where no latent can be are moved to the nearest place where one can.
+    """
     noise = torch.randn((count, *space.latents.shape[1:]), generator=torch.Generator().manual_seed(seed))
     if space.normal_prior:
         return noise
     mean, std = (f(space.latents, dim=(0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
-    return mean + std * noise
+    return (mean + std * noise).clamp(*RANGES[space.vae.config.get("latent_activation", "none")])
 
 
 def samples(space: Space, config: Config) -> Image.Image:

@@ -26,6 +26,7 @@ from ldm_vae.data.images import centre_square, to_images, to_pixels
 from ldm_vae.data.sources import HeadSource, open_source
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.objectives.perceptual import PerceptualLoss
 
 
 def make_vae(seed: int = 0, **keywords: object) -> PatchAutoencoderKL:
@@ -38,7 +39,9 @@ def make_vae(seed: int = 0, **keywords: object) -> PatchAutoencoderKL:
 def detector() -> AnomalyDetector:
     good = open_source("procedural:dead-leaves#train", resolution=48)
     held_out = open_source("procedural:dead-leaves#held-out", resolution=48)
-    return fit_detector(make_vae(), HeadSource(good, 20), HeadSource(held_out, 20), blur=1.0, share=0.01)[0]
+    options = {"blur": 1.0, "share": 0.01, "lpips_backbone": "squeeze", "lpips_pretrained": False}
+    methods = ("l1", "ssim", "mahalanobis", "lpips")
+    return fit_detector(make_vae(), HeadSource(good, 20), HeadSource(held_out, 20), methods=methods, **options)[0]
 
 
 def leaves(index: int) -> torch.Tensor:
@@ -137,6 +140,20 @@ def test_a_network_that_finds_blemishes_has_its_own_method_and_no_other() -> Non
             fit_detector(vae, *good, methods=methods, false_alarm_rate=0.3)
 
 
+def test_the_map_of_lpips_is_its_distance_place_by_place() -> None:
+    lpips = PerceptualLoss("squeeze", pretrained=False)
+    images, other = leaves(0), leaves(1)
+    with torch.inference_mode():
+        found = lpips.maps(other, images)
+        assert found.shape == (1, 48, 48)
+        assert found.mean().item() == pytest.approx(lpips(other, images).item(), rel=0.05)  # enlarging is no average
+        assert not lpips.maps(images, images).any()
+        changed = images.clone()
+        changed[:, :, :8, :8] *= -1
+        where = lpips.maps(changed, images)[0]
+    assert where[:8, :8].mean() > 20 * where[32:, 32:].mean()
+
+
 def test_ssims_map_has_the_mean_of_the_metric() -> None:
     from skimage.metrics import structural_similarity
 
@@ -158,7 +175,9 @@ def test_fresh_good_images_raise_alarms_at_the_rate_asked_for(detector: AnomalyD
     found = fit_detector(
         detector.vae, HeadSource(held_out, 5), HeadSource(held_out, 60), blur=1.0, share=0.01, false_alarm_rate=0.2
     )[0]
+    own = [found.scores(found.maps(to_images(held_out[i].pixels)[None])[0]) for i in range(60)]
     for method, threshold in found.facts.thresholds.items():
+        assert threshold == threshold_at([s[method] for s in own], 0.2)  # of what was held out, and nothing else
         scores = [found.scores(found.maps(leaves(i))[0])[method] for i in range(200)]
         alarms = int((np.array(scores) > threshold).sum())
         # of n = 60 the rate above the k-th is Beta(n + 1 - k, k), so alarms are beta-binomial
@@ -281,6 +300,7 @@ def test_what_cannot_be_fitted_or_scored_is_said(
     assert "no such model" in fails("fit", "--vae", tmp_path / "no", "--data", photos)
     (tmp_path / "empty").mkdir()
     assert "no images" in fails("fit", "--vae", model, "--data", tmp_path / "empty", "--held-out", photos)
+    assert "no images" in fails(*fit, "--held-out", tmp_path / "empty")
     assert "at least 19" in fails(*fit)  # two are held out of twelve
     assert "false-alarm rate" in fails(*fit, "--false-alarm-rate", 2)
     lpips = ("--methods", "lpips", "--lpips-backbone", "squeeze", "--false-alarm-rate", 0.4)
@@ -306,6 +326,9 @@ def test_what_cannot_be_fitted_or_scored_is_said(
     within = ("score", "--vae", model, "--data", photos, "--output", photos / "out")
     assert "is inside --data" in fails(*within, "--detector", tmp_path / "fitted")
     assert "holds no detector" in fails(*score)
+    fitted = ("--output", tmp_path / "out", "--detector", tmp_path / "fitted")
+    assert "no such model" in fails("score", "--vae", tmp_path / "no", "--data", photos, *fitted)
+    assert "no images" in fails("score", "--vae", model, "--data", tmp_path / "empty", *fitted)
     assert "has no lpips" in fails(*score, "--detector", tmp_path / "fitted", "--method", "lpips")
     small = tmp_path / "small"
     small.mkdir()

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from ssimulacra2 import compute_ssimulacra2
 from torch import Tensor
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from ldm_vae import metrics
 
@@ -45,6 +50,26 @@ def test_equal_images_have_the_best_of_every_metric_and_noise_lowers_it() -> Non
         values = [metric(image, image)] + [metric(image, pair_of(image, s)) for s in (5, 20, 60)]
         assert values[0] == pytest.approx(best, abs=1e-3)
         assert values == sorted(values, reverse=True)
+
+
+def test_ms_ssim_is_that_of_torchmetrics() -> None:
+    image, noisy = pair(200, 180, 3, 30)
+    a, b = (torch.from_numpy(p.astype(np.float64)).permute(2, 0, 1)[None] for p in (noisy, image))
+    ways = {"data_range": 255.0, "gaussian_kernel": True, "sigma": 1.5, "kernel_size": 11}
+    reference = multiscale_structural_similarity_index_measure(a, b, **ways)
+    assert metrics.ms_ssim(image, noisy) == pytest.approx(float(reference), abs=2e-3)
+
+
+def test_ssimulacra2_is_told_which_image_is_the_original(tmp_path: Path) -> None:
+    """It is not symmetric."""
+    image, noisy = pair(96, 120, 3, 25)
+    for name, pixels in (("image", image), ("noisy", noisy)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    right, wrong = (
+        compute_ssimulacra2(str(tmp_path / f"{a}.png"), str(tmp_path / f"{b}.png"))
+        for a, b in (("image", "noisy"), ("noisy", "image"))
+    )
+    assert metrics.ssimulacra2(image, noisy) == right != wrong
 
 
 def pair_of(image: np.ndarray, strength: int) -> np.ndarray:

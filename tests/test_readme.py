@@ -40,21 +40,26 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
 
 
+def parsed(words: list[str]) -> tuple[Any, Any]:
+    """A script, and what it makes of its arguments."""
+    script = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
+    presets: Any = getattr(script, "PRESETS", None)
+    if presets:
+        return script, parse_config(presets, description="", args=words[1:])
+    return script, parse_flags(script.Config, description="", args=words[1:])
+
+
 def run(words: list[str]) -> None:
     """One of the scripts, in this process, with flags that make it small."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    script = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
     name = Path(words[0]).stem
     args = words[1:] + shlex.split(SMALLER.get(f"{name} {words[1]}", SMALLER.get(name, "")))
     if name == "train_diffusion":
         args[0] = "tiny"
     if name == "reconstruction" and "--perceptual" not in args:
         args += ["--perceptual", "random"]
-    presets: Any = getattr(script, "PRESETS", None)
-    if presets:
-        script.main(parse_config(presets, description="", args=args))
-    else:
-        script.main(parse_flags(script.Config, description="", args=args))
+    script, config = parsed([words[0], *args])
+    script.main(config)
 
 
 @pytest.fixture
@@ -101,6 +106,18 @@ def test_the_demo_goes_on_with_the_data_that_it_was_begun_with(tmp_path: Path) -
         )
         assert (done.returncode == 0) == same
         assert not done.stderr
+
+
+def test_the_commands_of_the_demo_are_understood_and_each_takes_what_one_before_has_made() -> None:
+    """`make demo` itself takes minutes."""
+    words = ["make", "--dry-run", "demo", "DATA=Fotos ü's"]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.replace("\\\n", "")
+    lines = [shlex.split(line)[1:] for line in said.splitlines() if re.match(r"\S+python \w+/\w+\.py ", line)]
+    train, measure, cache, diffuse, generate = (parsed(line)[1] for line in lines)
+    assert (train.data, train.val_data) == ("Fotos ü's#train", "Fotos ü's#held-out") == (train.data, measure.data)
+    assert measure.vae == (cache.vae,) == (str(train.output),)
+    assert diffuse.latents == cache.output
+    assert generate.model == str(diffuse.output)
 
 
 def test_the_commands_of_the_guide_to_compression_run(here: Path) -> None:

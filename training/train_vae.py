@@ -421,11 +421,11 @@ def main(config: Config) -> None:
         for step, batches in loop.steps(lambda step: batches_from(step, source, config, accelerator)):
             peaks = {"vae": config.learning_rate, "discriminator": config.disc_learning_rate}
             rates = {name: loop.learning_rate(peak) for name, peak in peaks.items()}
+            weights = {n: getattr(state, n).clone() for n in ("adaptive_weight", "kl_weight")}  # the step changes them
             result = train_step(batches, state, config, step=step, learning_rates=rates, accelerator=accelerator)
             loop.finish(healthy=result.healthy, waited=result.waited, bad_images=result.bad_images)
             if loop.logging:
-                present = {"adaptive_weight": float(state.adaptive_weight), "learning_rate": rates["vae"]}
-                present |= {"kl_weight": float(state.kl_weight)}
+                present = {n: float(w) for n, w in weights.items()} | {"learning_rate": rates["vae"]}
                 loop.log_step(result.metrics(accelerator, fixed_deviation=config.prior == "causal") | present)
             if loop.drawing and run.main:
                 metrics = draw(run, state, val_images, val_inputs, step=loop.step, accelerator=accelerator)

@@ -188,7 +188,8 @@ def generator_step(
         terms["coarse"] = scale * config.coarse_weight * coarse
     if state.lpips is not None:
         with accelerator.autocast():
-            terms["lpips"] = scale * config.lpips_weight * state.lpips(reconstruction, images)
+            name = "lpips_random" if config.perceptual == "random" else "lpips"
+            terms[name] = scale * config.lpips_weight * state.lpips(reconstruction, images)
     if config.learned_logvar:
         terms["logvar"] = logvar
     if config.kl_weight > 0:

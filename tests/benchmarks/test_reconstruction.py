@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from benchmarks.reconstruction import Config, main
 from ldm_vae.config import parse_flags
 from ldm_vae.errors import one_line_errors
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.objectives.perceptual import PerceptualLoss
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -88,6 +90,11 @@ def test_figures_depend_on_neither_company_nor_processes_and_are_scikit_images(
         )
         assert float(row["ssim"]) == pytest.approx(ssim, abs=1e-4)
 
+        pair = [torch.from_numpy(p.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1 for p in (pixels, other)]
+        with torch.no_grad():
+            distance = PerceptualLoss("squeeze", pretrained=False).lpips(*pair)
+        assert float(row["lpips_squeeze_random"]) == pytest.approx(distance.item(), rel=0.02, abs=1e-4)
+
     results = json.loads((tmp_path / "12" / "results.json").read_text())
     figures = results["results"][str(vae)]
     mean = np.mean([float(r["psnr"]) for r in reference])
@@ -110,7 +117,13 @@ def test_whole_images_of_any_size_side_by_side_and_bad_ones_named(
         Image.open(path).crop((0, 0, 50 + i, 41)).save(folder / f"{i}.png")
     (folder / "bad.png").write_bytes(b"damage")
     other = tmp_path / "other"
-    PatchAutoencoderKL(block_out_channels=(8, 8)).save_pretrained(other)
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(other)
     config = Config(vae=(str(vae), str(other)), data=str(folder), output=tmp_path / "out", full=True, perceptual="none")
     main(config)
     assert [(r["model"], r["image"]) for r in rows(config.output)] == [
@@ -118,6 +131,14 @@ def test_whole_images_of_any_size_side_by_side_and_bad_ones_named(
     ]
     assert "bad.png" in (config.output / "bad_images.csv").read_text()
     assert "3 images, 1 bad" in capsys.readouterr().out
+    model = PatchAutoencoderKL.from_pretrained(vae).eval()
+    pixels = np.asarray(Image.open(folder / "1.png"))  # 51 x 41, continued by its last row and column to 52 x 44
+    padded = np.pad(pixels, ((0, 3), (0, 1), (0, 0)), mode="edge")
+    images = torch.from_numpy(padded).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        made = ((model(images).sample[0, :, :41, :51].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    expected = peak_signal_noise_ratio(pixels, made.astype(np.uint8), data_range=255)
+    assert float(rows(config.output)[1]["psnr"]) == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize(

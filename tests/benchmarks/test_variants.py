@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,17 @@ import tifffile
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from skimage.metrics import peak_signal_noise_ratio
 
 from benchmarks import anomaly, denoising, embeddings, prior_samples
-from ldm_vae.data.images import read_pixels
+from ldm_vae.data.corruption import Corruption
+from ldm_vae.data.images import read_pixels, to_images, to_pixels
+from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, DataError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.models.pretrained import load_autoencoder
+from ldm_vae.models.tiling import denoise
 
 pytest.importorskip("sklearn")
 
@@ -65,6 +71,17 @@ def test_denoisers_see_the_same_noise_and_their_figures_are_right(photos: Path, 
     assert len(rows) == 2 * 5
     means = [float(r["psnr"]) for r in rows if r["method"] == "Gaussian blur"]
     assert found["Gaussian blur"]["psnr"] == pytest.approx(np.mean(means))
+    vae = PatchAutoencoderKL.from_pretrained(tmp_path / "run" / "vae").eval()
+    source = open_source(str(photos))
+    for told in (None, 25.0):
+        values = []
+        for i in range(2):
+            damaged = Corruption("gaussian", 25, 25)(source[i].pixels, generator_at(0, i, Stream.CORRUPTION))[0]
+            with torch.inference_mode():
+                made = to_pixels(denoise(vae, to_images(damaged)[None], sigma=told))[0]
+            values.append(peak_signal_noise_ratio(source[i].pixels, made, data_range=255))
+        assert found["ours, blind" if told is None else "ours, told sigma"]["psnr"] == pytest.approx(np.mean(values))
+    assert record["training"] is None  # no run
     assert (tmp_path / "out" / "sigma-25.png").stat().st_size > 0
     with pytest.raises(ConfigError, match="sigmas"):
         denoising.main(denoising.Config(vae="", data="", tune_on="", output=tmp_path, sigmas=()))
@@ -97,7 +114,7 @@ def test_embeddings_are_compared_at_equal_length(
     rows = {(r["length"], r["method"]): r for r in json.loads((tmp_path / "results.json").read_text())["results"]}
     assert rows.keys() == {(n, m) for n in (2, 5) for m in ("ours", "PCA", "random projection")}
     train, labels = embeddings.read_fashion_mnist(fashion, "train")
-    test, _ = embeddings.read_fashion_mnist(fashion, "t10k")
+    test, test_labels = embeddings.read_fashion_mnist(fashion, "t10k")
     x, y = (p.reshape(len(p), -1) / 255 for p in (train, test))
     _, _, directions = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
     for length in (2, 5):
@@ -105,7 +122,16 @@ def test_embeddings_are_compared_at_equal_length(
         error = np.square((y - x.mean(axis=0)) - (y - x.mean(axis=0)) @ basis.T @ basis).mean()
         assert rows[length, "PCA"]["squared_error"] == pytest.approx(error, rel=1e-3)
         assert rows[length, "random projection"]["squared_error"] > error
-        assert 0.1 <= rows[length, "PCA"]["linear_probe"] <= 1
+        own, seen = (y - x.mean(axis=0)) @ basis.T, (x - x.mean(axis=0)) @ basis.T
+        near = [np.bincount(labels[np.linalg.norm(seen - v, axis=1).argsort()[:5]]).argmax() for v in own]
+        found = rows[length, "PCA"]["nearest_neighbours"]
+        assert found == pytest.approx(np.mean(np.array(near) == test_labels), abs=0.04)  # but for ties
+        assert rows[length, "PCA"]["linear_probe"] > 0.2
+        vae = load_autoencoder(str(tmp_path / f"run-{length}"))
+        with torch.inference_mode():
+            made = vae.decode(vae.encode(to_images(test)).latent_dist.mode()).sample.add(1).div(2).clamp(0, 1)
+        error = np.square(made.flatten(1).numpy() - y).mean()
+        assert rows[length, "ours"]["squared_error"] == pytest.approx(error, rel=1e-3)
     assert Image.open(tmp_path / "map.png").size == (1600, 1600)
     assert labels.max() == 9
     with pytest.raises(DataError, match="idx"):
@@ -238,4 +264,13 @@ def test_prior_samples_of_both_kinds_are_judged_against_real_images(
         assert len(drawn) == 20
         assert Image.open(drawn[0]).size == (32, 32)
         assert record["training_seconds"][name] > 0
-        assert any(str(key).endswith(f"{name}/samples") for key in record["figures"])
+        (figures,) = [v for key, v in record["figures"].items() if str(key).endswith(f"{name}/samples")]
+        assert 0 < figures["frechet"] < math.inf
+    vae = load_autoencoder(str(tmp_path / "variational"))
+    noise = torch.randn((20, 4, 1, 1), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        made = to_pixels(vae.decode(noise[7:8]).sample)[0, :, :, 0]
+    assert np.array_equal(np.asarray(Image.open(drawn[7])), made)  # from N(0, 1)
+    with Image.open(tmp_path / "samples.png") as sheet:  # two rows of either, the variational one's below
+        top, left = 2 * (64 + 16 + 4) + 16, 4 + 7 * (64 + 4)
+        assert np.array_equal(np.asarray(sheet)[top : top + 64 : 2, left : left + 64 : 2, 0], made)

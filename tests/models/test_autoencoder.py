@@ -10,7 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from ldm_vae.errors import ModelError
-from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
+from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL, Stage
 from ldm_vae.models.pretrained import encode_moments, is_variational, last_layer, load_autoencoder, stride_of
 from ldm_vae.models.tiling import reconstruct
 
@@ -192,16 +192,22 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     vae = PatchAutoencoderKL(block_out_channels=(8, 16))
     images = torch.rand(2, 3, 32, 32) * 2 - 1
 
+    calls = []
+    for module in vae.modules():
+        for block in module.blocks if isinstance(module, Stage) else []:
+            block.register_forward_pre_hook(lambda *_: calls.append("forward"))
+
     def gradients() -> list[torch.Tensor]:
         vae.zero_grad()
         vae(images).sample.square().mean().backward()
         return [p.grad.clone() for p in vae.parameters() if p.grad is not None]
 
-    plain = gradients()
+    plain, once = gradients(), len(calls)
     vae.enable_gradient_checkpointing()
     assert vae.is_gradient_checkpointing
     for a, b in zip(plain, gradients(), strict=True):
         assert torch.equal(a, b)
+    assert len(calls) == once + 2 * once > 0  # computed again in the backward pass
 
 
 def test_a_compiled_model_gives_the_same_reconstruction() -> None:

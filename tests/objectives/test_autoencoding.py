@@ -76,9 +76,50 @@ def test_lpips_alone_gives_the_decoder_a_gradient() -> None:
     done = generator_step(
         IMAGES, NOISE, QUALITY, state, objective, adversarial=False, first=True, accelerator=Accelerator()
     )
-    done.terms["lpips"].backward()
+    done.terms["lpips_random"].backward()
     assert gradient_size(state.bare.vae.decoder) > 0
     assert gradient_size(state.bare.vae.encoder) > 0
+
+
+def test_errors_are_weighed_and_divided_by_the_learned_variance() -> None:
+    objective = Objective(perceptual="random", lpips_weight=0.3, learned_logvar=True, kl_weight=0.02)
+    state = make_state(objective)
+    with torch.no_grad():
+        state.bare.logvar.fill_(0.7)
+    done = generator_step(
+        IMAGES, NOISE, QUALITY, state, objective, adversarial=False, first=True, accelerator=Accelerator()
+    )
+    assert state.lpips is not None
+    expected = {
+        "l1": (done.reconstruction - IMAGES).abs().mean() / math.exp(0.7),
+        "lpips_random": 0.3 * state.lpips(done.reconstruction, IMAGES) / math.exp(0.7),
+        "logvar": torch.tensor(0.7),
+        "kl": 0.02 * done.nats_per_pixel,
+    }
+    assert done.terms.keys() == expected.keys()
+    for name, value in expected.items():
+        assert done.terms[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_gradients_are_clipped_to_the_norm_that_was_given() -> None:
+    objective = Objective(perceptual="random", disc_start=0, max_grad_norm=1e-3)
+    state = make_state(objective)
+    assert state.discriminator is not None
+    networks = {"vae": state.bare, "discriminator": state.discriminator}
+    state.optimizers = {
+        name: torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 1.0)
+        for name, network in networks.items()
+    }
+    before = copy.deepcopy(networks)
+    rates = {"vae": 1.0, "discriminator": 1.0}
+    result = train_step(
+        micro_batches(IMAGES, 1), state, objective, step=0, learning_rates=rates, accelerator=Accelerator()
+    )
+    for name, network in networks.items():
+        assert result.terms[f"{name}_grad_norm"] > 0.01  # as it was
+        pairs = zip(network.parameters(), before[name].parameters(), strict=True)
+        moved = torch.cat([(a - b).flatten() for a, b in pairs]).norm().item()
+        assert moved == pytest.approx(1e-3, rel=1e-2), name
 
 
 def test_each_network_has_no_gradient_from_the_others_step() -> None:

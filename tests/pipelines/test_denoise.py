@@ -60,10 +60,11 @@ def test_files_of_all_kinds_are_denoised_past_bad_ones(run: str, tmp_path: Path)
     Image.fromarray(rng.integers(0, 256, (33, 47), np.uint8)).save(tmp_path / "in" / "grey.png")
     Image.fromarray(rng.integers(0, 256, (20, 9, 4), np.uint8)).save(tmp_path / "in" / "transparent.png")
     Image.fromarray(rng.integers(0, 65536, (17, 64), np.uint16)).save(tmp_path / "in" / "deep.png")
+    Image.fromarray(rng.integers(0, 256, (300, 530, 3), np.uint8)).save(tmp_path / "in" / "large.png")  # six tiles
     (tmp_path / "in" / "bad.png").write_bytes(b"nothing")
-    main(Config(vae=run, input=str(tmp_path / "in"), output=tmp_path / "out"))
+    main(Config(vae=run, input=str(tmp_path / "in"), output=tmp_path / "out", tile=True))
     vae = load_autoencoder(run)
-    for name in ("grey", "transparent", "deep"):
+    for name in ("grey", "transparent", "deep", "large"):
         images = to_images(read_pixels((tmp_path / "in" / f"{name}.png").read_bytes()))[None]
         with torch.inference_mode():
             expected = to_pixels(denoise(vae, images))[0]
@@ -75,13 +76,22 @@ def test_files_of_all_kinds_are_denoised_past_bad_ones(run: str, tmp_path: Path)
         main(Config(vae=run, input=str(tmp_path / "empty"), output=tmp_path / "none"))
 
 
-def test_a_level_that_cannot_be_told_is_refused(run: str, photos: Path, tmp_path: Path) -> None:
+def test_a_level_that_cannot_be_told_is_refused(
+    run: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = {"input": str(photos), "output": tmp_path / "out"}
     with pytest.raises(ConfigError, match="cannot be told"):
         main(Config(vae=f"{run}/blind", sigma=25.0, **output))
     for sigma in (-1.0, 51.0, float("nan")):
         with pytest.raises(ConfigError, match="can be told 0 to 50"):
             main(Config(vae=run, sigma=sigma, **output))
-    with pytest.raises(SystemExit) as exit_, one_line_errors():
-        main(parse_flags(Config, description="", args=["--vae", run, "--input", str(tmp_path / "no"), "--output", "x"]))
-    assert exit_.value.code == 2
+    out = ["--output", str(tmp_path / "none")]
+    for words, said in (
+        (["--vae", run, "--input", str(tmp_path / "no")], "no such folder or file"),
+        (["--vae", str(tmp_path / "no"), "--input", str(photos)], "no such model"),
+    ):
+        with pytest.raises(SystemExit) as exit_, one_line_errors():
+            main(parse_flags(Config, description="", args=[*words, *out]))
+        assert exit_.value.code == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert said in line

@@ -13,7 +13,7 @@ from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import load_autoencoder
 from ldm_vae.models.prior import CausalPrior
 from ldm_vae.objectives.autoencoding import TrainableVAE
-from pipelines.explore import Config, Space, channels, drawn, main, neighbours, traversals
+from pipelines.explore import Config, Space, channels, drawn, interpolations, main, neighbours, samples, traversals
 
 ONE = {"block_out_channels": (8,), "encoder_layers_per_block": (1,), "decoder_layers_per_block": (1,)}
 SHEETS = {"samples.png", "interpolations.png", "traversals.png", "neighbours.png", "channels.csv"}
@@ -94,15 +94,71 @@ def test_active_latents_are_counted_as_in_training(activation: str, idle: float)
     assert 0 < sum(shares) < 3
 
 
-def test_an_image_is_its_own_nearest_neighbour_and_traversals_move_it(models: Path) -> None:
+def test_latents_of_a_sparse_autoencoder_are_drawn_where_they_can_be() -> None:
+    torch.manual_seed(0)
+    for activation, low, high in (("relu", 0.0, torch.inf), ("sigmoid", 0.0, 1.0)):
+        vae = PatchAutoencoderKL(latent_channels=3, latent_activation=activation, deterministic=True, **ONE)
+        images = torch.rand(30, 3, 8, 8) * 2 - 1
+        with torch.inference_mode():
+            latents = drawn(Space(vae=vae, images=images, moments=vae.encode(images).latent_dist.parameters), 500, 0)
+        assert low <= latents.min() < latents.max() <= high
+
+
+def picture(sheet: Image.Image, row: int, column: int) -> np.ndarray:
+    """Of 8 x 8 pixels, below its label."""
+    top, left = row * (8 + 16 + 4) + 16, 4 + column * (8 + 4)
+    return np.asarray(sheet)[top : top + 8, left : left + 8]
+
+
+def test_each_picture_of_a_sheet_is_what_its_place_says(models: Path) -> None:
     space = space_of(models / "plain", 20)
     config = Config(data="", output=Path(), rows=3)
-    sheet = np.asarray(neighbours(space, config))
-    first, second = sheet[16:24, 4:12], sheet[16:24, 16:24]
-    assert np.array_equal(first, np.asarray(space_pixels(space, 0)))
-    assert not np.array_equal(first, second)
-    rows = np.asarray(traversals(space, config))
-    assert not np.array_equal(rows[16:24, 4:12], rows[16:24, -12:-4])
+    latents = space.latents
+
+    def made(z: torch.Tensor) -> np.ndarray:
+        return space.decoded(z[None])[0]
+
+    sheet = neighbours(space, config)
+    vectors = latents.flatten(1).double().numpy()
+    for row in range(3):
+        order = np.linalg.norm(vectors - vectors[row], axis=1).argsort()
+        assert order[0] == row
+        for column in range(8):
+            assert np.array_equal(picture(sheet, row, column), space_pixels(space, order[column]))
+
+    sheet = interpolations(space, config)
+    for row in range(3):
+        first, last = latents[2 * row], latents[2 * row + 1]
+        assert np.array_equal(picture(sheet, row, 0), space_pixels(space, 2 * row))
+        assert np.array_equal(picture(sheet, row, 9), space_pixels(space, 2 * row + 1))
+        for step in range(8):
+            expected = made(first + step / 7 * (last - first))
+            assert np.abs(picture(sheet, row, 1 + step).astype(int) - expected).max() <= 1
+
+    sheet = traversals(space, config)
+    deviations = latents.transpose(0, 1).flatten(1).std(dim=1)
+    for row, channel in enumerate(deviations.argsort(descending=True).tolist()):
+        for step in range(8):
+            moved = latents[0].clone()
+            moved[channel] += (6 * step / 7 - 3) * deviations[channel]
+            assert np.abs(picture(sheet, row, step).astype(int) - made(moved)).max() <= 1
+
+    sheet = samples(space, config)
+    for index, z in enumerate(drawn(space, 24, config.seed)):
+        assert np.array_equal(picture(sheet, index // 8, index % 8), made(z))
+
+
+def test_channels_are_measured(models: Path) -> None:
+    space = space_of(models / "a" / "kl", 50)
+    posterior = space.vae.encode(space.images).latent_dist
+    for c, row in enumerate(channels(space)):
+        means, deviations = posterior.mean[:, c].detach().numpy(), posterior.std[:, c].detach().numpy()
+        nats = 0.5 * (means**2 + deviations**2 - 1 - 2 * np.log(deviations))
+        assert row["mean"] == pytest.approx(means.mean(), abs=1e-5)
+        assert row["std"] == pytest.approx(means.std(ddof=1), rel=1e-4)
+        assert row["activity"] == pytest.approx(means.var(ddof=1), rel=1e-4)
+        assert row["posterior_std"] == pytest.approx(np.sqrt(np.square(deviations).mean()), rel=1e-4)
+        assert row["kl_bits"] == pytest.approx(nats.mean() / np.log(2), rel=1e-4)
 
 
 def space_pixels(space: Space, index: int) -> np.ndarray:
@@ -124,3 +180,14 @@ def test_what_cannot_be_explored_is_said(models: Path, photos: Path, tmp_path: P
         main(Config(vae=(str(tmp_path / "finder"),), **output))
     with pytest.raises(ConfigError, match="num-images"):
         main(Config(vae=(str(models / "plain"),), num_images=1, **output))
+
+
+def test_images_of_all_sizes_are_looked_at_past_bad_ones(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    rng = np.random.default_rng(0)
+    for i, size in enumerate(((40, 9), (8, 70), (100, 100), (33, 34))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(tmp_path / "in" / f"{i}.png")
+    (tmp_path / "in" / "bad.png").write_bytes(b"nothing")
+    ways = {"data": str(tmp_path / "in"), "output": tmp_path / "out", "resolution": 16, "rows": 2}
+    main(Config(vae=(str(models / "plain"),), **ways))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == SHEETS

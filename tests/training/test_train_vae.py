@@ -17,15 +17,20 @@ import diffusers
 import numpy as np
 import processes
 import pytest
+import tifffile
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from processes import ENVIRONMENT, ROOT, metrics, run_until_killed, wait_for
+from processes import ENVIRONMENT, LAUNCH, ON_CPU, ROOT, metrics, run_until_killed, trainer_below, wait_for
+from skimage.metrics import peak_signal_noise_ratio
 
+from benchmarks import reconstruction
+from ldm_vae.data.images import to_pixels
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, LdmVaeError, RunError, one_line_errors
 from ldm_vae.models.pretrained import load_autoencoder
+from ldm_vae.pictures import reconstruction_grid, validation_images
 from ldm_vae.state import state_tensors
 from training import train_vae
 from training.train_vae import PRESETS, Config, build, main
@@ -168,7 +173,7 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 def test_a_stop_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on(
     launcher: list[str], whole: Config, tmp_path: Path
 ) -> None:
-    """The signal goes to the trainer and all its workers, or to Accelerate's launcher alone."""
+    """Ctrl-C goes to the trainer and all its workers, a container's signal to Accelerate's launcher alone."""
     config = replace(whole, output=tmp_path / "stopped")
     command = [sys.executable, *launcher, SCRIPT, *flags(config)]
     process = subprocess.Popen(
@@ -179,15 +184,30 @@ def test_a_stop_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_go
     if launcher:
         process.send_signal(signal.SIGTERM)
     else:
-        os.killpg(process.pid, signal.SIGTERM)  # its loader's workers get it, too
+        os.killpg(process.pid, signal.SIGINT)  # its loader's workers get it, too
     output, _ = process.communicate(timeout=120)  # until the trainer, too, has closed its output
     assert process.returncode == (-signal.SIGTERM if launcher else 0)
-    assert "stopped by SIGTERM after step" in output
+    assert f"stopped by {'SIGTERM' if launcher else 'SIGINT'} after step" in output
     (checkpoint,) = (config.output / "checkpoints").iterdir()
     assert 3 <= int(checkpoint.name.removeprefix("step-")) < 30
     main(config)
     x, y = state(config.output, 30), state(whole.output, 30)
     assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_a_signal_to_one_process_of_two_stops_both_after_the_same_step(whole: Config, tmp_path: Path) -> None:
+    config = replace(whole, output=tmp_path / "stopped")
+    command = [*LAUNCH, "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0", SCRIPT]
+    process = subprocess.Popen([*command, *flags(config)], env=ON_CPU, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    log = config.output / "metrics.jsonl"
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 3, process)
+    os.kill(trainer_below(process), signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    (checkpoint,) = (config.output / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert 3 <= step < 30
+    assert f"after step {step}: run it again to go on" in output
 
 
 def test_a_finished_run_is_left_as_it_is(reference: Path, photos: Path) -> None:
@@ -233,17 +253,90 @@ def test_every_term_is_logged_by_its_name(reference: Path) -> None:
     lines = metrics(reference)
     assert [m["step"] for m in lines if "learning_rate" in m] == [1, 2, 3, 4, 5, 6]
     early, late = lines[0], next(m for m in lines if m["step"] == 6)
-    always = {"l1", "lpips", "kl", "vae_grad_norm", "images_per_second", "waiting_for_data", "seconds", "skipped_steps"}
+    always = {
+        "l1",
+        "lpips_random",
+        "kl",
+        "vae_grad_norm",
+        "images_per_second",
+        "waiting_for_data",
+        "seconds",
+        "skipped_steps",
+    }
     channels = {f"{name}/{c}" for name in ("kl_bits", "latents_mean", "latents_std") for c in range(8)}
     adversarial = {"adversarial", "discriminator", "discriminator_accuracy", "discriminator_grad_norm"}
     assert always | channels <= early.keys()
     assert not adversarial & early.keys()
     assert always | channels | adversarial | {"adaptive_weight"} <= late.keys()
+    first, second = (m for m in lines if m["step"] in (3, 4) and "l1" in m)
+    assert first["adaptive_weight"] == first["adversarial"] == 0  # each line has the weight of its own step
+    assert second["adaptive_weight"] > 0
+    assert second["adversarial"] != 0
     assert any("val_psnr" in m for m in lines)
-    assert (reference / "samples" / "step-6.png").exists()
     record = json.loads((reference / "config.json").read_text())
     assert record["config"]["kl_weight"] == 1e-4
     assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_the_model_and_the_pictures_of_a_run_are_of_the_averaged_weights(reference: Path, photos: Path) -> None:
+    saved = load_autoencoder(str(reference))
+    checkpoint = state(reference)
+    parameters = dict(saved.named_parameters())
+    for i, (name, parameter) in enumerate(parameters.items()):
+        assert torch.equal(parameter, checkpoint[f"ema/shadow/{i}"]), name
+    assert not all(torch.equal(parameter, checkpoint[f"vae/vae.{name}"]) for name, parameter in parameters.items())
+    images, _ = validation_images(open_source(str(photos)), side=32)
+    with torch.inference_mode():
+        made = torch.cat([saved(i[None]).sample for i in images])
+    expected = np.asarray(reconstruction_grid(images[:8], made[:8])).astype(int)
+    with Image.open(reference / "samples" / "step-6.png") as grid:
+        assert np.abs(np.asarray(grid).astype(int) - expected).max() <= 4  # of errors, enlarged
+    (line,) = [m for m in metrics(reference) if "val_psnr" in m]
+    values = [
+        peak_signal_noise_ratio(a, b, data_range=255) for a, b in zip(to_pixels(images), to_pixels(made), strict=True)
+    ]
+    assert line["val_psnr"] == pytest.approx(np.mean(values), abs=0.01)
+
+
+def test_images_of_five_channels_go_all_the_way(tmp_path: Path) -> None:
+    """Arrays and pages, into every loss, a saved model and the benchmark's figures."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(6):
+        pixels = np.kron(rng.integers(0, 256, (5, 6, 5)), np.ones((8, 8, 1))).astype(np.uint8)
+        np.save(folder / f"{i}.npy", pixels)
+        tifffile.imwrite(folder / f"{i}.tif", np.moveaxis(pixels, 2, 0), photometric="minisblack")
+    config = config_for(folder, tmp_path / "run", channels=5, lpips_channels=(4, 2, 0), steps=3, disc_start=1)
+    main(config)
+    lines = metrics(config.output)
+    assert {"lpips_random", "discriminator", "bad_images"} <= lines[-2].keys()
+    assert lines[-2]["bad_images"] == 0
+    reconstruction.main(
+        reconstruction.Config(
+            vae=(str(config.output),), data=str(folder), output=tmp_path / "out", full=True, perceptual="none"
+        )
+    )
+    rows = {r["image"]: float(r["psnr"]) for r in csv.DictReader((tmp_path / "out" / "per_image.csv").open())}
+    assert len(rows) == 12
+    vae = load_autoencoder(str(config.output))
+    images = torch.from_numpy(np.load(folder / "3.npy")).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.inference_mode():
+        made = to_pixels(vae(images).sample)[0]
+    expected = peak_signal_noise_ratio(np.load(folder / "3.npy"), made, data_range=255)
+    assert rows["3.npy"] == rows["3.tif"] == pytest.approx(expected, abs=0.01)
+
+
+def test_the_scale_of_latents_that_will_be_others_is_forgotten(photos: Path, tmp_path: Path) -> None:
+    main(config_for(photos, tmp_path / "first", steps=1))
+    vae = load_autoencoder(str(tmp_path / "first"))
+    channels = vae.config.latent_channels
+    vae.register_to_config(latents_mean=[0.5] * channels, latents_std=[2.0] * channels)
+    vae.save_pretrained(tmp_path / "first" / "vae")
+    for train, mean in (("all", None), ("decoder", [0.5] * channels)):
+        config = config_for(photos, tmp_path / train, steps=1, init=str(tmp_path / "first"), train=train)
+        main(config)
+        assert load_autoencoder(str(config.output)).config.latents_mean == mean
 
 
 def test_the_mean_and_deviation_that_are_logged_are_those_of_the_latents(photos: Path, tmp_path: Path) -> None:
