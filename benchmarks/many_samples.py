@@ -77,7 +77,7 @@ def children() -> set[str]:
 
 
 def held(process: str) -> dict[str, float]:
-    """MiB; Rss counts what it shares with the process that it was forked from, Private does not."""
+    """MiB; of what it shares with other processes Rss counts all, Pss this one's part, and Private nothing."""
     return mebibytes(Path(f"/proc/{process}/smaps_rollup").read_text())
 
 
@@ -118,6 +118,7 @@ def measure(config: Config, position: int) -> dict[str, Any]:
         "before_mib": before / 2**20,
         "resident_mib": resident("VmRSS") / 2**20,
         "worker_resident_mib": max(held(c)["Rss"] for c in workers),
+        "worker_share_mib": max(held(c)["Pss"] for c in workers),
         "worker_private_mib": max(held(c)["Private_Clean"] + held(c)["Private_Dirty"] for c in workers),
     }
 
