@@ -3,18 +3,18 @@
 python benchmarks/any_size.py --model RUN_OR_MODEL --output DIR
 
 The model needs a codec's tables. Each size is one procedural picture, repeated; each command is a process of its own,
-of which the system says how much of its memory was resident at most.
+of which /proc says how much of its memory was resident at most.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from ldm_vae.data.procedural import ProceduralSource
 from ldm_vae.errors import ConfigError, RunError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json
 from ldm_vae.runs import git_revision, versions
-from ldm_vae.timing import describe_machine
+from ldm_vae.timing import describe_machine, resident
 
 ROOT = Path(__file__).parent.parent
 TILE = 1024
@@ -72,14 +72,19 @@ def write_progressive(picture: Path, file: Path) -> None:
 
 def measured(words: list[str]) -> dict[str, float]:
     """Seconds of a command, and the peak of its resident memory in MiB. Raises RunError."""
-    began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    said = process.stderr.read().decode(errors="replace")
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RunError(f"{' '.join(words)}: {(said.strip().splitlines() or ['no reason given'])[-1]}")
-    return {"seconds": time.perf_counter() - began, "resident_mib": usage.ru_maxrss / 1024}
+    began, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said)
+        while process.poll() is None:  # what the system says of it in the end is at least what this process has held
+            with suppress(OSError):
+                peak = max(peak, resident("VmHWM", process.pid))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - began
+        said.seek(0)
+        lines = said.read().decode(errors="replace").strip().splitlines()
+    if process.returncode:
+        raise RunError(f"{' '.join(words)}: {(lines or ['no reason given'])[-1]}")
+    return {"seconds": seconds, "resident_mib": peak / 2**20}
 
 
 def table(results: dict[str, Any], sides: tuple[int, ...]) -> str:

@@ -95,11 +95,12 @@ def return_free_memory() -> None:
         trim(0)
 
 
-def resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def resident(field: str, process: int | str = "self") -> int:
+    """Bytes, by /proc. Raises OSError where it does not say, as of processes that have ended."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"no {field} in /proc/self/status")
+    raise OSError(f"no {field} in /proc/{process}/status")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, *, seconds: float = 2.0) -> float:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.any_size import TILE, Config, main, write_picture
+from benchmarks.any_size import TILE, Config, main, measured, write_picture
 from ldm_vae.codec.fitting import fit_tables
 from ldm_vae.data.sources import open_source
+from ldm_vae.errors import RunError
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 
 
@@ -23,6 +24,15 @@ def test_the_picture_has_its_size_and_no_two_tiles_beside_each_other_alike(tmp_p
     alpha = np.asarray(Image.open(tmp_path / "b.png"))[:, :, 3]
     assert 0.1 < (alpha == 0).mean() < 0.9
     assert set(np.unique(alpha)) == {0, 255}
+
+
+def test_what_this_process_has_held_is_not_taken_for_a_commands() -> None:
+    held = np.ones(600 * 2**20, np.uint8)
+    found = measured(["-c", "import time; x = bytearray(200 << 20); time.sleep(0.3)"])
+    assert 200 < found["resident_mib"] < 300 < held.nbytes / 2**20
+    assert 0.3 < found["seconds"] < 30
+    with pytest.raises(RunError, match="no such thing"):
+        measured(["-c", "import sys; sys.exit('no such thing')"])
 
 
 @pytest.mark.slow

@@ -217,4 +217,5 @@ def test_a_compiled_model_gives_the_same_reconstruction() -> None:
     with torch.no_grad():
         plain = vae(images).sample
         vae.compile_repeated_blocks()
+        assert any(module._compiled_call_impl is not None for module in vae.modules())
         assert torch.allclose(vae(images).sample, plain, atol=1e-5)

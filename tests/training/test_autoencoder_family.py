@@ -57,6 +57,19 @@ def test_a_denoiser_beats_its_input_on_images_it_never_saw_blind_and_told(tmp_pa
     assert any("val_psnr" in m for m in metrics(tmp_path))
 
 
+@pytest.mark.parametrize("corruption", ["masking:0.5", "poisson:10"])
+def test_other_damage_is_undone_in_part_on_images_it_never_saw(corruption: str, tmp_path: Path) -> None:
+    main(config_for("plain", tmp_path, corruption=corruption, learning_rate=2e-3, steps=80))
+    vae = load_autoencoder(str(tmp_path))
+    gains = []
+    for i, clean in enumerate(held_out()):
+        damaged = parse_corruption(corruption)(clean, np.random.default_rng(i))[0]
+        with torch.inference_mode():
+            made = to_pixels(reconstruct(vae, to_images(damaged)[None]))
+        gains.append(psnr(clean[None], made)[0] - psnr(clean[None], damaged[None])[0])
+    assert np.mean(gains) > 1
+
+
 @pytest.mark.parametrize("sparsity", ["l1", "kl"])
 def test_more_weight_on_sparsity_leaves_fewer_latents_active(sparsity: Any, tmp_path: Path) -> None:
     active = []

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from PIL import Image
 from processes import ENVIRONMENT, LAUNCH, ON_CPU, ROOT, metrics, run_until_killed, trainer_below, wait_for
 from skimage.metrics import peak_signal_noise_ratio
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import reconstruction
 from ldm_vae.data.images import to_pixels
@@ -565,7 +566,9 @@ def test_every_option_trains(changes: dict[str, Any], photos: Path, tmp_path: Pa
     assert lines[-1]["step"] == 3
     assert all(np.isfinite(v) for m in lines for v in m.values())
     if config.tracker == "tensorboard":
-        assert list(config.output.rglob("events.out.tfevents*"))
+        files = [EventAccumulator(str(f)).Reload() for f in config.output.rglob("events.out.tfevents*")]
+        logged = {e.step: e.value for f in files if "kl" in f.Tags()["scalars"] for e in f.Scalars("kl")}
+        assert logged == pytest.approx({m["step"]: m["kl"] for m in lines if "kl" in m}, rel=1e-6)
 
 
 def test_parts_that_have_no_names_are_not_compiled_one_by_one(photos: Path, tmp_path: Path) -> None:
