@@ -168,7 +168,7 @@ def by_components(
 def scorings(config: Config, side: int) -> dict[str, tuple[float, float, float]]:
     """Of PCA's errors, as ours are: blur and surroundings, in pixels of an image reduced to this side, and share."""
     if config.dataset == "fashion-mnist":
-        return {"smooth": (config.blur, 0.0, config.share)}
+        return {"smooth": (config.blur, config.surroundings, config.share)}
     size = side / 256 / config.scale
     return {
         "smooth": (size * config.blur, 0.0, config.share),
