@@ -24,8 +24,7 @@ demo: setup
 		--perceptual random --output runs/demo/reconstruction
 	$(BIN)/python training/cache_latents.py --vae runs/demo --data procedural:shapes --num-images 8000 --resolution 32 \
 		--output runs/demo/latents
-	$(BIN)/python training/train_diffusion.py tiny --latents runs/demo/latents --output runs/demo/diffusion --steps 800 \
-		--batch-size 64 --learning-rate 1e-3 --num-workers 0 --checkpoint-every 200 --sample-every 400
+	$(BIN)/python training/train_diffusion.py demo --latents runs/demo/latents --output runs/demo/diffusion
 	$(BIN)/python pipelines/generate.py --model runs/demo/diffusion --output runs/demo/generated --num-images 80 \
 		--guidance-scale 2 --steps 20
 	@echo "Look at runs/demo/samples/, runs/demo/reconstruction/ and runs/demo/generated/contact_sheet.png;"

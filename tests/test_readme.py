@@ -55,7 +55,7 @@ def run(words: list[str]) -> None:
     name = Path(words[0]).stem
     args = words[1:] + shlex.split(SMALLER.get(f"{name} {words[1]}", SMALLER.get(name, "")))
     if name == "train_diffusion":
-        args[0] = "tiny"
+        args[0] = "demo"
     if name == "reconstruction" and "--perceptual" not in args:
         args += ["--perceptual", "random"]
     script, config = parsed([words[0], *args])

@@ -90,6 +90,20 @@ class Config(Training, Objective):
 
 
 PRESETS = {
+    "demo": (
+        "3 M parameters: minutes on two CPU cores",
+        Config(
+            denoiser="demo",
+            batch_size=64,
+            learning_rate=2e-3,
+            steps=1000,
+            mixed_precision="no",
+            num_workers=0,
+            sample_every=500,
+            checkpoint_every=250,
+            ema_decay=0.995,
+        ),
+    ),
     "tiny": (
         "11 M parameters: small latents on a CPU",
         Config(denoiser="tiny", batch_size=64, learning_rate=1e-3, steps=5000),

@@ -1,4 +1,4 @@
-"""The denoiser: diffusers' UNet2DModel in three sizes, for latents of any size and channel count."""
+"""The denoiser: diffusers' UNet2DModel in four sizes, for latents of any size and channel count."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+CONVOLUTIONAL: dict[str, Any] = {
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 64,
+    "resnet_time_scale_shift": "scale_shift",
+}
 DENOISERS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "block_out_channels": (128, 256),
-        "down_block_types": ("DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1,
-        "attention_head_dim": 64,
-        "resnet_time_scale_shift": "scale_shift",
-    },
+    "demo": {"block_out_channels": (64, 128), **CONVOLUTIONAL},
+    "tiny": {"block_out_channels": (128, 256), **CONVOLUTIONAL},
     "small": {
         "block_out_channels": (128, 256, 384),
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),

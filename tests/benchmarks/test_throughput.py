@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
-from benchmarks.throughput import MEASURES, Config, earlier_run, main, slower
+from benchmarks.throughput import MEASURES, Config, autoencoder_stages, earlier_run, main, slower
 from ldm_vae.errors import ConfigError
 
 
@@ -40,6 +41,19 @@ def test_every_stage_is_measured_beside_diffusers(tmp_path: Path) -> None:
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ConfigError, match="is no record of this benchmark"):
             earlier_run(tmp_path / "other.json", record)
+
+
+def test_with_all_losses_a_step_is_one_of_both_networks(tmp_path: Path) -> None:
+    config = Config(output=tmp_path, models=("demo",), losses="all", resolution=64, batch_size=1, side=32)
+    stage = autoencoder_stages(config, Accelerator(cpu=True))["demo: step"]
+    (state,) = stage.call.args  # type: ignore[attr-defined]
+    networks = (state.bare, state.discriminator)
+    before = [[p.detach().clone() for p in network.parameters()] for network in networks]
+    stage.call()
+    for network, values in zip(networks, before, strict=True):
+        assert any((p != value).any() for p, value in zip(network.parameters(), values, strict=True))
+    assert state.lpips is not None
+    assert float(state.adaptive_weight) != 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def test_presets_have_the_parameters_that_the_help_names() -> None:
         sizes = {"latent_channels": 4, "sample_size": (8, 8), "num_classes": 10}
         denoisers = {name: make_denoiser(name, **sizes) for name in DENOISERS}
     millions = {name: sum(p.numel() for p in d.parameters()) / 1e6 for name, d in denoisers.items()}
-    assert millions == pytest.approx({"tiny": 11.2, "small": 42.9, "base": 171.3}, abs=0.1)
+    assert millions == pytest.approx({"demo": 2.8, "tiny": 11.2, "small": 42.9, "base": 171.3}, abs=0.1)
 
 
 def test_any_size_is_padded_to_the_next_multiple_and_cut_again() -> None:
@@ -31,7 +31,7 @@ def test_any_size_is_padded_to_the_next_multiple_and_cut_again() -> None:
 
 def test_the_last_class_is_no_class() -> None:
     torch.manual_seed(0)
-    unet = make_denoiser("tiny", latent_channels=2, sample_size=(4, 4), num_classes=3).eval()
+    unet = make_denoiser("demo", latent_channels=2, sample_size=(4, 4), num_classes=3).eval()
     assert num_classes_of(unet) == 3
     noisy = torch.randn(1, 2, 4, 4).expand(4, -1, -1, -1)
     with torch.no_grad():

@@ -35,7 +35,7 @@ def measured_vae() -> PatchAutoencoderKL:
 
 def test_the_loss_is_that_of_rectified_flow_written_out(photos: Path) -> None:
     rows, vae = rows_for(photos), measured_vae()
-    unet = make_denoiser("tiny", latent_channels=4, sample_size=(4, 4), num_classes=2).eval()
+    unet = make_denoiser("demo", latent_channels=4, sample_size=(4, 4), num_classes=2).eval()
     batch = collate_rows([rows[position] for position in (20, 3)])
     with torch.no_grad():
         scaled = scaled_latents_of(batch, vae, encoded=False)
@@ -91,7 +91,7 @@ def test_validation_has_the_same_images_and_noise_in_batches_of_any_size(photos:
 
 def test_min_snr_weighs_each_image(photos: Path) -> None:
     rows, vae = rows_for(photos), measured_vae()
-    unet = make_denoiser("tiny", latent_channels=4, sample_size=(4, 4), num_classes=2).eval()
+    unet = make_denoiser("demo", latent_channels=4, sample_size=(4, 4), num_classes=2).eval()
     batch = collate_rows([rows[position] for position in range(3)])
     batch = replace(batch, timesteps=torch.tensor([100.0, 500.0, 900.0]))
     with torch.no_grad():

@@ -26,7 +26,7 @@ def test_a_lost_machine_ends_the_launch_and_the_same_command_goes_on(
         words = ["demo", "--data", str(photos), *SMALL, "--perceptual", "none", "--adversarial", "none"]
         trainer, part = train_vae, "vae"
     else:
-        words = ["tiny", "--vae", str(vae), "--data", str(photos), *SMALL]
+        words = ["demo", "--vae", str(vae), "--data", str(photos), *SMALL]
         trainer, part = train_diffusion, "unet"
     run = tmp_path / "run"
     nodes = launch_machines(script, [*words, "--output", str(run)], 2)

@@ -28,7 +28,7 @@ from training import cache_latents, train_diffusion
 from training.train_diffusion import PRESETS, Config, build, main, open_data
 
 SCRIPT = str(ROOT / "training" / "train_diffusion.py")
-TINY = PRESETS["tiny"][1]
+DEMO = PRESETS["demo"][1]
 PARTS = ("unet", "ema", "optimizer")
 
 
@@ -46,7 +46,7 @@ def cache(photos: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def config_for(cache: Path | None, output: Path, **changes: Any) -> Config:
     """Small and exact: 6 steps of 8 latents of 4x4, a checkpoint each second step."""
     base = replace(
-        TINY,
+        DEMO,
         latents=cache,
         output=output,
         flip=True,
@@ -65,7 +65,7 @@ def config_for(cache: Path | None, output: Path, **changes: Any) -> Config:
 
 
 def words(config: Config) -> list[str]:
-    return ["tiny", *flags(config, TINY)]
+    return ["demo", *flags(config, DEMO)]
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +388,7 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
 
 
 def test_the_script_itself_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPT, "tiny", "--latents", str(tmp_path / "no"), "--output", str(tmp_path / "run")]
+    command = [sys.executable, SCRIPT, "demo", "--latents", str(tmp_path / "no"), "--output", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line]

@@ -30,6 +30,7 @@ from ldm_vae.data.images import to_pixels
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, LdmVaeError, RunError, one_line_errors
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import load_autoencoder
 from ldm_vae.pictures import reconstruction_grid, validation_images
 from ldm_vae.state import state_tensors
@@ -338,6 +339,25 @@ def test_the_scale_of_latents_that_will_be_others_is_forgotten(photos: Path, tmp
         config = config_for(photos, tmp_path / train, steps=1, init=str(tmp_path / "first"), train=train)
         main(config)
         assert load_autoencoder(str(config.output)).config.latents_mean == mean
+
+
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_a_run_starts_from_an_autoencoder_on_the_hub_by_its_id(
+    subfolder: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As huggingface_hub keeps what it downloaded: a repository of the autoencoder alone, and one of a pipeline."""
+    folder = tmp_path / "hub" / "models--someone--vae"
+    torch.manual_seed(1)
+    vae = PatchAutoencoderKL(block_out_channels=(16, 32))
+    vae.save_pretrained(folder / "snapshots" / "0123abcd" / subfolder)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    main(config_for(photos, tmp_path / "run", steps=1, init="someone/vae", train="decoder"))
+    trained = load_autoencoder(str(tmp_path / "run"))
+    torch.testing.assert_close(trained.encoder.state_dict(), vae.encoder.state_dict(), rtol=0, atol=0)
+    with pytest.raises(LdmVaeError, match="someone/other could not be had from the hub"):
+        main(config_for(photos, tmp_path / "other", steps=1, init="someone/other"))
 
 
 def test_the_mean_and_deviation_that_are_logged_are_those_of_the_latents(photos: Path, tmp_path: Path) -> None:
