@@ -50,5 +50,5 @@ def test_three_ways_to_a_batch_are_measured_in_turns(
 def test_an_unknown_vae_or_denoiser_is_one_clear_error(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no VAE f9c9: try demo"):
         main(Config(data=str(photos), output=tmp_path, vae=("f9c9",)))
-    with pytest.raises(ConfigError, match="no denoiser huge: try tiny"):
+    with pytest.raises(ConfigError, match="no denoiser huge: try demo, tiny"):
         main(Config(data=str(photos), output=tmp_path, denoiser="huge"))

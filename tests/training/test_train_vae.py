@@ -346,12 +346,12 @@ def test_a_run_starts_from_an_autoencoder_on_the_hub_by_its_id(
     subfolder: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As huggingface_hub keeps what it downloaded: a repository of the autoencoder alone, and one of a pipeline."""
-    folder = tmp_path / "hub" / "models--someone--vae"
+    folder, commit = tmp_path / "hub" / "models--someone--vae", "0123abcd" * 5
     torch.manual_seed(1)
     vae = PatchAutoencoderKL(block_out_channels=(16, 32))
-    vae.save_pretrained(folder / "snapshots" / "0123abcd" / subfolder)
+    vae.save_pretrained(folder / "snapshots" / commit / subfolder)
     (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("0123abcd")
+    (folder / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     main(config_for(photos, tmp_path / "run", steps=1, init="someone/vae", train="decoder"))
     trained = load_autoencoder(str(tmp_path / "run"))
