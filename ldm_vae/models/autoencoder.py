@@ -383,4 +383,4 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "decoder_layers_per_block": (2, 3, 5),
     },
 }
-"""Keywords of PatchAutoencoderKL for each preset; the README says what they are for."""
+"""Keywords of PatchAutoencoderKL for each preset; docs/training.md says what they are for."""
