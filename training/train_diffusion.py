@@ -99,7 +99,6 @@ PRESETS = {
             steps=1000,
             mixed_precision="no",
             num_workers=0,
-            sample_every=500,
             checkpoint_every=250,
             ema_decay=0.995,
         ),

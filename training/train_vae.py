@@ -134,7 +134,6 @@ PRESETS = {
             spectral_norm=True,
             disc_start=800,
             learning_rate=2e-3,
-            disc_learning_rate=2e-4,
             sample_every=250,
             checkpoint_every=250,
             ema_decay=0.99,
