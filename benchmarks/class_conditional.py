@@ -24,10 +24,12 @@ from ldm_vae.config import as_json, differences, parse_config
 from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
 from ldm_vae.errors import RunError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json
+from ldm_vae.objectives.diffusion import SCHEDULERS
 from ldm_vae.runs import git_revision, versions
 from ldm_vae.timing import describe_machine, seconds_of_script
 
 ROOT = Path(__file__).parent.parent
+DEFAULT_SCHEDULER = next(iter(SCHEDULERS["flow"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class Config:
     """Of the diffusion model."""
     batch_size: int = 64
     learning_rate: float = 1e-3
+    min_snr_gamma: float | None = None
     num_workers: int = 0
     """Of the diffusion model's training; on a GPU a step is over before one process has read the next batch."""
     flip: bool = False
@@ -65,8 +68,10 @@ class Config:
     interval_scales: tuple[float, ...] = (1.5, 2.0, 3.0)
     """In the guidance interval only."""
     guidance_interval: tuple[float, float] = (0.3, 0.8)
+    scheduler: str = "sde-dpmsolver++"
+    """At each guidance scale."""
     sampling_steps: int = 20
-    compared_steps: tuple[int, ...] = (10, 250)
+    compared_steps: tuple[int, ...] = (10, 20, 250)
     """Of the default scheduler, without guidance."""
     seed: int = 0
 
@@ -74,7 +79,17 @@ class Config:
 PRESETS = {
     "fashion-mnist": (
         "28x28 grey clothes padded to 32x32, 10 classes",
-        Config(classifier_widths=(64, 128, 256), classifier_erase=0.5, classifier_epochs=16),
+        Config(
+            vae_steps=2000,
+            denoiser="demo",
+            steps=6400,
+            learning_rate=2e-3,
+            min_snr_gamma=5.0,
+            mixed_precision="no",
+            classifier_widths=(64, 128, 256),
+            classifier_erase=0.5,
+            classifier_epochs=16,
+        ),
     ),
     "flowers64": (
         "64x64 photos of flowers, 5 classes",
@@ -146,6 +161,7 @@ def train(config: Config, data: str, test: str) -> dict[str, float]:
             *("--steps", config.steps, "--batch-size", config.batch_size, "--learning-rate", config.learning_rate),
             *("--num-workers", config.num_workers, "--sample-every", 1000, *every),
             *(["--flip"] if config.flip else []),
+            *(["--min-snr-gamma", config.min_snr_gamma] if config.min_snr_gamma else []),
         ),
     }
     for part, folder in {"vae": vae, "cache": cache, "diffusion": run}.items():
@@ -168,16 +184,16 @@ def judge(config: Config, data: str, test: str) -> None:
     sets = [config.output / "reconstructions"]
     script("pipelines/reconstruct.py", "--vae", config.output / "vae", "--input", other, "--output", sets[0])
     low, high = config.guidance_interval
-    settings = [(f"guidance {s:g}", s, (0.0, 1.0), config.sampling_steps) for s in config.guidance_scales]
-    within = f"in {low:g} to {high:g}"
-    settings += [(f"guidance {s:g} {within}", s, (low, high), config.sampling_steps) for s in config.interval_scales]
-    settings += [("guidance 1", 1.0, (0.0, 1.0), steps) for steps in config.compared_steps]
-    for name, scale, interval, steps in settings:
-        sets.append(config.output / f"{name}, {steps} steps")
+    guided = [(f"guidance {s:g}", s, (0.0, 1.0)) for s in config.guidance_scales]
+    guided += [(f"guidance {s:g} in {low:g} to {high:g}", s, (low, high)) for s in config.interval_scales]
+    settings = [(*one, config.sampling_steps, config.scheduler) for one in guided]
+    settings += [("guidance 1", 1.0, (0.0, 1.0), steps, DEFAULT_SCHEDULER) for steps in config.compared_steps]
+    for name, scale, interval, steps, scheduler in settings:
+        sets.append(config.output / f"{name}, {steps} steps of {scheduler}")
         script(
             *("pipelines/generate.py", "--model", config.output / "diffusion", "--output", sets[-1]),
             *("--num-images", config.num_images, "--guidance-scale", scale, "--guidance-interval", *interval),
-            *("--steps", steps, "--seed", config.seed, "--batch-size", 100),
+            *("--steps", steps, "--scheduler", scheduler, "--seed", config.seed, "--batch-size", 100),
             *("--mixed-precision", config.mixed_precision),
         )
     named = [word for folder in sets for word in ("--samples", folder)]

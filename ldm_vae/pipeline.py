@@ -25,7 +25,8 @@ from ldm_vae.objectives.diffusion import NUM_TIMESTEPS, prediction_of, set_times
 from ldm_vae.sampling import (
     Sampling,
     Seed,
-    check_frames,
+    adds_noise,
+    check_interpolation,
     check_scheduler,
     common_count,
     generators_for,
@@ -150,11 +151,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         count = common_count(num_images, **several, image=images, mask_image=mask)
         known = None if images is None else spread(self.encode(images), count)
         size = self.latent_size(height, width, latents) if known is None else tuple(known.shape[-2:])
-        noise = self.noise_for(generator, count, size) if latents is None else self.check_noise(latents, count, size)
+        own = generators_for(generator, count)
+        noise = self.noise_for(own, count, size) if latents is None else self.check_noise(latents, count, size)
         made = self.denoise(
             noise,
             spread(labels, count),
             sampling,
+            generators=own,
             known=known,
             mask=None if mask is None else self.mask_of_latents(mask),
             callback=callback_on_step_end,
@@ -175,7 +178,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
         The first and last are the images of the two seeds. `options` are those of a call.
         """
-        check_frames(num_images)
+        check_interpolation(num_images, self.scheduler)
         size = self.latent_size(options.pop("height", None), options.pop("width", None), None)
         a, b = (self.noise_for(seed, 1, size) for seed in (seed_a, seed_b))
         frames = torch.cat([slerp(a, b, i / (num_images - 1)) for i in range(num_images)])
@@ -200,7 +203,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         `options` are those of `sampling.Sampling`, with a strength of 0.5 unless given.
         """
         check_output_type(output_type)
-        check_frames(num_images)
+        check_interpolation(num_images, self.scheduler)
         sampling = Sampling(**{"strength": 0.5, **options})
         pair = self.images_for([image_a, image_b])
         if len(pair) != 2:
@@ -234,6 +237,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         labels: Tensor | None,
         sampling: Sampling,
         *,
+        generators: list[torch.Generator] | None = None,
         known: Tensor | None = None,
         mask: Tensor | None = None,
         callback: Callback | None = None,
@@ -242,6 +246,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """Noise (N, c, h, w) and labels (N,), None for no class -> scaled latents (N, c, h, w).
 
         Args:
+            generators: one an image, for the noise of a scheduler that adds some in each step.
             known: scaled latents of images to start from, noised as far as the strength says.
             mask: bool (N, 1, h, w); where it is False, the latents after each step are the known ones with the noise
                 of that time (Lugmayr et al. 2022, equation 8, without resampling, and one noise for all times).
@@ -259,11 +264,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(begin)
         timesteps = self.scheduler.timesteps[begin:]
+        noisy = {"generator": generators} if adds_noise(self.scheduler) else {}
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, timestep in enumerate(timesteps):
                 now, then = levels[begin + i : begin + i + 2]
                 output = self.predict(latents, now.time, labels, sampling.guidance_at(now.time))
-                latents = self.scheduler.step(output, timestep, latents, return_dict=False)[0]
+                latents = self.scheduler.step(output, timestep, latents, **noisy, return_dict=False)[0]
                 if mask is not None and known is not None:
                     latents = torch.where(mask, latents, then.noised(known, noise))
                 if callback is not None:

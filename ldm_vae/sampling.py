@@ -57,17 +57,21 @@ class NoiseLevel:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raises ValueError for one whose noise levels are not known here, or that draws noise for all images at once."""
+    """Raises ValueError for one whose noise levels are not known here, or that draws noise without generators."""
     known = {c.__name__: c for fitting in SCHEDULERS.values() for c, _ in fitting.values()}
     if not any(isinstance(scheduler, c) for c in known.values()):
         names = ", ".join(sorted(known))
         raise ValueError(f"{type(scheduler).__name__} is not a scheduler that is known here: use one of {names}")
-    stochastic = scheduler.config.get("stochastic_sampling") or "sde" in str(scheduler.config.get("algorithm_type"))
-    if stochastic:
+    if scheduler.config.get("stochastic_sampling"):
         raise ValueError(
-            f"this {type(scheduler).__name__} adds noise in each step, which would not be that of an image's own seed: "
-            "set algorithm_type to dpmsolver++, or stochastic_sampling to False"
+            f"this {type(scheduler).__name__} adds noise in each step that is not of an image's own seed: "
+            "set stochastic_sampling to False, or take sde-dpmsolver++"
         )
+
+
+def adds_noise(scheduler: Any) -> bool:
+    """Whether its steps take generators and draw noise: it solves the reverse SDE, not the ODE of equal marginals."""
+    return "sde" in str(scheduler.config.get("algorithm_type"))
 
 
 def noise_levels(scheduler: Any) -> list[NoiseLevel]:
@@ -128,6 +132,12 @@ def common_count(num_images: int, **given: Any) -> int:
     return count
 
 
-def check_frames(num_images: int) -> None:
+def check_interpolation(num_images: int, scheduler: Any) -> None:
+    """Raises ValueError."""
     if num_images < 2:
         raise ValueError(f"num_images is {num_images}: an interpolation has at least its two ends")
+    if adds_noise(scheduler):
+        raise ValueError(
+            f"this {type(scheduler).__name__} adds noise in each step, in which frames would differ at random: "
+            "set algorithm_type to dpmsolver++"
+        )

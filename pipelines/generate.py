@@ -57,7 +57,7 @@ class Config:
     """Times in which guidance is applied: 1 is pure noise."""
     steps: int = 50
     scheduler: str | None = None
-    """euler, heun, dpmsolver++, unipc or ddim, what fits the model; the model's own unless given."""
+    """dpmsolver++, sde-dpmsolver++, euler, heun, unipc or ddim, what fits the model; the model's own unless given."""
     height: int | None = None
     width: int | None = None
     seed: int = 0

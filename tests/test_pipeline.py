@@ -97,8 +97,20 @@ def shown(images: Tensor) -> Tensor:
 # Solvers --------------------------------------------------------------------------------------------------------------
 
 
+def exact_denoiser(prediction: Any, s: float) -> Any:
+    """In place of `predict`: the best output for data that is normal with deviation s."""
+
+    def exact(_: Any, noisy: Tensor, timesteps: Tensor, labels: Any, *, multiple: int) -> Tensor:
+        alpha, sigma = alpha_and_sigma(prediction, timesteps)
+        x = noisy * alpha * s**2 / (alpha**2 * s**2 + sigma**2)
+        noise = (noisy - alpha * x) / sigma
+        return {"flow": noise - x, "v": alpha * noise - sigma * x, "epsilon": noise}[prediction]
+
+    return exact
+
+
 @pytest.mark.parametrize("steps", [50, 61])
-@pytest.mark.parametrize(("prediction", "scheduler"), SOLVERS)
+@pytest.mark.parametrize(("prediction", "scheduler"), [pair for pair in SOLVERS if "sde" not in pair[1]])
 def test_every_solver_takes_noise_to_gaussian_data_whose_exact_denoiser_it_is_given(
     prediction: Any, scheduler: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,14 +119,7 @@ def test_every_solver_takes_noise_to_gaussian_data_whose_exact_denoiser_it_is_gi
     The denoiser goes by the timesteps that it is given, as in training, so these must be those of the sample.
     """
     s, rtol = 0.5, 0.06 if scheduler in ("euler", "ddim") else 0.005  # those two are of first order
-
-    def exact(_: Any, noisy: Tensor, timesteps: Tensor, labels: Any, *, multiple: int) -> Tensor:
-        alpha, sigma = alpha_and_sigma(prediction, timesteps)
-        x = noisy * alpha * s**2 / (alpha**2 * s**2 + sigma**2)
-        noise = (noisy - alpha * x) / sigma
-        return {"flow": noise - x, "v": alpha * noise - sigma * x, "epsilon": noise}[prediction]
-
-    monkeypatch.setattr(home, "predict", exact)
+    monkeypatch.setattr(home, "predict", exact_denoiser(prediction, s))
     pipeline = pipeline_of(prediction, scheduler)
     if scheduler == "ddim" and steps == 61:
         with pytest.raises(ValueError, match="divides 1000, and 61 does not: try 50 or 40, or another scheduler"):
@@ -133,6 +138,26 @@ def test_every_solver_takes_noise_to_gaussian_data_whose_exact_denoiser_it_is_gi
     torch.testing.assert_close(halfway, share * start.noised(known, own), rtol=rtol, atol=1e-2)
 
 
+@pytest.mark.parametrize("prediction", [prediction for prediction, name in SOLVERS if "sde" in name])
+def test_a_solver_of_the_sde_ends_at_the_same_data_and_forgets_its_first_noise(
+    prediction: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = 0.5
+    monkeypatch.setattr(home, "predict", exact_denoiser(prediction, s))
+    pipeline = pipeline_of(prediction, "sde-dpmsolver++")
+    noise = torch.randn(64, 4, 6, 4, generator=torch.Generator().manual_seed(3))
+    options: dict[str, Any] = {"generator": range(64), "num_inference_steps": 50, "output_type": "latent"}
+    latents = made(pipeline, latents=noise, **options)
+    assert latents.std() == pytest.approx(s, rel=0.04)  # 6,144 values: +- 0.01 by chance
+    assert latents.mean() == pytest.approx(0, abs=0.02)
+    assert torch.corrcoef(torch.stack([latents.flatten(), noise.flatten()]))[0, 1].abs() < 0.05
+    assert torch.equal(latents, made(pipeline, latents=noise, **options))  # and has no other source of chance
+    with pytest.raises(ValueError, match="frames would differ at random: set algorithm_type to dpmsolver"):
+        pipeline.interpolate(1, 2)
+    with pytest.raises(ValueError, match="frames would differ at random"):
+        pipeline.interpolate_images(picture(), picture())
+
+
 def test_an_image_of_the_pipeline_goes_back_into_it(flow: LatentDiffusionPipeline) -> None:
     images = made(flow, generator=3)
     assert images.mean() == pytest.approx(0.5, abs=0.2)
@@ -145,10 +170,6 @@ def test_solvers_that_add_noise_of_their_own_or_meet_a_time_twice_are_refused() 
     pipeline = pipeline_of("v", "dpmsolver++")
     with pytest.raises(ValueError, match="1001 steps are more than the 1000 timesteps that there are"):
         made(pipeline, num_inference_steps=1001)
-    config = pipeline.scheduler.config
-    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config, algorithm_type="sde-dpmsolver++")
-    with pytest.raises(ValueError, match="set algorithm_type to dpmsolver"):
-        made(pipeline)
     euler = pipeline_of("flow", "euler")
     euler.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
     with pytest.raises(ValueError, match="stochastic_sampling to False"):
@@ -224,7 +245,10 @@ def test_guidance_is_applied_and_paid_for_within_its_interval_alone(
 # Seeds and batches ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("prediction", "scheduler"), [("flow", "heun"), ("v", "ddim"), ("epsilon", "unipc")])
+@pytest.mark.parametrize(
+    ("prediction", "scheduler"),
+    [("flow", "heun"), ("flow", "sde-dpmsolver++"), ("v", "ddim"), ("epsilon", "unipc")],
+)
 def test_image_i_of_a_batch_of_8_is_the_one_made_alone(prediction: Any, scheduler: str) -> None:
     pipeline = pipeline_of(prediction, scheduler)
     labels = [0, 1, 2, 0, 1, 2, 0, 1]

@@ -108,20 +108,24 @@ FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas":
 V = {**DISCRETE, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 EPSILON = {**DISCRETE, "prediction_type": "epsilon"}
 NO_CLIPPING = {"clip_sample": False}
+SDE = {"algorithm_type": "sde-dpmsolver++"}
 SCHEDULERS: dict[Prediction, dict[str, tuple[Any, dict[str, Any]]]] = {
     "flow": {
         "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, FLOW),
+        "sde-dpmsolver++": (diffusers.DPMSolverMultistepScheduler, FLOW | SDE),
         "euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
         "heun": (diffusers.FlowMatchHeunDiscreteScheduler, {}),
         "unipc": (diffusers.UniPCMultistepScheduler, FLOW),
     },
     "v": {
         "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, V),
+        "sde-dpmsolver++": (diffusers.DPMSolverMultistepScheduler, V | SDE),
         "ddim": (diffusers.DDIMScheduler, V | NO_CLIPPING),
         "unipc": (diffusers.UniPCMultistepScheduler, V),
     },
     "epsilon": {
         "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, EPSILON),
+        "sde-dpmsolver++": (diffusers.DPMSolverMultistepScheduler, EPSILON | SDE),
         "ddim": (diffusers.DDIMScheduler, EPSILON | NO_CLIPPING),
         "unipc": (diffusers.UniPCMultistepScheduler, EPSILON),
     },
