@@ -9,6 +9,7 @@ of time can be repeated with the same output, and parts can be done in calls of 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 from collections.abc import Callable
@@ -149,10 +150,11 @@ def classes(config: Config, preset: str, data: str, *words: object) -> dict[str,
             shutil.rmtree(folder / part, ignore_errors=True)
     script(
         *("benchmarks/class_conditional.py", preset, "--data", data, "--output", folder, "--denoiser", "small"),
-        *("--steps", config.diffusion_steps, "--batch-size", 256, "--learning-rate", 5e-4, "--num-workers", 8, *words),
+        *("--steps", config.diffusion_steps, "--batch-size", 256, "--learning-rate", 5e-4, "--num-workers", 8),
+        *("--mixed-precision", "bf16", "--vae-steps", 3000, *words),
     )
     for sheet in folder.glob("*/contact_sheet.png"):
-        shutil.copy(sheet, config.output / f"{preset}-{sheet.parent.name.replace(', ', '-').replace(' ', '-')}.png")
+        shutil.copy(sheet, config.output / f"{preset}-{re.sub('[ ,+]+', '-', sheet.parent.name)}.png")
     result: dict[str, Any] = json.loads((folder / "results.json").read_text())
     rate = statistics.median([v for _, v in speeds_of(folder / "diffusion")][1:])
     return {"diffusion_images_per_second": rate} | {k: result[k] for k in ("training_seconds", "figures")}

@@ -264,12 +264,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(begin)
         timesteps = self.scheduler.timesteps[begin:]
-        noisy = {"generator": generators} if adds_noise(self.scheduler) else {}
+        draws = {"generator": generators} if adds_noise(self.scheduler) else {}
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, timestep in enumerate(timesteps):
                 now, then = levels[begin + i : begin + i + 2]
                 output = self.predict(latents, now.time, labels, sampling.guidance_at(now.time))
-                latents = self.scheduler.step(output, timestep, latents, **noisy, return_dict=False)[0]
+                latents = self.scheduler.step(output, timestep, latents, **draws, return_dict=False)[0]
                 if mask is not None and known is not None:
                     latents = torch.where(mask, latents, then.noised(known, noise))
                 if callback is not None:

@@ -35,7 +35,7 @@ from ldm_vae.pictures import labelled_rows, visible
 from ldm_vae.pipeline import LatentDiffusionPipeline, fingerprint_of, load_pipeline
 from ldm_vae.png import SHEET, finished, own_share, read_png, write_png
 from ldm_vae.runs import PATIENCE
-from ldm_vae.sampling import Sampling
+from ldm_vae.sampling import Sampling, adds_noise
 
 SHEET_SIDE, SHEET_CELLS = 256, 10
 
@@ -123,7 +123,7 @@ def settings_of(config: Config, pipeline: LatentDiffusionPipeline, images: Sourc
     settings = {
         "model": fingerprint_of(pipeline),
         "steps": str(config.steps),
-        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler": type(pipeline.scheduler).__name__ + (", SDE" if adds_noise(pipeline.scheduler) else ""),
         "guidance": f"{config.guidance_scale:g}",
         "guidance_interval": "{:g} to {:g}".format(*config.guidance_interval),
         "precision": "bf16" if config.mixed_precision == "bf16" else "float32",

@@ -94,9 +94,13 @@ def test_everything_is_trained_sampled_and_judged_and_a_second_time_nothing_is_l
     results = record["figures"]["results"]
     assert [Path(name).name for name in results] == [
         *("real against real", "reconstructions"),
-        *("guidance 1, 2 steps", "guidance 2 in 0.3 to 0.8, 2 steps", "guidance 1, 3 steps"),
+        *(
+            "guidance 1, 2 steps of sde-dpmsolver++",
+            "guidance 2 in 0.3 to 0.8, 2 steps of sde-dpmsolver++",
+            "guidance 1, 3 steps of dpmsolver++",
+        ),
     ]
-    assert (config.output / "guidance 2 in 0.3 to 0.8, 2 steps" / "contact_sheet.png").exists()
+    assert (config.output / "guidance 2 in 0.3 to 0.8, 2 steps of sde-dpmsolver++" / "contact_sheet.png").exists()
     ran.clear()
     main(config)
     assert ran == ["reconstruct", *["generate"] * 3, "generation"]

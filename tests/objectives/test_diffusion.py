@@ -75,10 +75,10 @@ def sampled(denoiser: Denoiser, prediction: Prediction, name: str, count: int = 
     set_timesteps(scheduler, 40, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(count, 2, 1, 1, generator=generator)
-    noisy = {"generator": generator} if "sde" in name else {}
+    draws = {"generator": generator} if "sde" in name else {}
     for timestep in scheduler.timesteps:
         output = denoiser(latents, timestep.float().expand(count))
-        latents = scheduler.step(output, timestep, latents, **noisy).prev_sample
+        latents = scheduler.step(output, timestep, latents, **draws).prev_sample
     return latents.flatten(1)
 
 
@@ -177,5 +177,7 @@ def test_even_steps_and_a_scheduler_that_does_not_fit() -> None:
         set_timesteps(heun, 4, torch.device("cpu"))
         assert heun.sigmas.tolist() == pytest.approx([1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0])
         set_timesteps(heun, 7, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"scheduler ddim does not fit flow: try dpmsolver\+\+, sde-dpmsolver\+\+, euler, heun, unipc"):
+    with pytest.raises(
+        ValueError, match=r"scheduler ddim does not fit flow: try dpmsolver\+\+, sde-dpmsolver\+\+, euler, heun, unipc"
+    ):
         make_scheduler("flow", "ddim")

@@ -150,6 +150,9 @@ def test_what_other_settings_made_is_neither_mixed_nor_overwritten(model: str, t
     with pytest.raises(RunError, match=r"mine\.png was made with other settings"):
         main(config_for(model, tmp_path / "pictures"))
     assert {p: p.read_bytes() for p in before} == before
+    main(config_for(model, tmp_path / "solved", num_images=1, scheduler="dpmsolver++"))
+    with pytest.raises(RunError, match="scheduler: DPMSolverMultistepScheduler -> DPMSolverMultistepScheduler, SDE"):
+        main(config_for(model, tmp_path / "solved", num_images=1, scheduler="sde-dpmsolver++"))
 
 
 def test_two_processes_make_what_one_makes(model: str, tmp_path: Path) -> None:
@@ -254,7 +257,7 @@ def test_bf16_is_close_to_float32(unconditional: str, tmp_path: Path) -> None:
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--seed", "-1"], "--seed is -1"),
         (["--steps", "0"], "num_inference_steps is 0"),
-        (["--scheduler", "ddim"], "scheduler ddim does not fit flow: try dpmsolver++, euler"),
+        (["--scheduler", "ddim"], "scheduler ddim does not fit flow: try dpmsolver++, sde-dpmsolver++, euler"),
         (["--strength", "2"], "strength is 2.0"),
         (["--mask", "{tmp}/no.png"], "--mask needs the --image"),
         (["--image", "{tmp}/no.png"], "no such folder or file"),
