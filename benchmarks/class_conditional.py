@@ -12,6 +12,7 @@ the last part that was finished; a part of the training that was stopped is refu
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ from accelerate import Accelerator
 
 from ldm_vae.config import as_json, differences, parse_config
 from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
-from ldm_vae.errors import RunError, one_line_errors
+from ldm_vae.errors import ConfigError, RunError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json
-from ldm_vae.objectives.diffusion import SCHEDULERS
+from ldm_vae.models.unet import DENOISERS
+from ldm_vae.objectives.diffusion import SCHEDULERS, make_scheduler
 from ldm_vae.runs import git_revision, versions
 from ldm_vae.timing import describe_machine, seconds_of_script
 
@@ -161,7 +163,7 @@ def train(config: Config, data: str, test: str) -> dict[str, float]:
             *("--steps", config.steps, "--batch-size", config.batch_size, "--learning-rate", config.learning_rate),
             *("--num-workers", config.num_workers, "--sample-every", 1000, *every),
             *(["--flip"] if config.flip else []),
-            *(["--min-snr-gamma", config.min_snr_gamma] if config.min_snr_gamma else []),
+            *(["--min-snr-gamma", config.min_snr_gamma] if config.min_snr_gamma is not None else []),
         ),
     }
     for part, folder in {"vae": vae, "cache": cache, "diffusion": run}.items():
@@ -188,7 +190,9 @@ def judge(config: Config, data: str, test: str) -> None:
     guided += [(f"guidance {s:g} in {low:g} to {high:g}", s, (low, high)) for s in config.interval_scales]
     settings = [(*one, config.sampling_steps, config.scheduler) for one in guided]
     settings += [("guidance 1", 1.0, (0.0, 1.0), steps, DEFAULT_SCHEDULER) for steps in config.compared_steps]
-    for name, scale, interval, steps, scheduler in settings:
+    for name, scale, interval, steps, scheduler in dict.fromkeys(
+        settings
+    ):  # with the default scheduler, one is there twice
         sets.append(config.output / f"{name}, {steps} steps of {scheduler}")
         script(
             *("pipelines/generate.py", "--model", config.output / "diffusion", "--output", sets[-1]),
@@ -223,7 +227,17 @@ def last_of(run: Path, metric: str) -> float:
     return float([line[metric] for line in lines if metric in line][-1])
 
 
+def validate(config: Config) -> None:
+    """Raises ValueError or ConfigError for what would be seen after the VAE's training only."""
+    make_scheduler("flow", config.scheduler)
+    if config.denoiser not in DENOISERS:
+        raise ConfigError(f"no denoiser {config.denoiser}: try {', '.join(DENOISERS)}")
+    if config.min_snr_gamma is not None and not 0 < config.min_snr_gamma < math.inf:
+        raise ConfigError(f"--min-snr-gamma is {config.min_snr_gamma}: it must be more than 0")
+
+
 def main(config: Config) -> None:
+    validate(config)
     check_writable(config.output)
     remember(config)
     data, test = zips(config)

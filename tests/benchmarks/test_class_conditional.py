@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from benchmarks import class_conditional
-from benchmarks.class_conditional import FASHION, PRESETS, halves, main, write_fashion_mnist
+from benchmarks.class_conditional import FASHION, PRESETS, halves, judge, main, write_fashion_mnist
 from ldm_vae.config import parse_config, parse_flags
 from ldm_vae.data.sources import open_source
-from ldm_vae.errors import DataError, RunError
+from ldm_vae.errors import ConfigError, DataError, RunError
 
 SMALL = replace(
     PRESETS["fashion-mnist"][1],
@@ -109,6 +109,34 @@ def test_everything_is_trained_sampled_and_judged_and_a_second_time_nothing_is_l
     (config.output / "seconds.json").unlink()
     with pytest.raises(RunError, match="vae was not finished: its time is not known"):
         main(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scheduler": "ddim"}, "scheduler ddim does not fit flow"),
+        ({"denoiser": "huge"}, "no denoiser huge: try demo"),
+        ({"min_snr_gamma": 0.0}, "--min-snr-gamma is 0.0: it must be more than 0"),
+    ],
+)
+def test_what_cannot_be_trained_or_sampled_is_refused_before_anything_is_made(
+    changes: dict[str, Any], message: str, fashion: Path, tmp_path: Path
+) -> None:
+    with pytest.raises((ConfigError, ValueError), match=message):
+        main(replace(SMALL, data=fashion, output=tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_default_scheduler_is_not_judged_twice(
+    fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(class_conditional, "script", lambda name, *words: float(ran.append((name, *words)) or 1.0))
+    config = replace(SMALL, data=fashion, output=tmp_path, scheduler="dpmsolver++", compared_steps=(2, 3))
+    judge(config, "train.zip", write_fashion_mnist(config, "t10k"))
+    assert [name for name, *_ in ran].count("pipelines/generate.py") == 3
+    judged = ran[-1][ran[-1].index("--samples") :]
+    assert judged.count(tmp_path / "guidance 1, 2 steps of dpmsolver++") == 1
 
 
 def test_what_a_script_says_is_passed_on(tmp_path: Path) -> None:
