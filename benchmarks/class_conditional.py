@@ -12,7 +12,6 @@ the last part that was finished; a part of the training that was stopped is refu
 from __future__ import annotations
 
 import json
-import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
 from ldm_vae.errors import ConfigError, RunError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json
 from ldm_vae.models.unet import DENOISERS
+from ldm_vae.objectives.denoising import Objective, check_objective
 from ldm_vae.objectives.diffusion import SCHEDULERS, make_scheduler
 from ldm_vae.runs import git_revision, versions
 from ldm_vae.timing import describe_machine, seconds_of_script
@@ -55,6 +55,7 @@ class Config:
     batch_size: int = 64
     learning_rate: float = 1e-3
     min_snr_gamma: float | None = None
+    label_dropout: float = 0.1
     num_workers: int = 0
     """Of the diffusion model's training; on a GPU a step is over before one process has read the next batch."""
     flip: bool = False
@@ -87,6 +88,7 @@ PRESETS = {
             steps=6400,
             learning_rate=2e-3,
             min_snr_gamma=5.0,
+            label_dropout=0.03,
             mixed_precision="no",
             classifier_widths=(64, 128, 256),
             classifier_erase=0.5,
@@ -161,7 +163,8 @@ def train(config: Config, data: str, test: str) -> dict[str, float]:
         "diffusion": (
             *("training/train_diffusion.py", config.denoiser, "--latents", cache, "--output", run),
             *("--steps", config.steps, "--batch-size", config.batch_size, "--learning-rate", config.learning_rate),
-            *("--num-workers", config.num_workers, "--sample-every", 1000, *every),
+            *("--num-workers", config.num_workers, "--label-dropout", config.label_dropout),
+            *("--sample-every", 1000, *every),
             *(["--flip"] if config.flip else []),
             *(["--min-snr-gamma", config.min_snr_gamma] if config.min_snr_gamma is not None else []),
         ),
@@ -232,8 +235,7 @@ def validate(config: Config) -> None:
     make_scheduler("flow", config.scheduler)
     if config.denoiser not in DENOISERS:
         raise ConfigError(f"no denoiser {config.denoiser}: try {', '.join(DENOISERS)}")
-    if config.min_snr_gamma is not None and not 0 < config.min_snr_gamma < math.inf:
-        raise ConfigError(f"--min-snr-gamma is {config.min_snr_gamma}: it must be more than 0")
+    check_objective(Objective(min_snr_gamma=config.min_snr_gamma, label_dropout=config.label_dropout))
 
 
 def main(config: Config) -> None:

@@ -8,7 +8,6 @@ The same command resumes a run, on any number of processes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -51,7 +50,7 @@ from ldm_vae.models.pretrained import (
     stride_of,
 )
 from ldm_vae.models.unet import make_denoiser
-from ldm_vae.objectives.denoising import Objective, State, losses_of, scaled_latents_of, train_step
+from ldm_vae.objectives.denoising import Objective, State, check_objective, losses_of, scaled_latents_of, train_step
 from ldm_vae.objectives.diffusion import NUM_TIMESTEPS, make_scheduler
 from ldm_vae.pictures import labelled_rows, visible
 from ldm_vae.pipeline import LatentDiffusionPipeline
@@ -118,10 +117,7 @@ PRESETS = {
 def validate(config: Config, num_processes: int) -> None:
     """Raises ConfigError for flags that cannot work."""
     check(config, num_processes, at_least_1=("resolution",), at_least_0=("guidance_scale",))
-    if not 0 <= config.label_dropout <= 1:
-        raise ConfigError(f"--label-dropout is {config.label_dropout}: it must be from 0 to 1")
-    if config.min_snr_gamma is not None and not 0 < config.min_snr_gamma < math.inf:
-        raise ConfigError(f"--min-snr-gamma is {config.min_snr_gamma}: it must be more than 0")
+    check_objective(config)
     if (config.latents is None) == (config.data is None):
         raise ConfigError("give either --latents, a cache, or --data with --vae")
     if config.data is not None and config.vae is None:

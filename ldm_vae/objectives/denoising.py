@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from ldm_vae.errors import ConfigError
 from ldm_vae.latents.cache import as_stored
 from ldm_vae.latents.rows import DiffusionBatch
 from ldm_vae.latents.statistics import scale_latents
@@ -33,6 +35,14 @@ class Objective(StepConfig):
     """Weight errors by min(SNR, gamma) in terms of the clean latents; evenly in the prediction unless given."""
     label_dropout: float = 0.1
     """Share of labels that are replaced by "no class", for guidance."""
+
+
+def check_objective(objective: Objective) -> None:
+    """Raises ConfigError for what cannot be learned."""
+    if not 0 <= objective.label_dropout <= 1:
+        raise ConfigError(f"--label-dropout is {objective.label_dropout}: it must be from 0 to 1")
+    if objective.min_snr_gamma is not None and not 0 < objective.min_snr_gamma < math.inf:
+        raise ConfigError(f"--min-snr-gamma is {objective.min_snr_gamma}: it must be more than 0")
 
 
 @dataclass(kw_only=True)

@@ -117,6 +117,7 @@ def test_everything_is_trained_sampled_and_judged_and_a_second_time_nothing_is_l
         ({"scheduler": "ddim"}, "scheduler ddim does not fit flow"),
         ({"denoiser": "huge"}, "no denoiser huge: try demo"),
         ({"min_snr_gamma": 0.0}, "--min-snr-gamma is 0.0: it must be more than 0"),
+        ({"label_dropout": 1.5}, "--label-dropout is 1.5: it must be from 0 to 1"),
     ],
 )
 def test_what_cannot_be_trained_or_sampled_is_refused_before_anything_is_made(
