@@ -6,7 +6,8 @@ python benchmarks/class_conditional.py flowers64 --data ../shared/data/flowers64
 Only the two trainings and the caching between them count as training time. Every figure is in the features of a
 classifier that saw real training images alone. The reference is one half of the test images; real against real, and the
 reconstructions, are of the other half, so that neither has an image of the reference. The same command goes on after
-the last part that was finished; a part of the training that was stopped is refused, as its time is not known.
+the last part that was finished, and with other guidance or steps judges anew what was trained; a part of the training
+that was stopped is refused, as its time is not known.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ from ldm_vae.timing import describe_machine, seconds_of_script
 
 ROOT = Path(__file__).parent.parent
 DEFAULT_SCHEDULER = next(iter(SCHEDULERS["flow"]))
+FREE_WHEN_JUDGED_ANEW = (
+    *("output", "data", "guidance_scales", "interval_scales", "guidance_interval"),
+    *("scheduler", "sampling_steps", "compared_steps"),
+)
+"""A set of samples has these in its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +72,9 @@ class Config:
     classifier_epochs: int = 12
     num_images: int = 2000
     """Samples of each kind."""
-    guidance_scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
+    guidance_scales: tuple[float, ...] = (1.0, 1.125, 1.25, 1.375, 1.5, 2.0)
     """At all times."""
-    interval_scales: tuple[float, ...] = (1.5, 2.0, 3.0)
+    interval_scales: tuple[float, ...] = (1.25, 1.5, 1.75, 2.0, 3.0)
     """In the guidance interval only."""
     guidance_interval: tuple[float, float] = (0.3, 0.8)
     scheduler: str = "sde-dpmsolver++"
@@ -216,7 +222,7 @@ def remember(config: Config) -> None:
     if not file.exists() and (config.output / "seconds.json").exists():
         raise RunError(f"{config.output} was made with settings that are not known: choose another --output")
     if file.exists():
-        changed = differences(json.loads(file.read_text()), config, free=("output", "data"))
+        changed = differences(json.loads(file.read_text()), config, free=FREE_WHEN_JUDGED_ANEW)
         if changed:
             raise RunError(
                 f"{config.output} was made with other settings ({'; '.join(changed)}): choose another --output"

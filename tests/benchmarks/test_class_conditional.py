@@ -104,6 +104,13 @@ def test_everything_is_trained_sampled_and_judged_and_a_second_time_nothing_is_l
     ran.clear()
     main(config)
     assert ran == ["reconstruct", *["generate"] * 3, "generation"]
+    ran.clear()
+    main(replace(config, guidance_scales=(*config.guidance_scales, 1.5)))
+    assert ran == ["reconstruct", *["generate"] * 4, "generation"]
+    judged = json.loads((config.output / "results.json").read_text())
+    assert judged["figures"]["results"].keys() - results.keys() == {
+        str(config.output / "guidance 1.5, 2 steps of sde-dpmsolver++")
+    }
     with pytest.raises(RunError, match=r"other settings \(steps: 2 -> 3\): choose another --output"):
         main(replace(config, steps=3))
     (config.output / "seconds.json").unlink()
