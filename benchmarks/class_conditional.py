@@ -37,7 +37,7 @@ FREE_WHEN_JUDGED_ANEW = (
     *("output", "data", "guidance_scales", "interval_scales", "guidance_interval"),
     *("scheduler", "sampling_steps", "compared_steps"),
 )
-"""A set of samples has these in its name."""
+"""The places, and what is in the name of each set of samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +199,8 @@ def judge(config: Config, data: str, test: str) -> None:
     guided += [(f"guidance {s:g} in {low:g} to {high:g}", s, (low, high)) for s in config.interval_scales]
     settings = [(*one, config.sampling_steps, config.scheduler) for one in guided]
     settings += [("guidance 1", 1.0, (0.0, 1.0), steps, DEFAULT_SCHEDULER) for steps in config.compared_steps]
-    for name, scale, interval, steps, scheduler in dict.fromkeys(
-        settings
-    ):  # with the default scheduler, one is there twice
+    once = dict.fromkeys(settings)  # with the default scheduler, one is there twice
+    for name, scale, interval, steps, scheduler in once:
         sets.append(config.output / f"{name}, {steps} steps of {scheduler}")
         script(
             *("pipelines/generate.py", "--model", config.output / "diffusion", "--output", sets[-1]),
