@@ -231,6 +231,22 @@ def test_the_pairs_in_order_are_the_area_under_the_curve() -> None:
     assert low < 1 - area < high
 
 
+def test_the_interval_of_mean_areas_is_that_of_images_drawn_again_class_by_class() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 20)
+    theirs = [rng.normal(size=60) + (labels != k) for k in range(3)]
+    ours = [t + 0.7 * rng.normal(size=60) + 0.6 * (labels != k) for k, t in enumerate(theirs)]
+    differences = []
+    for _ in range(1000):
+        drawn = np.concatenate([rng.choice(np.flatnonzero(labels == k), 20) for k in range(3)])
+        areas = [[anomaly.auroc(s[k][drawn], labels[drawn] != k) for k in range(3)] for s in (ours, theirs)]
+        differences.append(np.mean(areas[0]) - np.mean(areas[1]))
+    expected = np.percentile(differences, [2.5, 97.5])
+    found = anomaly.mean_difference_interval(ours, theirs, labels, seed=1)
+    assert found == pytest.approx(expected, abs=0.15 * (expected[1] - expected[0]))
+    assert anomaly.mean_difference_interval(ours, ours, labels, seed=1) == (0, 0)
+
+
 def tile(rng: np.random.Generator) -> np.ndarray:
     return (90 + 8 * rng.normal(size=(1, 56)) + 3 * rng.normal(size=(40, 56))).clip(0, 255).astype(np.uint8)
 
@@ -243,12 +259,18 @@ def test_each_class_is_the_good_one_in_turn(
     config = anomaly.PRESETS["fashion-mnist"][1]
     changes = {"steps": 1, "batch_size": 4, "global_latent": 3, "false_alarm_rate": 0.4, "num_test": 30}
     anomaly.main(replace(config, data=fashion, output=tmp_path, **changes))
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    record = json.loads((tmp_path / "results.json").read_text())
+    rows = record["rows"]
     means = {r["method"]: r["image_auroc"] for r in rows if r["class"] == "mean"}
     own = {m: [r["image_auroc"] for r in rows if r["method"] == m and r["class"] != "mean"] for m in means}
     for method, values in own.items():
         assert len(values) == 2
         assert means[method] == pytest.approx(np.mean(values))
+    for method, others in record["above_pca"].items():
+        for pca, above in others.items():
+            assert means[pca] == max(v for m, v in means.items() if m.startswith("PCA") and m.endswith(pca[-6:]))
+            assert above["by"] == pytest.approx(means[method] - means[pca])
+            assert above["low"] <= above["high"]
     assert means["5 nearest on pixels"] > 0.8  # stripes are easily told
 
 
