@@ -452,9 +452,9 @@ def judge_fashion(config: Config) -> Row:
     above: dict[str, Row] = {}
     for kind in ("mean", "standardised", "smooth"):
         best = max((m for m in scores if m.startswith("PCA") and m.endswith(f", {kind}")), key=lambda m: area[m])
-        for method in [m for m in scores if m.startswith("ours")]:
-            low, high = mean_difference_interval(scores[method], scores[best], test_labels, config.seed)
-            above.setdefault(method, {})[best] = {"by": area[method] - area[best], "low": low, "high": high}
+        for name in [m for m in scores if m.startswith("ours")]:
+            low, high = mean_difference_interval(scores[name], scores[best], test_labels, config.seed)
+            above.setdefault(name, {})[best] = {"by": area[name] - area[best], "low": low, "high": high}
     return {"training_seconds": seconds, "above_pca": above, "rows": means + rows}
 
 
