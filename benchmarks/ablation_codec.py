@@ -30,7 +30,8 @@ from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.fitting import fit_tables
 from ldm_vae.codec.search import psnr_of
 from ldm_vae.config import parse_flags
-from ldm_vae.data.images import Pixels, to_images
+from ldm_vae.data.conversion import to_images
+from ldm_vae.data.images import Pixels
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import one_line_errors
 from ldm_vae.files import check_writable, write_json

@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from ldm_vae.anomaly import AnomalyDetector, fit_detector, mean_of_largest, relative, shrunk, smooth
 from ldm_vae.config import as_json, parse_config
+from ldm_vae.data.conversion import to_images
 from ldm_vae.data.corruption import parse_corruption
 from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
-from ldm_vae.data.images import Pixels, read_pixels, resize, to_images
+from ldm_vae.data.images import Pixels, read_pixels, resize
 from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import Source, open_source
 from ldm_vae.errors import ConfigError, DataError, one_line_errors

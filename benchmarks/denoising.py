@@ -26,8 +26,9 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from ldm_vae.config import as_json, parse_flags
+from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import Corruption
-from ldm_vae.data.images import Pixels, to_images, to_pixels
+from ldm_vae.data.images import Pixels
 from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import HeadSource, Source, check_finite, open_source
 from ldm_vae.errors import ConfigError, one_line_errors

@@ -22,8 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm_vae.config import as_json, parse_flags
+from ldm_vae.data.conversion import to_images
 from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
-from ldm_vae.data.images import to_images
 from ldm_vae.embedding import embed
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json

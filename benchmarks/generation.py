@@ -29,7 +29,8 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ldm_vae.config import as_json, parse_flags
-from ldm_vae.data.images import Pixels, centre_square, convert_channels, to_pixels
+from ldm_vae.data.conversion import to_pixels
+from ldm_vae.data.images import Pixels, centre_square, convert_channels
 from ldm_vae.data.sources import FileSource, Source, check_finite, open_source
 from ldm_vae.data.squares import shuffled_squares
 from ldm_vae.errors import ConfigError, DataError, one_line_errors

@@ -23,8 +23,9 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from ldm_vae.config import as_json, parse_flags
-from ldm_vae.data.loader import MicroBatches, default_workers, load_batches
+from ldm_vae.data.loader import MicroBatches, load_batches
 from ldm_vae.data.sources import open_source
+from ldm_vae.data.workers import default_workers
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json
 from ldm_vae.latents.cache import LatentCache
@@ -83,7 +84,7 @@ def make_cache(name: str, config: Config) -> Path:
     return cache
 
 
-def batches_of(images: Inputs, cache: LatentCache, config: Config) -> Iterator[DiffusionBatch]:
+def batches_of(images: Inputs, cache: LatentCache, config: Config) -> Iterator[DiffusionBatch[torch.Tensor]]:
     rows = DiffusionRows(
         images,
         seed=0,
@@ -122,7 +123,7 @@ def measure(name: str, config: Config, accelerator: Accelerator) -> dict[str, An
     source = open_source(config.data, resolution=config.resolution)
     from_images = batches_of(Squares(source, config.resolution, config.num_images), cache, config)
     ready = next(from_cache)
-    ways: dict[str, tuple[State, Iterator[DiffusionBatch]]] = {
+    ways: dict[str, tuple[State, Iterator[DiffusionBatch[torch.Tensor]]]] = {
         "random": (cached, itertools.repeat(ready)),
         "cache": (cached, from_cache),
         "on_the_fly": (encoding, from_images),

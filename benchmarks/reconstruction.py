@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ldm_vae.config import as_json, parse_flags
-from ldm_vae.data.images import Pixels, centre_square, to_images, to_pixels
+from ldm_vae.data.conversion import to_images, to_pixels
+from ldm_vae.data.images import Pixels, centre_square
 from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_csv, write_json

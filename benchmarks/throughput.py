@@ -38,6 +38,7 @@ from ldm_vae.errors import ConfigError, RunError, one_line_errors
 from ldm_vae.files import check_writable, write_json
 from ldm_vae.latents.cache import write_shard
 from ldm_vae.latents.rows import DiffusionBatch
+from ldm_vae.latents.scaling import as_stored
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.discriminator import PatchDiscriminator
 from ldm_vae.models.pretrained import encode_moments, latent_channels_of, stride_of
@@ -173,8 +174,8 @@ def autoencoder_stages(config: Config, accelerator: Accelerator) -> dict[str, St
         perceptual="random" if everything else "none", adversarial="hinge" if everything else "none", disc_start=0
     )
     images = torch.rand(config.batch_size, 3, config.resolution, config.resolution) * 2 - 1
+    images = images.pin_memory() if accelerator.device.type == "cuda" else images  # as the trainer's loader does
     batch = Batch(images=images, positions=list(range(config.batch_size)), bad_images={})
-    batch = batch.pin_memory() if accelerator.device.type == "cuda" else batch  # as the trainer's loader does
     large = (torch.rand(1, 3, config.side, config.side) * 2 - 1).to(accelerator.device)
     large = large.to(memory_format=torch.channels_last)
     rates = {"vae": 1e-4, "discriminator": 1e-4}
@@ -266,7 +267,7 @@ def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[st
     def cache() -> None:
         parts = [encode_moments(vae, i) for i in images.split(config.batch_size)]
         moments, indices = torch.cat(parts).float().cpu()[:, None], list(range(CACHED))
-        write_shard(work, 0, moments=moments, indices=indices, labels=indices, bad_images={})
+        write_shard(work, 0, moments=as_stored(moments).numpy(), indices=indices, labels=indices, bad_images={})
 
     source = open_source("procedural:dead-leaves", resolution=config.side)
     photos = [source[i].pixels for i in range(PHOTOS)]
@@ -279,7 +280,7 @@ def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[st
     packed = codec.compress(photos[0])
     crops = CropDataset(open_source(str(work)), seed=0, resolution=config.resolution, cache_bytes=0)
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[Batch[torch.Tensor]]:
         order = MicroBatches(
             first_step=0, last_step=10**6, batch_size=config.batch_size, rank=0, num_processes=1, accumulation=1
         )

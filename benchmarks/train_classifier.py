@@ -20,7 +20,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldm_vae.config import as_json, parse_flags
-from ldm_vae.data.images import Pixels, to_images
+from ldm_vae.data.conversion import to_images
+from ldm_vae.data.images import Pixels
 from ldm_vae.data.order import index_at, positions_of
 from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.data.squares import shuffled_squares

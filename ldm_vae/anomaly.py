@@ -22,7 +22,8 @@ from safetensors.numpy import load_file, save_file
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from ldm_vae.data.images import centre_square, to_images
+from ldm_vae.data.conversion import to_images
+from ldm_vae.data.images import centre_square
 from ldm_vae.data.sources import Source
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError, nothing_usable
 from ldm_vae.files import write_json

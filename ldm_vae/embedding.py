@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_vae.data.images import centre_square, to_images
+from ldm_vae.data.conversion import to_images
+from ldm_vae.data.images import centre_square
 from ldm_vae.data.sources import Source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
 from ldm_vae.models.pretrained import side_for

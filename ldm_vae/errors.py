@@ -107,8 +107,8 @@ NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 """What torch says on GPUs and CPUs."""
 LOST_PEER = re.compile("gloo/transport|NCCL error|ncclRemoteError|Watchdog caught collective operation timeout")
 """What gloo and NCCL say."""
-LOST_WORKER = re.compile(r"DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)|terminated abruptly")
-"""What torch's loader and Python's pools say."""
+LOST_WORKER = re.compile("terminated abruptly")
+"""What Python's pools say, and our workers."""
 
 
 def fail(message: str, *, code: int = 2) -> NoReturn:

@@ -14,8 +14,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_vae.data.conversion import check_viewable
-from ldm_vae.data.images import Pixels, to_images, to_pixels
+from ldm_vae.data.conversion import check_viewable, to_images, to_pixels
+from ldm_vae.data.images import Pixels
 from ldm_vae.data.large import let_go, write_large
 from ldm_vae.data.sources import check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable

@@ -7,7 +7,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ldm_vae.data.images import centre_square, to_images, to_pixels
+from ldm_vae.data.conversion import to_images, to_pixels
+from ldm_vae.data.images import centre_square
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import Source
 from ldm_vae.errors import BadImageError, nothing_usable

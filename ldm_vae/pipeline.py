@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from ldm_vae.data.conversion import check_output_type, images_from, images_to, mask_from
 from ldm_vae.errors import ModelError
 from ldm_vae.files import is_hub_id
-from ldm_vae.latents.statistics import mean_and_std, scale_latents, unscale_latents
+from ldm_vae.latents.scaling import mean_and_std, scale_latents, unscale_latents
 from ldm_vae.models.pretrained import channels_of, fingerprint, latent_channels_of, stride_of
 from ldm_vae.models.tiling import encode_mean, turn_on_tiling
 from ldm_vae.models.unet import multiple_of, num_classes_of, predict
-from ldm_vae.objectives.diffusion import NUM_TIMESTEPS, prediction_of, set_timesteps
+from ldm_vae.objectives.diffusion import prediction_of, set_timesteps
+from ldm_vae.objectives.timesteps import NUM_TIMESTEPS
 from ldm_vae.sampling import (
     Sampling,
     Seed,

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_vae.objectives.diffusion import NUM_TIMESTEPS, SCHEDULERS, prediction_of
+from ldm_vae.objectives.diffusion import SCHEDULERS, prediction_of
+from ldm_vae.objectives.timesteps import NUM_TIMESTEPS
 
 Seed = int | torch.Generator
 

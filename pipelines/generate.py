@@ -22,9 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm_vae.config import parse_flags
-from ldm_vae.data.conversion import check_viewable
+from ldm_vae.data.conversion import check_viewable, to_images, to_pixels
 from ldm_vae.data.image_files import is_image
-from ldm_vae.data.images import MAX_PIXELS, Pixels, centre_square, formats, resize, to_images, to_pixels
+from ldm_vae.data.images import MAX_PIXELS, Pixels, centre_square, formats, resize
 from ldm_vae.data.sources import FileSource, FolderReader, Source, check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, sha256, write_csv

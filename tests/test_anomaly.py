@@ -22,7 +22,8 @@ from ldm_vae.anomaly import (
     relative,
     threshold_at,
 )
-from ldm_vae.data.images import centre_square, to_images, to_pixels
+from ldm_vae.data.conversion import to_images, to_pixels
+from ldm_vae.data.images import centre_square
 from ldm_vae.data.sources import HeadSource, open_source
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL

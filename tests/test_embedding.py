@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ldm_vae import cli
-from ldm_vae.data.images import to_images
+from ldm_vae.data.conversion import to_images
 from ldm_vae.embedding import embed
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import load_autoencoder

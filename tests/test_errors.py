@@ -9,22 +9,16 @@ from multiprocessing import get_context
 from typing import Any
 
 import pytest
-from torch.utils.data import Dataset
 
-from ldm_vae.data.loader import load_in_order
+from ldm_vae.data.workers import made_ahead
 from ldm_vae.errors import DataError, one_line_errors
 
 
-class Ending(Dataset[int]):
+def ending(how: str) -> None:
     """Its worker is killed, or finds the data damaged."""
-
-    def __init__(self, how: str) -> None:
-        self.how = how
-
-    def __getitem__(self, index: int) -> int:
-        if self.how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise DataError("the index is damaged: build it again")
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise DataError("the index is damaged: build it again")
 
 
 def said(capsys: pytest.CaptureFixture[str], how: Any) -> str:
@@ -45,7 +39,7 @@ def test_names_that_are_no_text_can_be_printed(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_worker_that_the_system_ends_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     def load() -> None:
-        list(load_in_order(Ending("killed"), [0], num_workers=1, pin_memory=False))
+        list(made_ahead(ending, ["killed"], num_workers=1))
 
     def map_in_a_pool() -> None:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -58,6 +52,6 @@ def test_a_worker_that_the_system_ends_is_one_clear_line(capsys: pytest.CaptureF
 
 def test_what_a_worker_says_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     def load() -> None:
-        list(load_in_order(Ending("damaged"), [0], num_workers=1, pin_memory=False))
+        list(made_ahead(ending, ["damaged"], num_workers=1))
 
     assert said(capsys, load) == "error: the index is damaged: build it again"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ldm_vae.pipeline as home
 from ldm_vae.errors import ModelError
-from ldm_vae.latents.statistics import scale_latents, unscale_latents
+from ldm_vae.latents.scaling import scale_latents, unscale_latents
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import encode_moments
 from ldm_vae.models.tiling import reconstruct

@@ -7,25 +7,27 @@ The same command goes on with a cache that was not finished, on any number of pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm_vae.config import parse_flags
-from ldm_vae.data.loader import default_workers, load_in_order
+from ldm_vae.data.loader import with_tensors
 from ldm_vae.data.sources import Source, check_finite, open_source
-from ldm_vae.errors import BadImageError, ConfigError, one_line_errors
+from ldm_vae.data.workers import default_workers, made_ahead
+from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import check_writable, lock, staged_directory, write_csv
 from ldm_vae.latents.cache import Plan, begin, summarise, unfinished, write_index, write_shard
-from ldm_vae.latents.rows import Squares
-from ldm_vae.latents.statistics import put_statistics
+from ldm_vae.latents.rows import EncoderBatch, Squares, squares_of
+from ldm_vae.latents.scaling import as_stored, put_statistics
 from ldm_vae.models.pretrained import (
     channels_of,
     check_resolution,
@@ -62,41 +64,6 @@ class Config:
     """Images a file."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderBatch:
-    """Images of a shard that can be used, what they are, and the others."""
-
-    tensors: Tensor
-    """Centred squares (B, C, R, R) and then, in their place, their moments (B, E, 2c, h, w)."""
-    indices: list[int]
-    labels: list[int]
-    bad_images: dict[str, str]
-
-    def pin_memory(self) -> EncoderBatch:
-        return replace(self, tensors=self.tensors.pin_memory())
-
-
-class SquaresInOrder(Dataset[EncoderBatch]):
-    """`squares[indices]`: one batch of images, made in the worker as a whole."""
-
-    def __init__(self, source: Source, resolution: int) -> None:
-        self.squares = Squares(source, resolution)
-
-    def __getitem__(self, indices: range) -> EncoderBatch:
-        images, labels, good, bad_images = [], [], [], {}
-        for index in indices:
-            try:
-                image, label = self.squares.square(index, mirrored=False)
-            except BadImageError as error:
-                bad_images[self.squares.source.name(index)] = str(error)
-                continue
-            images.append(image)
-            labels.append(-1 if label is None else label)
-            good.append(index)
-        stacked = torch.stack(images) if images else torch.empty(0)
-        return EncoderBatch(tensors=stacked, indices=good, labels=labels, bad_images=bad_images)
-
-
 def plan_of(config: Config, vae: Any, source: Source) -> Plan:
     """Raises ConfigError for flags that cannot work."""
     for name in ("resolution", "batch_size", "shard_size", "num_images"):
@@ -119,7 +86,7 @@ def plan_of(config: Config, vae: Any, source: Source) -> Plan:
 
 
 @torch.inference_mode()
-def encode(batch: EncoderBatch, vae: Any, squares: SquaresInOrder, *, flip: bool) -> EncoderBatch:
+def encode(batch: EncoderBatch[Tensor], vae: Any, squares: Squares, *, flip: bool) -> EncoderBatch[Tensor]:
     """The moments of a batch, in which an image whose moments are not finite is a bad one."""
     if not len(batch.tensors):
         return batch
@@ -127,7 +94,7 @@ def encode(batch: EncoderBatch, vae: Any, squares: SquaresInOrder, *, flip: bool
     entries = [images, images.flip(-1)] if flip else [images]
     moments = torch.stack([encode_moments(vae, entry).float().cpu() for entry in entries], dim=1)
     finite = moments.flatten(1).isfinite().all(dim=1).tolist()
-    failed = [squares.squares.source.name(i) for i, ok in zip(batch.indices, finite, strict=True) if not ok]
+    failed = [squares.source.name(i) for i, ok in zip(batch.indices, finite, strict=True) if not ok]
     return EncoderBatch(
         tensors=moments[finite],
         indices=list(compress(batch.indices, finite)),
@@ -136,14 +103,13 @@ def encode(batch: EncoderBatch, vae: Any, squares: SquaresInOrder, *, flip: bool
     )
 
 
-def make_shards(
-    shards: list[int], plan: Plan, vae: Any, squares: SquaresInOrder, config: Config, *, show: bool
-) -> None:
+def make_shards(shards: list[int], plan: Plan, vae: Any, squares: Squares, config: Config, *, show: bool) -> None:
     """Encodes and writes these shards, one after the other, with one set of workers for all of them."""
     batches = {shard: batches_of(plan.indices(shard), config.batch_size) for shard in shards}
     order = [batch for shard in shards for batch in batches[shard]]
     num_workers = default_workers() if config.num_workers is None else config.num_workers
-    loaded = load_in_order(squares, order, num_workers=num_workers, pin_memory=vae.device.type == "cuda")
+    made = made_ahead(partial(squares_of, squares), order, num_workers=num_workers)
+    loaded = (with_tensors(batch, pin_memory=vae.device.type == "cuda") for batch in made)
     for shard in tqdm(shards, unit="shard", disable=not show):
         done = [encode(batch, vae, squares, flip=config.flip) for batch in islice(loaded, len(batches[shard]))]
         moments = [batch.tensors for batch in done if len(batch.tensors)]
@@ -153,7 +119,7 @@ def make_shards(
         write_shard(
             config.output,
             shard,
-            moments=torch.cat(moments) if moments else torch.empty(0),
+            moments=as_stored(torch.cat(moments)).numpy() if moments else np.empty(0),
             indices=[i for batch in done for i in batch.indices],
             labels=[label for batch in done for label in batch.labels],
             bad_images=bad_images,
@@ -179,7 +145,7 @@ def main(config: Config) -> None:
         clear(config.output, index=bool(todo))
     accelerator.wait_for_everyone()
     mine = todo[accelerator.process_index :: accelerator.num_processes]
-    squares = SquaresInOrder(source, config.resolution)
+    squares = Squares(source, config.resolution)
     make_shards(mine, plan, vae, squares, config, show=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not (config.output / "index.json").exists():

@@ -22,23 +22,16 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ldm_vae.config import parse_config
-from ldm_vae.data.loader import MicroBatches, default_workers, load_batches
+from ldm_vae.data.loader import MicroBatches, load_batches
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import open_source
+from ldm_vae.data.workers import default_workers
 from ldm_vae.errors import ConfigError, DataError, ModelError, one_line_errors
 from ldm_vae.files import staged_directory
 from ldm_vae.latents.cache import LatentCache
-from ldm_vae.latents.rows import (
-    VALIDATION_TIMES,
-    CachedMoments,
-    DiffusionBatch,
-    DiffusionRows,
-    Inputs,
-    Squares,
-    collate_rows,
-    validation_batches,
-)
-from ldm_vae.latents.statistics import Statistics, has_scale, put_statistics, scale_of
+from ldm_vae.latents.rows import CachedMoments, DiffusionBatch, DiffusionRows, Inputs, Squares, collate_rows
+from ldm_vae.latents.scaling import has_scale, put_statistics, scale_of
+from ldm_vae.latents.statistics import Statistics
 from ldm_vae.loop import FREE_ON_RESUME, Loop, Training, check
 from ldm_vae.models.pretrained import (
     channels_of,
@@ -50,8 +43,18 @@ from ldm_vae.models.pretrained import (
     stride_of,
 )
 from ldm_vae.models.unet import make_denoiser
-from ldm_vae.objectives.denoising import Objective, State, check_objective, losses_of, scaled_latents_of, train_step
-from ldm_vae.objectives.diffusion import NUM_TIMESTEPS, make_scheduler
+from ldm_vae.objectives.denoising import (
+    VALIDATION_TIMES,
+    Objective,
+    State,
+    check_objective,
+    losses_of,
+    scaled_latents_of,
+    train_step,
+    validation_batches,
+)
+from ldm_vae.objectives.diffusion import make_scheduler
+from ldm_vae.objectives.timesteps import NUM_TIMESTEPS
 from ldm_vae.pictures import labelled_rows, visible
 from ldm_vae.pipeline import LatentDiffusionPipeline
 from ldm_vae.runs import Checkpoint, Run
@@ -210,7 +213,8 @@ def measured(vae: Any, images: Inputs, seed: int) -> Statistics:
     for position in range(min(len(images), MEASURED_IMAGES)):
         image = images.load(index_at(position, size=len(images), seed=seed), False)[0]
         if image is not None:
-            statistics += Statistics.of(encode_moments(vae, image[None].to(vae.device)))
+            moments = encode_moments(vae, torch.from_numpy(image)[None].to(vae.device))
+            statistics += Statistics.of(moments.float().cpu().numpy())
     return statistics
 
 
@@ -261,7 +265,7 @@ def rows_of(images: Inputs, data: Data, config: Config) -> DiffusionRows:
     )
 
 
-def batches_from(step: int, data: Data, config: Config, accelerator: Accelerator) -> Iterator[DiffusionBatch]:
+def batches_from(step: int, data: Data, config: Config, accelerator: Accelerator) -> Iterator[DiffusionBatch[Tensor]]:
     """This process's micro-batches from `step` on."""
     order = MicroBatches(
         first_step=step,
@@ -299,7 +303,7 @@ def save(run: Run, state: State, data: Data, config: Config, *, step: int, facts
 
 @torch.inference_mode()
 def validation_loss(
-    unet: Any, state: State, batches: list[DiffusionBatch], config: Config, accelerator: Accelerator
+    unet: Any, state: State, batches: list[DiffusionBatch[Tensor]], config: Config, accelerator: Accelerator
 ) -> dict[str, float]:
     """The averaged denoiser's loss on fixed (image, time, noise), weighted as in training, in all and by time."""
     losses: dict[float, list[Tensor]] = {time: [] for time in VALIDATION_TIMES}

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
@@ -20,11 +21,12 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ldm_vae.config import parse_config
+from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import Corruption, parse_corruption, with_blemishes
-from ldm_vae.data.images import to_images, to_pixels
-from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, collate, default_workers, load_batches, map_image
+from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, collate, load_batches, map_image
 from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import Source, open_source
+from ldm_vae.data.workers import default_workers
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import staged_directory
 from ldm_vae.loop import FREE_ON_RESUME, Loop, Training, check
@@ -343,7 +345,7 @@ def validation_pairs(images: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     if config.target == "blemishes":
         pairs = [with_blemishes(to_pixels(i), rng) for i, rng in zip(images, rngs, strict=True)]
         seen, where = zip(*pairs, strict=True)
-        return torch.stack([map_image(w) for w in where]), torch.stack([to_images(s) for s in seen])
+        return torch.from_numpy(np.stack([map_image(w) for w in where])), torch.stack([to_images(s) for s in seen])
     corruption = corruption_of(config)
     if corruption is None:
         return images, images
@@ -363,7 +365,7 @@ def draw(
     return {"val_psnr": float(psnr(to_pixels(images), to_pixels(reconstructions)).mean())}
 
 
-def batches_from(step: int, source: Source, config: Config, accelerator: Accelerator) -> Iterator[Batch]:
+def batches_from(step: int, source: Source, config: Config, accelerator: Accelerator) -> Iterator[Batch[Tensor]]:
     """This process's micro-batches from `step` on."""
     num_workers = default_workers() if config.num_workers is None else config.num_workers
     crops = CropDataset(

@@ -27,7 +27,8 @@ from ldm_vae.codec.picture import Picture, as_picture
 from ldm_vae.codec.reading import MAX_METADATA, Reader
 from ldm_vae.codec.tables import DIGEST_BYTES, QUALITY_ONE, Tables, load_tables
 from ldm_vae.codec.tiles import TileCoder
-from ldm_vae.data.images import Pixels, to_images, to_pixels
+from ldm_vae.data.conversion import to_images, to_pixels
+from ldm_vae.data.images import Pixels
 from ldm_vae.data.large import let_go
 from ldm_vae.errors import BadImageError, ConfigError, CorruptError, ModelError, ModelMismatchError
 from ldm_vae.files import is_hub_id

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ldm_vae.codec.codec import Floats, fixed_point
 from ldm_vae.codec.fit import fit_contexts
 from ldm_vae.codec.tables import QUALITY_ONE, Tables
-from ldm_vae.data.images import to_images
+from ldm_vae.data.conversion import to_images
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import Source
 from ldm_vae.errors import BadImageError, ConfigError, ModelError, nothing_usable

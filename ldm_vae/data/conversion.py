@@ -9,9 +9,20 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm_vae.data.images import Pixels, check_float, convert_channels, to_images, to_pixels
+from ldm_vae.data.images import Pixels, check_float, convert_channels, values_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def to_images(pixels: Pixels) -> Tensor:
+    """Pixels (..., H, W, C) -> images (..., C, H, W), float32 in [-1, 1], with the precision that the file had."""
+    return torch.from_numpy(values_of(pixels))
+
+
+def to_pixels(images: Tensor, dtype: Any = np.uint8) -> Pixels:
+    """Images (..., C, H, W), clamped to [-1, 1] -> pixels uint8 or uint16 (..., H, W, C), rounded to the nearest."""
+    values = images.detach().float().clamp(-1, 1).add(1).mul(np.iinfo(dtype).max / 2).round()
+    return np.moveaxis(values.cpu().numpy().astype(dtype), -3, -1)
 
 
 def images_from(given: Any, *, channels: int) -> Tensor:

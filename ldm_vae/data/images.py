@@ -1,4 +1,4 @@
-"""One image between a file and a tensor: decoding, channels, resizing, and the two ranges of values."""
+"""One image between a file and an array: decoding, channels, resizing, and the two ranges of values. No torch here."""
 
 from __future__ import annotations
 
@@ -14,22 +14,11 @@ from typing import Any
 
 import numpy as np
 import tifffile
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from ldm_vae.data.image_files import EXTENSIONS
-from ldm_vae.data.large import Pixels, read_large
+from ldm_vae.data.large import Pixels, read_deep, read_large
 from ldm_vae.errors import BadImageError
-
-try:
-    from torchvision.io import ImageReadMode, decode_image
-except RuntimeError as error:
-    if "torchvision::nms" not in str(error):
-        raise
-    raise ImportError(
-        "torch and torchvision do not match: install a pair that does, such as the one in constraints.txt"
-    ) from error
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of a damaged file it says a line for every tag
 MAX_PIXELS = 100_000_000
@@ -106,9 +95,7 @@ def read_pil(data: bytes, max_pixels: int) -> Pixels:
     with limits_are_ours(), Image.open(io.BytesIO(data), formats=formats()) as image:
         check_size(*image.size, max_pixels)
         if image.format == "PNG" and data[24] == 16:  # PIL would cut 16-bit colour to 8: bit depth is byte 24 of IHDR
-            raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            decoded = decode_image(raw, ImageReadMode.UNCHANGED, apply_exif_orientation=True)
-            return decoded.permute(1, 2, 0).numpy()
+            return read_deep(data)
         return pil_pixels(image)
 
 
@@ -270,14 +257,10 @@ def centre_square(pixels: Pixels, side: int) -> Pixels:
     return resize(pixels, (side, side), (left, top, left + short, top + short))
 
 
-def to_images(pixels: Pixels) -> Tensor:
-    """Pixels (..., H, W, C) -> images (..., C, H, W), float32 in [-1, 1], with the precision that the file had."""
+def values_of(pixels: Pixels) -> np.ndarray:
+    """Pixels (..., H, W, C) -> values of images (..., C, H, W), float32 in [-1, 1], as precise as the file."""
     top = 1.0 if pixels.dtype == np.float32 else float(np.iinfo(pixels.dtype).max)
-    values = torch.from_numpy(np.moveaxis(pixels, -1, -3).astype(np.float32))
-    return values.mul_(2 / top).sub_(1)
-
-
-def to_pixels(images: Tensor, dtype: Any = np.uint8) -> Pixels:
-    """Images (..., C, H, W), clamped to [-1, 1] -> pixels uint8 or uint16 (..., H, W, C), rounded to the nearest."""
-    values = images.detach().float().clamp(-1, 1).add(1).mul(np.iinfo(dtype).max / 2).round()
-    return np.moveaxis(values.cpu().numpy().astype(dtype), -3, -1)
+    values = np.moveaxis(pixels, -1, -3).astype(np.float32)
+    values *= 2 / top
+    values -= 1
+    return values

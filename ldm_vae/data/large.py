@@ -86,6 +86,12 @@ def read_large(
     return whole
 
 
+def read_deep(data: bytes) -> Pixels:
+    """A PNG of 16 bits, upright, with as many channels as it has. Raises pyvips.Error."""
+    image = opened(data).autorot()
+    return np.frombuffer(image.write_to_memory(), DTYPES[image.format]).reshape(image.height, image.width, image.bands)
+
+
 def opened(given: bytes | Path) -> Any:
     """libvips' image, to be read from top to bottom. Raises pyvips.Error."""
     options = {"access": "sequential", "fail_on": "truncated"}

@@ -2,72 +2,56 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm_vae.data.corruption import UNKNOWN_LEVEL, Corruption, with_blemishes
-from ldm_vae.data.images import Pixels, resize, to_images
+from ldm_vae.data.images import Pixels, resize, values_of
 from ldm_vae.data.order import Stream, generator_at, index_at, positions_of
 from ldm_vae.data.sources import Source
-from ldm_vae.errors import BadImageError, LdmVaeError, nothing_usable
+from ldm_vae.data.workers import made_ahead
+from ldm_vae.errors import BadImageError, nothing_usable
 
 MAX_TRIES = 1_000_000
-TRACE = "Original Traceback"
 BadImages = dict[str, str]
 """Name -> reason."""
+Values = TypeVar("Values")
+"""Arrays where rows are made, tensors in the trainer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class Batch(Generic[Values]):
     """images (B, C, R, R) in [-1, 1], their positions, and the bad images met on the way."""
 
-    images: Tensor
+    images: Values
     positions: list[int]
     bad_images: BadImages
-    inputs: Tensor | None = None
+    inputs: Values | None = None
     """What the network sees in the place of the images (B, C, R, R); the images unless they were damaged."""
-    noise_levels: Tensor | None = None
+    noise_levels: Values | None = None
     """Standard deviation of the noise in the inputs (B,), in 0..255; negative where it is not told."""
 
     def __len__(self) -> int:
-        return len(self.images)
-
-    def pin_memory(self) -> Batch:
-        tensors = {n: getattr(self, n) for n in ("images", "inputs", "noise_levels")}
-        return replace(self, **{n: t.pin_memory() for n, t in tensors.items() if t is not None})
+        return len(self.images)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A crop, its position, and the bad images met in finding it; no crop when nothing is usable."""
 
-    image: Tensor | None
+    image: np.ndarray | None
+    """(C, R, R) in [-1, 1]."""
     position: int
     bad_images: BadImages
-    input: Tensor | None = None
+    input: np.ndarray | None = None
     noise_level: float = UNKNOWN_LEVEL
 
 
-class LoadableBatch(Protocol):
-    """What `load_batches` asks of a batch: its length, 0 when nothing in the source can be used, and why."""
-
-    @property
-    def bad_images(self) -> BadImages: ...
-    def __len__(self) -> int: ...
-
-
-AnyBatch = TypeVar("AnyBatch", bound=LoadableBatch)
-
-
-class CropDataset(Dataset[Row]):
+class CropDataset:
     """`crops[position]` is a random crop, perhaps mirrored: a pure function of (source, seed, position).
 
     A bad image's place is taken by the next one of the source that can be used.
@@ -114,16 +98,16 @@ class CropDataset(Dataset[Row]):
             index, tries = (index + 1) % len(self.source), tries + 1
             pixels = self.load(index, met)
         crop = self.crop(pixels, generator_at(self.seed, position, Stream.CROP))
-        row = Row(image=to_images(crop), position=position, bad_images=met)
+        row = Row(image=values_of(crop), position=position, bad_images=met)
         if self.blemishes:
             damaged, where = with_blemishes(crop, generator_at(self.seed, position, Stream.CORRUPTION))
-            return replace(row, image=map_image(where), input=to_images(damaged))
+            return replace(row, image=map_image(where), input=values_of(damaged))
         if self.corruption is None:
             return row
         rng = generator_at(self.seed, position, Stream.CORRUPTION)
         told = rng.random() < 0.5
         damaged, level = self.corruption(crop, rng)
-        return replace(row, input=to_images(damaged), noise_level=level if told else UNKNOWN_LEVEL)
+        return replace(row, input=values_of(damaged), noise_level=level if told else UNKNOWN_LEVEL)
 
     def load(self, index: int, met: BadImages) -> Pixels | None:
         """Image `index`, made smaller if that is asked for; None, and a line in `met`, for a bad one."""
@@ -164,12 +148,12 @@ class CropDataset(Dataset[Row]):
         return crop[:, ::-1] if self.mirror and mirror < 0.5 else crop
 
 
-def map_image(where: np.ndarray) -> Tensor:
+def map_image(where: np.ndarray) -> np.ndarray:
     """A map of bool (H, W) as an image (1, H, W): 1, and -1."""
-    return to_images(255 * where[:, :, None].astype(np.uint8))
+    return values_of(255 * where[:, :, None].astype(np.uint8))
 
 
-class MicroBatches(Sampler[list[int]]):
+class MicroBatches:
     """The positions of each micro-batch of one process, from `first_step` up to `last_step`."""
 
     def __init__(
@@ -189,7 +173,7 @@ class MicroBatches(Sampler[list[int]]):
                 yield list(positions[i * share : (i + 1) * share])
 
 
-def collate(rows: list[Row]) -> Batch:
+def collate(rows: list[Row]) -> Batch[np.ndarray]:
     """A batch without images when there are none that can be used."""
     bad_images: BadImages = {}
     for row in rows:
@@ -197,73 +181,50 @@ def collate(rows: list[Row]) -> Batch:
     images = [row.image for row in rows if row.image is not None]
     inputs = [row.input for row in rows if row.input is not None]
     return Batch(
-        images=torch.stack(images) if images else torch.empty(0),
+        images=stacked(images),
         positions=[row.position for row in rows],
         bad_images=bad_images,
-        inputs=torch.stack(inputs) if inputs else None,
-        noise_levels=torch.tensor([row.noise_level for row in rows]) if inputs else None,
+        inputs=stacked(inputs) if inputs else None,
+        noise_levels=np.array([row.noise_level for row in rows], np.float32) if inputs else None,
     )
 
 
+def stacked(arrays: list[np.ndarray]) -> np.ndarray:
+    """(N, ...), or (0,) of none."""
+    return np.stack(arrays) if arrays else np.empty(0, np.float32)
+
+
+def collated(rows: Any, collate: Callable[[list[Any]], Any], items: list[int]) -> Any:
+    return collate([rows[item] for item in items])
+
+
 def load_batches(
-    rows: Dataset[Any],
+    rows: Any,
     order: MicroBatches,
     *,
-    collate: Callable[[list[Any]], AnyBatch],
+    collate: Callable[[list[Any]], Any],
     num_workers: int,
     pin_memory: bool,
-) -> Iterator[AnyBatch]:
-    """The micro-batches of `order`, made by `num_workers` processes, or by this one when that is 0.
+) -> Iterator[Any]:
+    """The micro-batches of `order`, with tensors, made by `num_workers` processes, or by this one when that is 0.
+
+    Args:
+        rows: by position, without any torch in them.
+        collate: a list of rows -> a batch of arrays, with `bad_images` and a length: 0 where nothing can be used.
 
     Raises:
         DataError: nothing in the source can be used.
     """
-    loaded = load_in_order(rows, order, collate=collate, num_workers=num_workers, pin_memory=pin_memory)
-    for batch in loaded:
+    for batch in made_ahead(partial(collated, rows, collate), order, num_workers=num_workers):
         if not len(batch):
             raise nothing_usable(batch.bad_images)
-        yield batch
+        yield with_tensors(batch, pin_memory=pin_memory)
 
 
-def load_in_order(
-    rows: Dataset[Any],
-    order: Iterable[Any],
-    *,
-    collate: Callable[[list[Any]], Any] | None = None,
-    num_workers: int,
-    pin_memory: bool,
-) -> Iterator[Any]:
-    """`rows[item]` for each item of `order` or, with a `collate`, that of the rows of each list of items."""
-    loader: DataLoader[Any] = DataLoader(
-        rows,
-        batch_size=None if collate is None else 1,
-        sampler=order if collate is None else None,
-        batch_sampler=None if collate is None else order,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
-        worker_init_fn=leave_signals_to_the_trainer if num_workers else None,
-    )
-    iterator = iter(loader)
-    try:
-        yield from iterator
-    except LdmVaeError as error:  # of a worker, torch puts where it was raised before what it says
-        text = str(error)
-        raise type(error)(text.strip().splitlines()[-1].partition(": ")[2]) if TRACE in text else error from None
-    finally:
-        if num_workers:  # now, not when Python exits: there it waits for them with a signal that they ignore
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
+def with_tensors(batch: Any, *, pin_memory: bool = False) -> Any:
+    """The same batch with tensors in the place of its arrays, whose memory they share unless it is pinned."""
+    import torch  # the trainer has it, workers do not
 
-
-def default_workers() -> int:
-    """As many as this training process has cores beside its own, between 1 and 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # training processes; torch's launcher says so
-    return min(max(cores // on_this_machine - 1, 1), 8)
-
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """A stop signal often goes to a whole group of processes: the workers are needed until the step is done."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    arrays = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    tensors = {n: torch.from_numpy(a) for n, a in arrays.items() if isinstance(a, np.ndarray)}
+    return replace(batch, **{n: t.pin_memory() if pin_memory else t for n, t in tensors.items()})

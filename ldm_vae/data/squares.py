@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ldm_vae.data.images import Sample, centre_square, to_images, to_pixels
+from ldm_vae.data.conversion import to_images, to_pixels
+from ldm_vae.data.images import Sample, centre_square
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import Source
 from ldm_vae.errors import BadImageError

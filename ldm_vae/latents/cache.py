@@ -20,16 +20,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
+from safetensors.numpy import save
 
 from ldm_vae.errors import DataError, nothing_usable
 from ldm_vae.files import atomic, digest_of_json, sha256, write_json
 from ldm_vae.latents.statistics import Statistics
 
-STORED = torch.float16
+STORED = np.float16
 OPEN_SHARDS = 256
 
 
@@ -57,12 +56,6 @@ class Plan:
     def indices(self, shard: int) -> range:
         """Of the source, in one shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
-
-
-def as_stored(moments: Tensor) -> Tensor:
-    """Moments as a cache gives them back: rounded to float16, in float32. Its relative error is at most 2^-11."""
-    largest = torch.finfo(STORED).max
-    return moments.float().clamp(-largest, largest).to(STORED).float()
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -108,20 +101,22 @@ def is_finished(folder: Path, shard: int) -> bool:
 
 
 def write_shard(
-    folder: Path, shard: int, *, moments: Tensor, indices: list[int], labels: list[int], bad_images: Mapping[str, str]
+    folder: Path,
+    shard: int,
+    *,
+    moments: np.ndarray,
+    indices: list[int],
+    labels: list[int],
+    bad_images: Mapping[str, str],
 ) -> None:
-    """One shard, complete or not there. moments: (N, E, 2c, h, w); with N = 0 there is only a record."""
+    """One shard, complete or not there. moments: (N, E, 2c, h, w), `as_stored`; with N = 0 there is only a record."""
     file = shard_file(folder, shard)
     record: dict[str, Any] = {"bytes": 0, "sha256": None, "count": len(indices)}
     if len(indices):
-        tensors = {
-            "moments": as_stored(moments).to(STORED).contiguous(),
-            "indices": torch.tensor(indices),
-            "labels": torch.tensor(labels),
-        }
+        tensors = {"moments": moments.astype(STORED), "indices": np.array(indices), "labels": np.array(labels)}
         with atomic(file) as out:
             out.write(save(tensors))
-        statistics = Statistics.of(as_stored(moments).flatten(0, 1))
+        statistics = Statistics.of(moments.reshape(-1, *moments.shape[2:]))
         record |= {"bytes": file.stat().st_size, "sha256": sha256(file), "statistics": statistics.as_json()}
     write_json(file.with_suffix(".json"), {**record, "bad_images": dict(bad_images)})
 
@@ -178,7 +173,7 @@ def read_plan(folder: Path) -> Plan:
 class Encoded:
     """One image's moments (2c, h, w), float32, and its label (None without one)."""
 
-    moments: Tensor
+    moments: np.ndarray
     label: int | None
 
 
@@ -217,7 +212,7 @@ class LatentCache:
 
     def open_shard(self, shard: int) -> tuple[Any, list[int], list[int]]:
         """Its moments, to be sliced, its indices and its labels."""
-        handle = safe_open(shard_file(self.folder, shard), "pt")
+        handle = safe_open(shard_file(self.folder, shard), "np")
         return handle.get_slice("moments"), handle.get_tensor("indices").tolist(), handle.get_tensor("labels").tolist()
 
     def row(self, index: int, mirrored: bool = False) -> Encoded:
@@ -228,7 +223,7 @@ class LatentCache:
         moments, _, labels = self.open(shard)
         label = labels[offset]
         entry = int(mirrored and self.plan.flip)
-        return Encoded(moments=moments[offset][entry].float(), label=None if label < 0 else label)
+        return Encoded(moments=moments[offset][entry].astype(np.float32), label=None if label < 0 else label)
 
     def next_usable(self, index: int) -> tuple[int, int]:
         """Shard and row of the first usable image from `index` on, beginning again at the end."""

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from copy import copy
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, Protocol
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+import numpy as np
 
-from ldm_vae.data.images import centre_square, to_images
-from ldm_vae.data.loader import MAX_TRIES, BadImages
+from ldm_vae.data.images import centre_square, values_of
+from ldm_vae.data.loader import MAX_TRIES, BadImages, Values, stacked
 from ldm_vae.data.order import Stream, generator_at, index_at
 from ldm_vae.data.sources import Source
-from ldm_vae.errors import BadImageError, nothing_usable
+from ldm_vae.errors import BadImageError
 from ldm_vae.latents.cache import LatentCache
-from ldm_vae.objectives.diffusion import Prediction, timestep_at
+from ldm_vae.objectives.timesteps import Prediction, timestep_at
 
 
 class Inputs(Protocol):
-    """Images, or their moments, by index: `load(index, mirrored)` -> tensor (or None), label, bad images met."""
+    """Images, or their moments, by index: `load(index, mirrored)` -> array (or None), label, bad images met."""
 
     def __len__(self) -> int: ...
-    def load(self, index: int, mirrored: bool) -> tuple[Tensor | None, int | None, BadImages]: ...
+    def load(self, index: int, mirrored: bool) -> tuple[np.ndarray | None, int | None, BadImages]: ...
 
 
 class CachedMoments:
@@ -35,7 +32,7 @@ class CachedMoments:
     def __len__(self) -> int:
         return len(self.cache)
 
-    def load(self, index: int, mirrored: bool) -> tuple[Tensor | None, int | None, BadImages]:
+    def load(self, index: int, mirrored: bool) -> tuple[np.ndarray | None, int | None, BadImages]:
         row = self.cache.row(index, mirrored)
         return row.moments, row.label, {}
 
@@ -54,7 +51,7 @@ class Squares:
     def __len__(self) -> int:
         return self.count
 
-    def load(self, index: int, mirrored: bool) -> tuple[Tensor | None, int | None, BadImages]:
+    def load(self, index: int, mirrored: bool) -> tuple[np.ndarray | None, int | None, BadImages]:
         met: BadImages = {}
         for _ in range(min(self.count, MAX_TRIES)):
             if index not in self.bad:
@@ -66,47 +63,68 @@ class Squares:
             index = (index + 1) % self.count
         return None, None, met
 
-    def square(self, index: int, mirrored: bool) -> tuple[Tensor, int | None]:
+    def square(self, index: int, mirrored: bool) -> tuple[np.ndarray, int | None]:
         """Raises BadImageError."""
         sample = self.source[index]
-        images = to_images(centre_square(sample.pixels, self.resolution))
-        return images.flip(-1) if mirrored else images, sample.label
+        pixels = centre_square(sample.pixels, self.resolution)
+        return values_of(pixels[:, ::-1] if mirrored else pixels), sample.label
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionBatch:
+class EncoderBatch(Generic[Values]):
+    """Images of a shard of a cache that can be used, what they are, and the others."""
+
+    tensors: Values
+    """Centred squares (B, C, R, R) and then, in their place, their moments (B, E, 2c, h, w)."""
+    indices: list[int]
+    labels: list[int]
+    bad_images: BadImages
+
+
+def squares_of(squares: Squares, indices: range) -> EncoderBatch[np.ndarray]:
+    """These images of the source but for the bad ones, for a VAE to encode."""
+    images, labels, good, bad_images = [], [], [], {}
+    for index in indices:
+        try:
+            image, label = squares.square(index, mirrored=False)
+        except BadImageError as error:
+            bad_images[squares.source.name(index)] = str(error)
+            continue
+        images.append(image)
+        labels.append(-1 if label is None else label)
+        good.append(index)
+    return EncoderBatch(tensors=stacked(images), indices=good, labels=labels, bad_images=bad_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionBatch(Generic[Values]):
     """What one micro-batch of diffusion training needs. All that is random in it belongs to a position."""
 
-    inputs: Tensor
+    inputs: Values
     """Moments (B, 2c, h, w) from a cache, or images (B, C, R, R)."""
-    labels: Tensor
+    labels: Values
     """(B,), K where there is none or it was dropped."""
-    timesteps: Tensor
+    timesteps: Values
     """(B,)."""
-    noise: Tensor
+    noise: Values
     """(B, c, h, w), of the diffusion."""
-    posterior_noise: Tensor
+    posterior_noise: Values
     """(B, c, h, w), of the sample from the posterior."""
     bad_images: BadImages
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.inputs)  # type: ignore[arg-type]
 
-    def to(self, device: torch.device) -> DiffusionBatch:
-        return self.changed(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> DiffusionBatch:
-        return self.changed(lambda tensor: tensor.pin_memory())
-
-    def changed(self, change: Any) -> DiffusionBatch:
+    def to(self, device: Any) -> DiffusionBatch[Values]:
+        """Of tensors."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return DiffusionBatch(**{k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+        return replace(self, **{n: v.to(device, non_blocking=True) for n, v in values.items() if n != "bad_images"})
 
 
-DiffusionRow = tuple[Tensor | None, int, float, Tensor, Tensor, BadImages]
+DiffusionRow = tuple[np.ndarray | None, int, float, np.ndarray, np.ndarray, BadImages]
 
 
-class DiffusionRows(Dataset[DiffusionRow]):
+class DiffusionRows:
     """`rows[position]`: an image and its draws, a pure function of (data, seed, position).
 
     Args:
@@ -142,45 +160,21 @@ class DiffusionRows(Dataset[DiffusionRow]):
         noises = [self.draw(position, stream) for stream in (Stream.NOISE, Stream.POSTERIOR)]
         return image, label, timestep, *noises, met  # type: ignore[return-value]
 
-    def draw(self, position: int, stream: Stream) -> Tensor:
-        return torch.from_numpy(
-            generator_at(self.seed, position, stream).standard_normal(self.latent_shape, dtype="float32")
-        )
+    def draw(self, position: int, stream: Stream) -> np.ndarray:
+        return generator_at(self.seed, position, stream).standard_normal(self.latent_shape, dtype=np.float32)
 
 
-def collate_rows(rows: list[DiffusionRow]) -> DiffusionBatch:
+def collate_rows(rows: list[DiffusionRow]) -> DiffusionBatch[np.ndarray]:
     """A batch of length 0 when there are no images that can be used."""
     images, labels, timesteps, noise, posterior_noise, met = zip(*rows, strict=True)
     bad_images: BadImages = {}
     for here in met:
         bad_images |= here
-    usable = [image for image in images if image is not None]
     return DiffusionBatch(
-        inputs=torch.stack(usable) if usable else torch.empty(0),
-        labels=torch.tensor(labels),
-        timesteps=torch.tensor(timesteps, dtype=torch.float32),
-        noise=torch.stack(noise),
-        posterior_noise=torch.stack(posterior_noise),
+        inputs=stacked([image for image in images if image is not None]),
+        labels=np.array(labels),
+        timesteps=np.array(timesteps, np.float32),
+        noise=np.stack(noise),
+        posterior_noise=np.stack(posterior_noise),
         bad_images=bad_images,
     )
-
-
-VALIDATION_IMAGES = 64
-VALIDATION_TIMES = tuple((k + 0.5) / 8 for k in range(8))
-"""The middle of each of eight ranges of time."""
-
-
-def validation_batches(rows: DiffusionRows, batch_size: int) -> list[DiffusionBatch]:
-    """The same images with the same noise always, none with a dropped label, in batches of at most `batch_size`.
-
-    Raises:
-        DataError: nothing in the source can be used.
-    """
-    fixed = copy(rows)
-    fixed.label_dropout = 0.0 if rows.num_classes else 1.0
-    positions = range(min(len(rows), VALIDATION_IMAGES))
-    starts = range(0, len(positions), batch_size)
-    batches = [collate_rows([fixed[p] for p in positions[start : start + batch_size]]) for start in starts]
-    if not len(batches[0]):
-        raise nothing_usable(batches[0].bad_images)
-    return batches

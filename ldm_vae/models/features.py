@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ldm_vae.data.images import Pixels, to_images
+from ldm_vae.data.conversion import to_images
+from ldm_vae.data.images import Pixels
 from ldm_vae.errors import ModelError
 from ldm_vae.files import no_pickles, sha256
 from ldm_vae.models.classifier import ImageClassifier, load_classifier

@@ -269,7 +269,7 @@ class StepResult:
 
 
 def train_step(
-    batches: Iterator[Batch],
+    batches: Iterator[Batch[Tensor]],
     state: State,
     config: Objective,
     *,

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +15,15 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from ldm_vae.errors import ConfigError
-from ldm_vae.latents.cache import as_stored
-from ldm_vae.latents.rows import DiffusionBatch
-from ldm_vae.latents.statistics import scale_latents
+from ldm_vae.data.loader import with_tensors
+from ldm_vae.errors import ConfigError, nothing_usable
+from ldm_vae.latents.rows import DiffusionBatch, DiffusionRows, collate_rows
+from ldm_vae.latents.scaling import as_stored, scale_latents
 from ldm_vae.models.pretrained import encode_moments, posterior_of
 from ldm_vae.models.unet import multiple_of, predict
-from ldm_vae.objectives.diffusion import Prediction, add_noise, min_snr_weights
+from ldm_vae.objectives.diffusion import add_noise, min_snr_weights
 from ldm_vae.objectives.step import StepConfig, averaged, parameters_of, set_learning_rate
+from ldm_vae.objectives.timesteps import Prediction
 from ldm_vae.sharding import averaged_copy, is_sharded, whole
 
 
@@ -106,7 +108,7 @@ class StepResult:
 
 
 def train_step(
-    batches: Iterator[DiffusionBatch],
+    batches: Iterator[DiffusionBatch[Tensor]],
     state: State,
     config: Objective,
     *,
@@ -139,3 +141,25 @@ def train_step(
         state.ema.step(state.bare.parameters())
     state.optimizer.zero_grad()
     return StepResult(loss=losses, grad_norm=norm, waited=waited, healthy=healthy, bad_images=bad_images)
+
+
+VALIDATION_IMAGES = 64
+VALIDATION_TIMES = tuple((k + 0.5) / 8 for k in range(8))
+"""The middle of each of eight ranges of time."""
+
+
+def validation_batches(rows: DiffusionRows, batch_size: int) -> list[DiffusionBatch[Tensor]]:
+    """The same images with the same noise always, none with a dropped label, in batches of at most `batch_size`.
+
+    Raises:
+        DataError: nothing in the source can be used.
+    """
+    fixed = copy(rows)
+    fixed.label_dropout = 0.0 if rows.num_classes else 1.0
+    positions = range(min(len(rows), VALIDATION_IMAGES))
+    starts = range(0, len(positions), batch_size)
+    made = [collate_rows([fixed[p] for p in positions[start : start + batch_size]]) for start in starts]
+    batches = [with_tensors(batch) for batch in made]
+    if not len(batches[0]):
+        raise nothing_usable(batches[0].bad_images)
+    return batches

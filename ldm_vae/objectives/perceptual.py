@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlparse
 
-import lpips
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.files import no_pickles
+
+try:
+    import lpips
+    import torchvision
+except RuntimeError as error:
+    if "torchvision::nms" not in str(error):
+        raise
+    raise ImportError(
+        "torch and torchvision do not match: install a pair that does, such as the one in constraints.txt"
+    ) from error
 
 Backbone = Literal["vgg", "alex", "squeeze"]
 SMALLEST_IMAGE = {"vgg": 64, "alex": 32, "squeeze": 32}

@@ -19,8 +19,9 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio
 
 from benchmarks import anomaly, denoising, embeddings, prior_samples
+from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import Corruption
-from ldm_vae.data.images import read_pixels, to_images, to_pixels
+from ldm_vae.data.images import read_pixels
 from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, DataError

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_vae.data.images import to_images
-from ldm_vae.data.loader import CropDataset, MicroBatches, collate, default_workers, load_batches
+from ldm_vae.data.conversion import to_images
+from ldm_vae.data.loader import CropDataset, MicroBatches, collate, load_batches
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import open_source
+from ldm_vae.data.workers import default_workers
 from ldm_vae.errors import DataError
 
 
@@ -20,7 +21,8 @@ def test_a_crop_is_a_part_of_its_image_perhaps_mirrored(photos: Path) -> None:
     mirrored = 0
     for position in range(24):
         row = crops[position]
-        image, at, met = row.image, row.position, row.bad_images
+        assert row.image is not None
+        image, at, met = torch.from_numpy(row.image), row.position, row.bad_images
         assert (image.shape, at, met) == ((3, 24, 24), position, {})
         whole = to_images(source[index_at(position, size=12, seed=4)].pixels)
         windows = whole.unfold(1, 24, 1).unfold(2, 24, 1)  # (3, y, x, 24, 24)
@@ -56,8 +58,8 @@ def test_images_of_any_size_give_crops_of_one_size(
     for position in range(3):
         image = crops[position].image
         assert image.shape == (3, 16, 16)
-        assert image.isfinite().all()
-        assert image.abs().max() <= 1
+        assert image is not None
+        assert np.abs(image).max() <= 1
 
 
 def test_resizing_first_changes_the_scale_of_the_crop(tmp_path: Path) -> None:
@@ -67,7 +69,8 @@ def test_resizing_first_changes_the_scale_of_the_crop(tmp_path: Path) -> None:
     for shorter_side in (None, 128, 64):
         crops = CropDataset(open_source(str(tmp_path)), seed=0, resolution=32, shorter_side=shorter_side)
         image = crops[0].image
-        steps[shorter_side] = float((image[0, 0, -1] - image[0, 0, 0]).abs())
+        assert image is not None
+        steps[shorter_side] = abs(float(image[0, 0, -1] - image[0, 0, 0]))
     assert steps[128] == pytest.approx(2 * steps[None], rel=0.05)
     assert steps[64] == pytest.approx(4 * steps[None], rel=0.05)
 

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_vae.data.images import centre_square, to_images
+from ldm_vae.data.conversion import to_images
+from ldm_vae.data.images import centre_square
+from ldm_vae.data.loader import with_tensors
 from ldm_vae.data.order import Stream, generator_at, index_at
 from ldm_vae.data.sources import open_source
-from ldm_vae.latents.cache import as_stored
-from ldm_vae.latents.rows import VALIDATION_TIMES, DiffusionRows, Squares, collate_rows, validation_batches
-from ldm_vae.latents.statistics import Statistics, put_statistics
+from ldm_vae.latents.rows import DiffusionRows, Squares, collate_rows
+from ldm_vae.latents.scaling import as_stored, put_statistics
+from ldm_vae.latents.statistics import Statistics
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.unet import make_denoiser
-from ldm_vae.objectives.denoising import Objective, losses_of, scaled_latents_of
+from ldm_vae.objectives.denoising import VALIDATION_TIMES, Objective, losses_of, scaled_latents_of, validation_batches
 
 
 def rows_for(photos: Path, **changes: object) -> DiffusionRows:
@@ -36,7 +38,7 @@ def measured_vae() -> PatchAutoencoderKL:
 def test_the_loss_is_that_of_rectified_flow_written_out(photos: Path) -> None:
     rows, vae = rows_for(photos), measured_vae()
     unet = make_denoiser("demo", latent_channels=4, sample_size=(4, 4), num_classes=2).eval()
-    batch = collate_rows([rows[position] for position in (20, 3)])
+    batch = with_tensors(collate_rows([rows[position] for position in (20, 3)]))
     with torch.no_grad():
         scaled = scaled_latents_of(batch, vae, encoded=False)
         losses = losses_of(unet, scaled, batch, Objective(seed=5), unet)
@@ -64,7 +66,7 @@ def test_a_row_does_not_depend_on_its_batch(photos: Path) -> None:
     rows = rows_for(photos, label_dropout=0.3)
     together, alone = collate_rows([rows[p] for p in range(8)]), collate_rows([rows[5]])
     for name in ("inputs", "labels", "timesteps", "noise", "posterior_noise"):
-        assert torch.equal(getattr(together, name)[5], getattr(alone, name)[0])
+        assert np.array_equal(getattr(together, name)[5], getattr(alone, name)[0])
 
 
 def test_labels_are_dropped_as_often_as_asked_for(photos: Path) -> None:
@@ -92,7 +94,7 @@ def test_validation_has_the_same_images_and_noise_in_batches_of_any_size(photos:
 def test_min_snr_weighs_each_image(photos: Path) -> None:
     rows, vae = rows_for(photos), measured_vae()
     unet = make_denoiser("demo", latent_channels=4, sample_size=(4, 4), num_classes=2).eval()
-    batch = collate_rows([rows[position] for position in range(3)])
+    batch = with_tensors(collate_rows([rows[position] for position in range(3)]))
     batch = replace(batch, timesteps=torch.tensor([100.0, 500.0, 900.0]))
     with torch.no_grad():
         scaled = scaled_latents_of(batch, vae, encoded=False)

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 
 from ldm_vae.objectives.diffusion import (
     SCHEDULERS,
-    Prediction,
     add_noise,
     alpha_and_sigma,
     make_scheduler,
     min_snr_weights,
     prediction_of,
     set_timesteps,
-    timestep_at,
 )
+from ldm_vae.objectives.timesteps import Prediction, timestep_at
 
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 PAIRS = [(p, name) for p in PREDICTIONS for name in SCHEDULERS[p]]

@@ -13,7 +13,8 @@ from PIL import Image
 from ldm_vae import folders
 from ldm_vae.config import parse_flags
 from ldm_vae.data import large
-from ldm_vae.data.images import read_pixels, to_images, to_pixels
+from ldm_vae.data.conversion import to_images, to_pixels
+from ldm_vae.data.images import read_pixels
 from ldm_vae.data.shards import build_index, shards_of
 from ldm_vae.errors import RunError, one_line_errors
 from ldm_vae.folders import distinct, files_of

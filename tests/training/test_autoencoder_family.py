@@ -15,8 +15,8 @@ from processes import ROOT, metrics
 from scipy.ndimage import gaussian_filter
 from scipy.stats import mannwhitneyu
 
+from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import parse_corruption, with_blemishes
-from ldm_vae.data.images import to_images, to_pixels
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import open_source
@@ -123,7 +123,7 @@ def test_grey_images_can_be_denoised_and_mirroring_can_be_left_out(tmp_path: Pat
     crops = CropDataset(source, seed=0, resolution=16, mirror=False)
     for position in range(6):
         index = index_at(position, size=len(source), seed=0)
-        assert torch.equal(crops[position].image, to_images(source[index].pixels))
+        assert np.array_equal(crops[position].image, to_images(source[index].pixels))
 
 
 def smooth_photos(folder: Path, count: int, seed: int) -> str:

@@ -19,7 +19,7 @@ from PIL import Image
 from processes import ENVIRONMENT, ROOT, flags, largest_difference, launch, metrics, run_until_killed, state, wait_for
 
 from ldm_vae.errors import ConfigError, DataError, LdmVaeError, ModelError, RunError, one_line_errors
-from ldm_vae.latents.statistics import scale_latents
+from ldm_vae.latents.scaling import scale_latents
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.pretrained import load_autoencoder
 from ldm_vae.pipeline import load_pipeline

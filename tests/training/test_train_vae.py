@@ -26,7 +26,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import reconstruction
-from ldm_vae.data.images import to_pixels
+from ldm_vae.data.conversion import to_pixels
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, LdmVaeError, RunError, one_line_errors
@@ -364,7 +364,7 @@ def test_the_mean_and_deviation_that_are_logged_are_those_of_the_latents(photos:
     config = config_for(photos, tmp_path / "run", steps=1, adversarial="none", perceptual="none")
     vae = build(config, Accelerator()).bare.vae
     crops = CropDataset(open_source(str(photos)), seed=0, resolution=32)
-    images = torch.stack([crops[position].image for position in range(8)])
+    images = torch.from_numpy(np.stack([crops[position].image for position in range(8)]))
     with torch.no_grad():
         posterior = vae.encode(images).latent_dist
     main(config)

@@ -1,0 +1,143 @@
+"""Workers: the same as without them, small, and gone when nobody needs them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm_vae.data.corruption import parse_corruption
+from ldm_vae.data.loader import CropDataset, collate, collated
+from ldm_vae.data.sources import open_source
+from ldm_vae.data.workers import made_ahead
+from ldm_vae.latents.rows import CachedMoments, DiffusionRows, Squares, collate_rows, squares_of
+
+
+def children() -> set[int]:
+    """The processes that this one has started and that have not ended."""
+    return {int(p) for f in Path("/proc/self/task").glob("*/children") for p in f.read_text().split()}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_what_is_made_comes_in_its_order(num_workers: int) -> None:
+    before = children()
+    assert list(made_ahead(abs, range(-50, 0), num_workers=num_workers)) == list(range(50, 0, -1))
+    assert list(made_ahead(abs, [], num_workers=num_workers)) == []
+    assert children() == before
+
+
+def test_what_a_worker_raises_comes_in_its_place_and_says_where_it_was() -> None:
+    before = children()
+    made = made_ahead(int, ["4", "9", "four", "16"], num_workers=2)
+    assert [next(made), next(made)] == [4, 9]
+    with pytest.raises(ValueError, match="invalid literal") as raised:
+        next(made)
+    assert "In a worker:" in raised.value.__notes__[0]
+    assert children() == before
+
+
+def test_who_asks_for_no_more_leaves_no_process() -> None:
+    before = children()
+    made = made_ahead(time.sleep, [0.0, *[60.0] * 20], num_workers=2)
+    next(made)
+    assert len(children() - before) == 2
+    began = time.monotonic()
+    made.close()
+    assert children() == before
+    assert time.monotonic() - began < 10
+
+
+TRAINER = """
+import time
+from pathlib import Path
+from ldm_vae.data.workers import made_ahead
+made = made_ahead(time.sleep, [0.0] + [0.5] * 1000, num_workers=2)
+next(made)
+print(*(f.read_text() for f in Path("/proc/self/task").glob("*/children")), flush=True)
+for _ in made:
+    pass
+"""
+
+
+def test_workers_end_when_their_trainer_is_killed_and_not_by_a_signal_to_all() -> None:
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert trainer.stdout is not None
+    workers = [int(p) for p in trainer.stdout.readline().split()]
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGINT)
+    time.sleep(1)
+    assert all(Path(f"/proc/{w}").exists() for w in workers)
+    trainer.kill()
+    trainer.communicate()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{w}/cmdline").exists() and "serve" in cmdline(w) for w in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def cmdline(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of four images, without a VAE."""
+    import numpy as np
+
+    from ldm_vae.latents.cache import LatentCache, Plan, begin, summarise, write_index, write_shard
+
+    folder = tmp_path_factory.mktemp("cache")
+    plan = Plan(
+        vae="", data="", num_images=4, resolution=16, flip=False, latent_shape=(4, 2, 2), classes=(), shard_size=4
+    )
+    begin(folder, plan)
+    moments = np.random.default_rng(0).standard_normal((4, 1, 8, 2, 2))
+    write_shard(folder, 0, moments=moments, indices=[0, 1, 2, 3], labels=[-1] * 4, bad_images={})
+    write_index(folder, summarise(folder, plan))
+    return LatentCache(folder)
+
+
+def makers(cache: Any) -> dict[str, tuple[Callable[[Any], Any], Any]]:
+    """All that is made by workers, and something to make."""
+    source = open_source("procedural:dead-leaves", resolution=32)
+    given: dict[str, Any] = {"seed": 0, "label_dropout": 1.0, "num_classes": 0, "flip": True, "prediction": "flow"}
+    given["latent_shape"] = (4, 2, 2)
+    crops = CropDataset(source, seed=0, resolution=16, corruption=parse_corruption("jpeg:10-40"))
+    squares = Squares(source, 16, num_images=4)
+    return {
+        "crops": (partial(collated, crops, collate), [3, 4]),
+        "blemishes": (partial(collated, CropDataset(source, seed=0, resolution=16, blemishes=True), collate), [3, 4]),
+        "cached": (partial(collated, DiffusionRows(CachedMoments(cache), **given), collate_rows), [3, 4]),
+        "squares": (partial(collated, DiffusionRows(squares, **given), collate_rows), [3, 4]),
+        "to be cached": (partial(squares_of, squares), range(2, 4)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["crops", "blemishes", "cached", "squares", "to be cached"])
+def test_no_worker_has_torch_so_that_each_stays_below_300_mb(kind: str, cache: Any) -> None:
+    make, item = makers(cache)[kind]
+    before = children()
+    made = made_ahead(make, [item, item], num_workers=1)
+    next(made)
+    (worker,) = children() - before
+    try:
+        assert "libtorch" not in Path(f"/proc/{worker}/maps").read_text()
+        status = Path(f"/proc/{worker}/status").read_text()
+        assert int(status.split("VmHWM:")[1].split()[0]) * 1024 < 300e6
+    finally:
+        made.close()
