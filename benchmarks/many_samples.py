@@ -78,18 +78,8 @@ def children() -> set[str]:
 
 def held(process: str) -> dict[str, float]:
     """MiB; of what it shares with other processes Rss counts all, Pss this one's part, and Private nothing."""
-    return mebibytes(Path(f"/proc/{process}/smaps_rollup").read_text())
-
-
-def mebibytes(smaps: str) -> dict[str, float]:
+    smaps = Path(f"/proc/{process}/smaps_rollup").read_text()
     return {line.split(":")[0]: int(line.split()[1]) / 1024 for line in smaps.splitlines()[1:]}
-
-
-def torch_alone() -> float:
-    """MiB of what a process that has imported torch, and nothing else, hands on to any that it forks."""
-    program = "import torch; print(open('/proc/self/smaps_rollup').read(), end='')"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return mebibytes(done.stdout)["Anonymous"]
 
 
 def measure(config: Config, position: int) -> dict[str, Any]:
@@ -144,7 +134,6 @@ def main(config: Config) -> None:
         "versions": versions(),
         "git": git_revision(),
         "index_bytes": (index / ROWS).stat().st_size,
-        "torch_alone_mib": torch_alone(),
         "results": rows,
     }
     write_json(config.output / "results.json", record)

@@ -6,6 +6,7 @@ it is small (017); nothing of the trainer's threads, GPU or locks is in it; and 
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import signal
@@ -15,12 +16,15 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
+STOP = {signal.SIGINT, signal.SIGTERM}
+"""They often go to all processes of a group or a job, and workers are needed until the step is done."""
 AHEAD = 4
 """Batches that each worker has been asked for, at most."""
 
@@ -32,17 +36,18 @@ class Worker:
         self.connection, theirs = Pipe()
         path = [os.path.abspath(p) for p in sys.path]
         program = f"import sys; sys.path[:] = {path}; from ldm_vae.data.workers import serve; serve({theirs.fileno()})"
-        with theirs:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # which the new process inherits, and keeps
+        try:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a stop signal goes to a group: workers are needed until the step is done
+                [sys.executable, "-c", program], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
             )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
         self.make: bytes | None = pickle.dumps(make)
 
     def ask(self, item: Any) -> bytes:
-        """`make(item)`, or what it raised: see `answer`. Raises RuntimeError when the process is gone."""
+        """`make(item)`, or what it raised, as `serve` sends it. Raises RuntimeError when the process is gone."""
         try:
             if self.make is not None:  # here, as it waits until the worker can read
                 self.connection.send_bytes(self.make)
@@ -56,8 +61,6 @@ class Worker:
 
 def serve(descriptor: int) -> None:
     """The life of a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection, make = Connection(descriptor), None
     try:
         given = connection.recv_bytes()
@@ -86,6 +89,8 @@ def made_ahead(make: Callable[[Any], Any], order: Iterable[Any], *, num_workers:
     idle: SimpleQueue[Worker] = SimpleQueue()
     for worker in workers:
         idle.put(worker)
+    ending = partial(end, workers)
+    atexit.register(ending)
 
     def ask(item: Any) -> Any:
         worker = idle.get()
@@ -107,12 +112,15 @@ def made_ahead(make: Callable[[Any], Any], order: Iterable[Any], *, num_workers:
             pending.extend(threads.submit(ask, item) for item in islice(items, 1))
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.process.kill()
-            worker.process.wait()
-        threads.shutdown()  # those who waited for an answer
-        for worker in workers:
-            worker.connection.close()
+        ending()  # and those threads end that wait for an answer
+        atexit.unregister(ending)
+
+
+def end(workers: list[Worker]) -> None:
+    while workers:
+        process = workers.pop().process
+        process.kill()
+        process.wait()
 
 
 def default_workers() -> int:
