@@ -138,7 +138,15 @@ def test_sixteen_bits_stay_sixteen_bits() -> None:
         assert np.allclose((images.double().numpy() + 1) / 2 * 65535, np.moveaxis(expected, 2, 0), atol=0.02), name
 
 
-def png16(pixels: np.ndarray, exif: bytes = b"") -> bytes:
+def test_a_colour_of_sixteen_bits_that_stands_for_nothing_becomes_white() -> None:
+    colour = np.full((2, 3, 3), 20000, np.uint16)
+    colour[0, 0] = 1, 2, 3
+    pixels = read_pixels(png16(colour, key=bytes([0, 1, 0, 2, 0, 3])))
+    assert (pixels[0, 0] == 65535).all()
+    assert (pixels.reshape(-1, 3)[1:] == 20000).all()
+
+
+def png16(pixels: np.ndarray, exif: bytes = b"", key: bytes = b"") -> bytes:
     """A 16-bit colour PNG, which PIL cannot write: the chunks by hand."""
     import struct
     import zlib
@@ -152,6 +160,8 @@ def png16(pixels: np.ndarray, exif: bytes = b"") -> bytes:
     parts = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
     if exif:
         parts.insert(1, (b"eXIf", exif))
+    if key:
+        parts.insert(1, (b"tRNS", key))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, body) for kind, body in parts)
 
 
