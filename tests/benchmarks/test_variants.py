@@ -181,6 +181,9 @@ def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(
     ours, pca = (rows[name]["image_auroc"] for name in (f"ours, {record['ours']}", best["than"]))
     assert pca == max(r["image_auroc"] for name, r in rows.items() if name.startswith("PCA"))
     assert best["low"] <= ours - pca <= best["high"]
+    mean = record["above_pca"]["best mean on these tiles"]["than"]
+    means = {name: r["image_auroc"] for name, r in rows.items() if name.endswith(", mean")}
+    assert means[mean] == max(means.values())
     assert fair["than"] == max(record["pca_by_blemishes"], key=record["pca_by_blemishes"].get)
     assert record["pca_by_blemishes"].keys() == {name for name in rows if name.startswith("PCA")}
     seen = read_pixels((tmp_path / "out" / "good-0.5" / "0.png").read_bytes(), channels=1)
