@@ -70,6 +70,8 @@ def plan_of(config: Config, vae: Any, source: Source) -> Plan:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if config.num_workers is not None and config.num_workers < 0:
+        raise ConfigError(f"--num-workers is {config.num_workers}: it must be at least 0")
     check_resolution(config.resolution, vae)
     check_finite(source, config.data, config.num_images)
     side = config.resolution // stride_of(vae)

@@ -95,7 +95,7 @@ def read_pil(data: bytes, max_pixels: int) -> Pixels:
     with limits_are_ours(), Image.open(io.BytesIO(data), formats=formats()) as image:
         check_size(*image.size, max_pixels)
         if image.format == "PNG" and data[24] == 16:  # PIL would cut 16-bit colour to 8: bit depth is byte 24 of IHDR
-            return read_deep(data)
+            return orient(*read_deep(data))
         return pil_pixels(image)
 
 
@@ -176,7 +176,8 @@ def read_scientific_tiff(data: bytes, channels: int, max_pixels: int) -> Pixels 
             array = np.concatenate([plain, alpha], axis=2)
         elif num_pages == 1 and samples in (2, 4) and samples != channels and 2 not in page.extrasamples:
             array = array[:, :, :-1]  # a band that is not asked for
-        return orient(array, page)
+        tag = page.tags.get(274)
+        return orient(array, int(tag.value) if tag else 1)
 
 
 def channels_last(page: tifffile.TiffPage) -> Pixels:
@@ -185,10 +186,8 @@ def channels_last(page: tifffile.TiffPage) -> Pixels:
     return np.moveaxis(array, 0, 2) if planar else np.atleast_3d(array)
 
 
-def orient(array: Pixels, page: tifffile.TiffPage) -> Pixels:
-    """Turned and mirrored as the Orientation tag says (TIFF 6.0, tag 274)."""
-    tag = page.tags.get(274)
-    value = int(tag.value) if tag else 1
+def orient(array: Pixels, value: int) -> Pixels:
+    """Turned and mirrored as the Orientation tag says, of TIFF and of EXIF (TIFF 6.0, tag 274)."""
     if value in (5, 6, 7, 8):
         array = array.transpose(1, 0, 2)
     if value in (3, 4, 7, 8):

@@ -86,10 +86,19 @@ def read_large(
     return whole
 
 
-def read_deep(data: bytes) -> Pixels:
-    """A PNG of 16 bits, upright, with as many channels as it has. Raises pyvips.Error."""
-    image = opened(data).autorot()
-    return np.frombuffer(image.write_to_memory(), DTYPES[image.format]).reshape(image.height, image.width, image.bands)
+def read_deep(data: bytes) -> tuple[Pixels, int]:
+    """A PNG of 16 bits as it is stored, with as many channels as it has, and what EXIF says of its orientation.
+
+    Raises:
+        BadImageError: it is damaged.
+    """
+    try:
+        image = opened(data)
+        stored = image.write_to_memory()
+    except pyvips.Error as error:
+        raise BadImageError(f"cannot be decoded: {' '.join(error.detail.split())[:200] or 'damaged'}") from None
+    pixels = np.frombuffer(stored, DTYPES[image.format]).reshape(image.height, image.width, image.bands)
+    return pixels, image.get("orientation") if image.get_typeof("orientation") else 1
 
 
 def opened(given: bytes | Path) -> Any:

@@ -190,8 +190,10 @@ def collate(rows: list[Row]) -> Batch[np.ndarray]:
 
 
 def stacked(arrays: list[np.ndarray]) -> np.ndarray:
-    """(N, ...), or (0,) of none."""
-    return np.stack(arrays) if arrays else np.empty(0, np.float32)
+    """(N, ...), one row after the other as they are counted, or (0,) of none."""
+    if not arrays:
+        return np.empty(0, np.float32)
+    return np.stack(arrays, out=np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype))
 
 
 def collated(rows: Any, collate: Callable[[list[Any]], Any], items: list[int]) -> Any:

@@ -7,10 +7,13 @@ it is small (017); nothing of the trainer's threads, GPU or locks is in it; and 
 from __future__ import annotations
 
 import atexit
+import errno
 import mmap
 import os
 import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import traceback
@@ -18,18 +21,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import cycle, islice
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from multiprocessing.reduction import recv_handle, send_handle
 from tempfile import TemporaryFile
 from typing import Any, NoReturn
+
+from ldm_vae.errors import LdmVaeError
 
 STOP = {signal.SIGINT, signal.SIGTERM}
 """They often go to all processes of a group or a job, and workers are needed until the step is done."""
 AHEAD = 4
 """Batches that each worker has been asked for, at most."""
-ALIGNMENT = 64
-"""Of arrays in memory, in bytes, as torch has it."""
+CAN_SEND_FILES = hasattr(socket, "send_fds")
+"""Not on Windows."""
+LOST = (EOFError, BrokenPipeError, ConnectionResetError)
+"""What the end of the other process is seen by."""
 
 
 def made_ahead(make: Callable[[Any], Any], order: Iterable[Any], *, num_workers: int) -> Iterator[Any]:
@@ -38,16 +42,18 @@ def made_ahead(make: Callable[[Any], Any], order: Iterable[Any], *, num_workers:
     `make`, the items and what is made of them go through pickle, and nothing of them may be of the script's own module.
 
     Raises:
-        RuntimeError: a worker is gone; and whatever `make` raises.
+        RuntimeError: a worker was ended; and whatever `make` raises.
     """
-    if num_workers == 0:
+    if num_workers == 0 or not CAN_SEND_FILES:
         yield from map(make, order)
         return
-    workers = [Worker(make) for _ in range(num_workers)]
+    workers: list[Worker] = []
     turns, waited_for = zip(cycle(workers), order, strict=False), deque[Worker]()
     ending = partial(end, workers)
     atexit.register(ending)
     try:
+        pickled = pickle.dumps(make)
+        workers.extend(Worker(pickled) for _ in range(num_workers))
         ask(islice(turns, AHEAD * num_workers), waited_for)
         while waited_for:
             yield waited_for.popleft().answer()
@@ -58,40 +64,49 @@ def made_ahead(make: Callable[[Any], Any], order: Iterable[Any], *, num_workers:
 
 
 class Worker:
-    """A process that makes `make(item)` of one item after another."""
+    """A process that makes `make(item)` of one item after another; `pickled` is `make`."""
 
-    def __init__(self, make: Callable[[Any], Any]) -> None:
-        self.connection, theirs = Pipe()
-        path = [os.path.abspath(p) for p in sys.path]
-        program = f"import sys; sys.path[:] = {path}; from ldm_vae.data.workers import serve; serve({theirs.fileno()})"
+    def __init__(self, pickled: bytes) -> None:
+        import fcntl  # not on Windows
+
+        self.socket, theirs = socket.socketpair()
+        descriptor = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 3)  # none of the three that are for words
+        program = f"import sys; sys.path[:] = {sys.path}; from ldm_vae.data.workers import serve; serve({descriptor})"
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # which the new process inherits, and keeps
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+                [sys.executable, "-c", program], stdin=subprocess.DEVNULL, pass_fds=[descriptor]
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
-        send(self.connection, pickle.dumps(make))
+            os.close(descriptor)
+        self.ask(pickled)
 
     def ask(self, item: Any) -> None:
         try:
-            send(self.connection, item)
-        except OSError:
+            send(self.socket, item)
+        except LOST:
             self.gone()
 
     def answer(self) -> Any:
         """To the first item that it was asked about and has not answered yet."""
         try:
-            made, error = received(self.connection)
-        except (EOFError, OSError):
+            made, error = received(self.socket)
+        except LOST:
             self.gone()
-        if error is not None:
+        if error is None:
+            return made
+        try:
             raise error
-        return made
+        finally:
+            del error  # which holds this frame
 
     def gone(self) -> NoReturn:
-        raise RuntimeError(f"a worker process terminated abruptly, with code {self.process.wait()}") from None
+        code = self.process.wait()
+        if code < 0:
+            raise RuntimeError(f"a worker process terminated abruptly, by signal {-code}") from None
+        raise LdmVaeError(f"a worker process failed, with code {code}: it says above why") from None
 
 
 def ask(turns: Iterable[tuple[Worker, Any]], waited_for: deque[Worker]) -> None:
@@ -102,60 +117,92 @@ def ask(turns: Iterable[tuple[Worker, Any]], waited_for: deque[Worker]) -> None:
 
 def end(workers: list[Worker]) -> None:
     while workers:
-        process = workers.pop().process
-        process.kill()
-        process.wait()
+        worker = workers.pop()
+        worker.process.kill()
+        worker.process.wait()
+        worker.socket.close()
 
 
 def serve(descriptor: int) -> None:
     """The life of a worker."""
-    connection, make = Connection(descriptor), None
+    trainer, make = socket.socket(fileno=descriptor), None
     try:
-        given = received(connection)
+        pickled = received(trainer)
         while True:
-            item = received(connection)
+            item = received(trainer)
+            made, raised = None, None
             try:
-                make = make or pickle.loads(given)
-                made, raised = make(item), None
+                if make is None:
+                    make, pickled = pickle.loads(pickled), None
+                made = make(item)
             except Exception as error:
-                error.add_note("In a worker:\n" + traceback.format_exc())
-                made, raised = None, error
-            send(connection, (made, raised))
-    except (EOFError, ConnectionError):
+                raised = error
+                raised.add_note("In a worker:\n" + traceback.format_exc())
+            send(trainer, (made, None if raised is None else sendable(raised)))
+    except LOST:
         pass  # the trainer is gone
+
+
+def sendable(error: Exception) -> Exception:
+    """The same, or what it says where it does not go through pickle."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 # Memory that both processes see ---------------------------------------------------------------------------------------
 
+NOTICE = struct.Struct("<QQ")
+"""All that goes through the socket, beside the memory's descriptor: where its table of contents begins and ends."""
+ALIGNMENT = 64
+"""Of arrays in memory, in bytes, as torch has it."""
+SMALL = 1 << 20
+"""Bytes: up to so many are copied, as memory that is shared keeps a descriptor for as long as it lasts."""
 
-def send(connection: Connection, value: Any) -> None:
+
+def send(to: socket.socket, value: Any) -> None:
     """Through memory that both see, so that nobody waits for the other to read."""
     arrays: list[pickle.PickleBuffer] = []
     rest = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
-    places, end = [], 0
+    places, at = [], 0
     with open(os.memfd_create("batch"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile() as shared:
         for part in (memoryview(rest), *(a.raw() for a in arrays)):
-            shared.seek(end)
+            shared.seek(at)
             shared.write(part)
-            places.append((end, end + len(part)))
-            end = -(-(end + len(part)) // ALIGNMENT) * ALIGNMENT
-        shared.truncate(end)
-        connection.send(places)
-        send_handle(connection, shared.fileno(), None)
+            places.append((at, at + len(part)))
+            at = -(-(at + len(part)) // ALIGNMENT) * ALIGNMENT
+        shared.seek(at)
+        table = pickle.dumps(places)
+        shared.write(table)
+        shared.flush()
+        socket.send_fds(to, [NOTICE.pack(at, at + len(table))], [shared.fileno()])
 
 
-def received(connection: Connection) -> Any:
-    """Its arrays are in that memory, which lasts as long as they."""
-    places = connection.recv()
-    handle = recv_handle(connection)
-    whole = memoryview(mmap.mmap(handle, 0))
-    os.close(handle)
-    rest, *arrays = (whole[begin:end] for begin, end in places)
+def received(sender: socket.socket) -> Any:
+    """Its arrays are in that memory, which lasts as long as they, or in a copy. Raises EOFError at the end."""
+    notice, descriptors, _, _ = socket.recv_fds(sender, NOTICE.size, 1)
+    if not notice:
+        raise EOFError
+    if not descriptors:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    begin, end = NOTICE.unpack(notice)
+    with open(descriptors[0], "r+b") as shared:
+        if end > SMALL:
+            whole = memoryview(mmap.mmap(shared.fileno(), end))
+        else:
+            whole = memoryview(bytearray(end))
+            shared.seek(0)  # from where its sender was
+            shared.readinto(whole)
+    rest, *arrays = (whole[a:b] for a, b in pickle.loads(whole[begin:end]))
     return pickle.loads(rest, buffers=arrays)
 
 
 def default_workers() -> int:
-    """As many as this training process has cores beside its own, between 1 and 8."""
+    """As many as this training process has cores beside its own, between 1 and 8; none on Windows."""
+    if not CAN_SEND_FILES:
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # training processes; torch's launcher says so
     return min(max(cores // on_this_machine - 1, 1), 8)

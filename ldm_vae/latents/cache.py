@@ -113,7 +113,11 @@ def write_shard(
     file = shard_file(folder, shard)
     record: dict[str, Any] = {"bytes": 0, "sha256": None, "count": len(indices)}
     if len(indices):
-        tensors = {"moments": moments.astype(STORED), "indices": np.array(indices), "labels": np.array(labels)}
+        tensors = {
+            "moments": np.ascontiguousarray(moments, STORED),
+            "indices": np.array(indices),
+            "labels": np.array(labels),
+        }
         with atomic(file) as out:
             out.write(save(tensors))
         statistics = Statistics.of(moments.reshape(-1, *moments.shape[2:]))

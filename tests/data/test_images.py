@@ -118,6 +118,10 @@ def test_exif_orientation_is_applied() -> None:
     for orientation, expected in ((6, np.rot90(deep, -1)), (2, deep[:, ::-1]), (5, deep.transpose(1, 0, 2))):
         exif[0x0112] = orientation
         assert np.array_equal(read_pixels(png16(deep, exif.tobytes().removeprefix(b"Exif\0\0"))), expected)
+    tall = (
+        np.random.default_rng(0).integers(65536, size=(2100, 70, 3)).astype(np.uint16)
+    )  # longer than what libvips keeps
+    assert np.array_equal(read_pixels(png16(tall, exif.tobytes().removeprefix(b"Exif\0\0"))), tall.transpose(1, 0, 2))
 
 
 def test_sixteen_bits_stay_sixteen_bits() -> None:

@@ -42,6 +42,7 @@ def test_crops_do_not_depend_on_workers_cache_or_where_one_starts(photos: Path) 
         )
 
     reference = images(0, 0, 0)
+    assert reference.is_contiguous()
     assert torch.equal(images(0, 0, 10**9), reference)
     assert torch.equal(images(0, 2, 10**5), reference)
     assert torch.equal(images(5, 1, 0), reference[20:])

@@ -6,18 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ldm_vae.data.corruption import parse_corruption
 from ldm_vae.data.loader import CropDataset, collate, collated
 from ldm_vae.data.sources import open_source
 from ldm_vae.data.workers import made_ahead
+from ldm_vae.errors import LdmVaeError
 from ldm_vae.latents.rows import CachedMoments, DiffusionRows, Squares, collate_rows, squares_of
 
 
@@ -55,10 +58,80 @@ def test_who_asks_for_no_more_leaves_no_process() -> None:
     assert time.monotonic() - began < 10
 
 
+def refused(item: int) -> None:
+    """Raises what does not go through pickle."""
+    error = ValueError("three is not possible")
+    error.because = lambda: item  # type: ignore[attr-defined]
+    raise error
+
+
+def test_what_does_not_go_through_pickle_is_said_all_the_same() -> None:
+    with pytest.raises(RuntimeError, match="ValueError: three is not possible"):
+        list(made_ahead(refused, [3], num_workers=1))
+
+
+def lock(item: int) -> Any:
+    """What cannot be sent."""
+    return threading.Lock()
+
+
+def test_a_worker_that_fails_says_why_and_does_not_speak_of_memory(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(LdmVaeError, match="a worker process failed, with code 1"):
+        list(made_ahead(lock, [1], num_workers=1))
+    assert "cannot pickle '_thread.lock'" in capfd.readouterr().err
+
+
+def test_a_worker_that_cannot_begin_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(LdmVaeError, match="a worker process failed, with code 1"):
+        list(made_ahead(abs, range(100), num_workers=2))
+
+
+class Arrays:
+    """Items and answers of very many arrays: neither side may wait for the other to read."""
+
+    def __call__(self, item: list[np.ndarray]) -> list[np.ndarray]:
+        return [array + 1 for array in item]
+
+
+def test_very_many_arrays_go_both_ways() -> None:
+    item = [np.full(1, i) for i in range(20_000)]
+    for answer in made_ahead(Arrays(), [item] * 6, num_workers=1):
+        assert [int(a[0]) for a in answer[::5000]] == [1, 5001, 10001, 15001]
+
+
+@pytest.mark.parametrize("size", [0, 10, 10**6])
+def test_arrays_come_as_they_were_and_can_be_written_to(size: int) -> None:
+    rng = np.random.default_rng(0)
+    item = [rng.random((3, size)), rng.random((size, 3)).T, rng.random((2, size))[:, ::-1], rng.random(3) < 0.5]
+    (answer,) = made_ahead(list, [item], num_workers=1)
+    for sent, came in zip(item, answer, strict=True):
+        assert np.array_equal(sent, came)
+        assert came.flags.writeable
+
+
+HOARDER = """
+import resource, numpy as np
+from ldm_vae.data.workers import made_ahead
+from ldm_vae.errors import LdmVaeError
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+small = list(made_ahead(np.zeros, [10] * 200, num_workers=1))
+print(len(small))
+large = list(made_ahead(np.zeros, [10**6] * 200, num_workers=1))
+"""
+
+
+def test_who_keeps_too_much_is_told_so_and_does_not_wait_for_ever() -> None:
+    done = subprocess.run([sys.executable, "-c", HOARDER], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "200\n"
+    assert "Too many open files" in done.stderr
+
+
 TRAINER = """
 import time
 from pathlib import Path
 from ldm_vae.data.workers import made_ahead
+from ldm_vae.errors import LdmVaeError
 made = made_ahead(time.sleep, [0.0] + [0.5] * 1000, num_workers=2)
 next(made)  # the other one may still be starting
 print(*(f.read_text() for f in Path("/proc/self/task").glob("*/children")), flush=True)
@@ -97,8 +170,6 @@ def cmdline(process: int) -> str:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Of four images, without a VAE."""
-    import numpy as np
-
     from ldm_vae.latents.cache import LatentCache, Plan, begin, summarise, write_index, write_shard
 
     folder = tmp_path_factory.mktemp("cache")
