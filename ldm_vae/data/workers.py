@@ -42,7 +42,8 @@ def made_ahead(make: Callable[[Any], Any], order: Iterable[Any], *, num_workers:
     `make`, the items and what is made of them go through pickle, and nothing of them may be of the script's own module.
 
     Raises:
-        RuntimeError: a worker was ended; and whatever `make` raises.
+        RuntimeError: a worker was ended from outside.
+        LdmVaeError: a worker failed; and whatever `make` raises.
     """
     if num_workers == 0 or not CAN_SEND_FILES:
         yield from map(make, order)
