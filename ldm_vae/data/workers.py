@@ -145,11 +145,14 @@ def serve(descriptor: int) -> None:
 
 
 def sendable(error: Exception) -> Exception:
-    """The same, or what it says where it does not go through pickle."""
+    """The same, or what it says and its notes where it does not go through pickle."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in error.__notes__:
+            plain.add_note(note)
+        return plain
     return error
 
 

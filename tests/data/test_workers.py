@@ -66,8 +66,9 @@ def refused(item: int) -> None:
 
 
 def test_what_does_not_go_through_pickle_is_said_all_the_same() -> None:
-    with pytest.raises(RuntimeError, match="ValueError: three is not possible"):
+    with pytest.raises(RuntimeError, match="ValueError: three is not possible") as raised:
         list(made_ahead(refused, [3], num_workers=1))
+    assert "in refused" in raised.value.__notes__[0]
 
 
 def lock(item: int) -> Any:

@@ -223,6 +223,7 @@ def test_bad_images_are_left_out_and_named(photos: Path, vae: Path, tmp_path: Pa
     [
         (["--resolution", "33"], "--resolution 33 is not a multiple of 8: try 32"),
         (["--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
+        (["--num-workers", "-1"], "--num-workers is -1: it must be at least 0"),
         (["--vae", "{tmp}/missing"], "no such model"),
         (["--data", "{tmp}/missing"], "no such folder or file"),
         (["--data", "procedural:shapes"], "has no end: add --num-images"),
