@@ -21,8 +21,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ldm_vae.config import parse_config
+from ldm_vae.data.blemishes import with_blemishes
 from ldm_vae.data.conversion import to_images, to_pixels
-from ldm_vae.data.corruption import Corruption, parse_corruption, with_blemishes
+from ldm_vae.data.corruption import Corruption, parse_corruption
 from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, collate, load_batches, map_image
 from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import Source, open_source

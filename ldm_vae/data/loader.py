@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from ldm_vae.data.corruption import UNKNOWN_LEVEL, Corruption, with_blemishes
+from ldm_vae.data.blemishes import with_blemishes
+from ldm_vae.data.corruption import UNKNOWN_LEVEL, Corruption
 from ldm_vae.data.images import Pixels, resize, values_of
 from ldm_vae.data.order import Stream, generator_at, index_at, positions_of
 from ldm_vae.data.sources import Source

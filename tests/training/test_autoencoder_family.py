@@ -15,8 +15,9 @@ from processes import ROOT, metrics
 from scipy.ndimage import gaussian_filter
 from scipy.stats import mannwhitneyu
 
+from ldm_vae.data.blemishes import with_blemishes
 from ldm_vae.data.conversion import to_images, to_pixels
-from ldm_vae.data.corruption import parse_corruption, with_blemishes
+from ldm_vae.data.corruption import parse_corruption
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import open_source
