@@ -23,7 +23,7 @@ class Embed:
     vae: str
     """Run directory, model folder or hub id."""
     data: str
-    """Image folder, .zip, Hugging Face dataset, or procedural:NAME."""
+    """Image folder, .zip, tar shards, Hugging Face dataset, or procedural:NAME."""
     output: Path
     """vectors.npy, with the names and labels in vectors.csv beside it; or vectors.parquet with all three."""
     resolution: int | None = None

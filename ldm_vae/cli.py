@@ -93,7 +93,7 @@ class FitCodec:
     vae: str
     """Run directory, model folder or hub id."""
     data: str
-    """Image folder, .zip, Hugging Face dataset, or procedural:NAME."""
+    """Image folder, .zip, tar shards, Hugging Face dataset, or procedural:NAME."""
     output: Path | None = None
     """Folder for a copy of the VAE with its tables; beside --vae unless given."""
     num_images: int = 400

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -160,10 +161,12 @@ def write_json(file: Path, value: Any) -> None:
 
 def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
     """Rows with the same keys; without any, the head of a list of bad images."""
-    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as out:
-        writer = csv.DictWriter(out, list(rows[0]) if rows else ["name", "reason"])
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["name", "reason"])
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic(file) as out:
+        out.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     An image depends on its own generator alone, not on the batch that it is in.
 
     Args:
-        vae: any diffusers autoencoder; its config says how latents are scaled (`latents/statistics.py`).
+        vae: any diffusers autoencoder; its config says how latents are scaled (`latents/scaling.py`).
         unet: a UNet2DModel over scaled latents; with `num_class_embeds` = K + 1 it is conditional, class K being none.
         scheduler: one of `objectives.diffusion.SCHEDULERS`, for what the denoiser predicts.
         class_names: of the K classes, in the order of their labels.

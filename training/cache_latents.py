@@ -47,7 +47,7 @@ class Config:
     vae: str
     """Run directory, diffusers folder or hub id."""
     data: str
-    """Image folder, .zip, Hugging Face dataset, or procedural:NAME."""
+    """Image folder, .zip, tar shards, Hugging Face dataset, or procedural:NAME."""
     output: Path
     """The cache."""
     resolution: int = 256

@@ -75,7 +75,7 @@ class Config(Training, Objective):
     latents: Path | None = None
     """Cache that training/cache_latents.py made; or --data and --vae, to encode images as they come."""
     data: str | None = None
-    """Image folder, .zip, Hugging Face dataset, or procedural:NAME."""
+    """Image folder, .zip, tar shards, Hugging Face dataset, or procedural:NAME."""
     vae: str | None = None
     """Run directory, diffusers folder or hub id; the cache's own unless given."""
     resolution: int = 256

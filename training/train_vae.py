@@ -61,7 +61,7 @@ class Config(Training, Objective):
     """Flags of the VAE's trainer."""
 
     data: str = tyro.MISSING
-    """Image folder, .zip, Hugging Face dataset, or procedural:NAME."""
+    """Image folder, .zip, tar shards, Hugging Face dataset, or procedural:NAME."""
     val_data: str | None = None
     """Images for the sample grid and the validation PSNR; the first of --data unless given."""
     resolution: int = 256

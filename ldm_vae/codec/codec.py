@@ -1,4 +1,4 @@
-"""LatentCodec: pictures to bytes and back through an autoencoder, and how its tables are fitted.
+"""LatentCodec: pictures to bytes and back through an autoencoder and tables that were fitted for it.
 
 compress: picture -> posterior mean -> int32 symbols -> tiles of bytes -> file; decompress goes the same way back.
 Floats end at `quantise`: which bytes are written for given symbols, and read for given bytes, is integers alone.
