@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 
 from ldm_vae import loop
 from ldm_vae.errors import RunError
-from ldm_vae.files import atomic, beside_of, staged_directory
+from ldm_vae.files import atomic, beside_of, staged_directory, write_csv
 from ldm_vae.loop import Loop, Training
 from ldm_vae.runs import Checkpoint, Run
 
@@ -248,6 +249,21 @@ def test_a_file_has_the_rights_and_may_have_the_name_that_the_system_allows(tmp_
     finally:
         os.umask(before)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_table_takes_every_name_and_stays_when_the_next_cannot_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "bad_images.csv"
+    rows = [{"name": os.fsdecode(b"\xff.png"), "reason": 'says "no",\nand é'}, {"name": "b.png", "reason": ""}]
+    write_csv(file, rows)
+    with open(file, newline="", encoding="utf-8", errors="surrogateescape") as written:
+        assert list(csv.DictReader(written)) == rows
+    with pytest.raises(UnicodeEncodeError):
+        write_csv(file, [*rows, {"name": "\ud800", "reason": "no name that a system gives"}])
+    with open(file, newline="", encoding="utf-8", errors="surrogateescape") as written:
+        assert list(csv.DictReader(written)) == rows
+    assert list(tmp_path.iterdir()) == [file]
+    write_csv(file, [])
+    assert file.read_bytes() == b"name,reason\r\n"
 
 
 def test_processes_that_see_other_checkpoints_do_not_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
