@@ -43,14 +43,14 @@ def blemished(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(values + share * (other - values), np.float32)
 
 
-SCRATCHES, TEXTURES = 0.35, 0.3
-"""Of all blemishes that are to be found; the others are as `blemished` makes them."""
+SCRATCHES = 0.35
+"""Of all blemishes that are to be found."""
 VISIBLE = 3 / 255
 """Changes up to this are none."""
 
 
 def with_blemishes(pixels: Pixels, rng: np.random.Generator, *, most: int = 3) -> tuple[Pixels, np.ndarray]:
-    """Pixels (H, W, C) -> the same in another light and with up to `most` blemishes, and where these are.
+    """Pixels (H, W, C) -> the same in another light and with up to `most` blemishes or scratches, and where these are.
 
     What is to be found as a map (H, W) of bool, as in DRAEM (Zavrtanik et al. 2021, section 3.2).
     """
@@ -58,9 +58,7 @@ def with_blemishes(pixels: Pixels, rng: np.random.Generator, *, most: int = 3) -
     values = relit(pixels.astype(np.float32) / top, rng)
     before = values.clip(0, 1)
     for _ in range(rng.integers(most + 1)):
-        kind = rng.random()
-        make = scratched if kind < SCRATCHES else textured if kind < SCRATCHES + TEXTURES else blemished
-        values = make(values, rng)
+        values = scratched(values, rng) if rng.random() < SCRATCHES else blemished(values, rng)
     values = values.clip(0, 1)
     found = values * top if pixels.dtype == np.float32 else (values * top).round()
     return found.astype(pixels.dtype), np.abs(values - before).max(axis=2) > VISIBLE
@@ -93,60 +91,6 @@ def scratched(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(values * (1 + share * (math.exp(rng.normal(0, 0.5)) - 1)), np.float32)
 
 
-def textured(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An image (H, W, C) in [0, 1] with a region of another texture, rough or soft in outline, more or less opaque.
-
-    The texture is noise, or noise on what is there, or what is there with another contrast, or bent. DRAEM (Zavrtanik
-    et al. 2021, section 3.2) has photos of textures for it, in regions that are cut from noise, too.
-    """
-    height, width, channels = values.shape
-    radius = log_uniform(2 * SMALLEST_BLEMISH, 0.35 * min(height, width), rng)
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    centre_y, centre_x = rng.uniform(0, 1, 2) * [height, width]
-    near = 1 - ((y - centre_y) ** 2 + (x - centre_x) ** 2) / (1.5 * radius) ** 2
-    outline = near + rng.uniform(0.3, 1.2) * smooth_noise((height, width), log_uniform(1, radius, rng), rng)
-    soft = log_uniform(0.4, 0.4 * radius, rng)
-    share = gaussian_filter(((outline > 0.5) & (near > 0)).astype(np.float32), soft)[:, :, None]
-    around = gaussian_filter(values, (radius, radius, 0))
-    contrast = log_uniform(0.02, 0.2, rng)
-    match rng.integers(4):
-        case 0:
-            noise = contrast * coloured_noise((height, width), rng)
-            other = around * math.exp(rng.normal(0, 0.25)) + noise[:, :, None]
-        case 1:
-            noise = 2 * contrast * coloured_noise((height, width), rng)
-            other = values * np.exp(noise + rng.normal(0, 0.1))[:, :, None]
-        case 2:
-            other = around + (values - around) * (rng.uniform(0, 0.5) if rng.random() < 0.5 else rng.uniform(1.8, 3.5))
-        case _:
-            far = radius * rng.uniform(0.15, 0.6)
-            places = [at + far * smooth_noise((height, width), max(radius / 2, 1), rng) for at in (y, x)]
-            bent = [map_coordinates(values[:, :, c], places, order=1, mode="mirror") for c in range(channels)]
-            other = np.stack(bent, axis=2)
-    return np.asarray(values + rng.uniform(0.3, 1) * share * (other - values), np.float32)
-
-
 def log_uniform(low: float, high: float, rng: np.random.Generator) -> float:
     """Or `low`, where `high` is less."""
     return math.exp(rng.uniform(math.log(low), math.log(max(low, high))))
-
-
-def smooth_noise(shape: tuple[int, int], sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """(H, W) of deviation 1, without any structure much smaller than sigma."""
-    noise = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma)
-    return np.asarray(noise / max(noise.std(), 1e-6))
-
-
-def coloured_noise(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """(H, W) of mean 0 and deviation 1, from fine to coarse, perhaps drawn out in some direction.
-
-    Its amplitude falls with the frequency's power 0.3 to 2.2; that of photos falls with about the first (Field 1987).
-    """
-    fy, fx = np.fft.fftfreq(shape[0])[:, None], np.fft.fftfreq(shape[1])[None]
-    angle, stretch = rng.uniform(0, math.pi), math.exp(rng.uniform(-1.2, 1.2))
-    along, across = fx * math.cos(angle) + fy * math.sin(angle), fy * math.cos(angle) - fx * math.sin(angle)
-    frequency = np.hypot(along * stretch, across / stretch) + 1 / max(shape)
-    spectrum = np.fft.fft2(rng.standard_normal(shape)) * frequency ** -rng.uniform(0.3, 2.2)
-    spectrum[0, 0] = 0
-    noise = np.fft.ifft2(spectrum).real
-    return np.asarray(noise / max(noise.std(), 1e-6), np.float32)

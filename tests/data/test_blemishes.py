@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ldm_vae.data import blemishes
-from ldm_vae.data.blemishes import coloured_noise, textured, with_blemishes
+from ldm_vae.data.blemishes import with_blemishes
 
 GREY = np.full((80, 90, 3), 128, np.uint8)
 
@@ -43,31 +43,3 @@ def test_images_of_every_size_can_have_blemishes(side: int) -> None:
         damaged, where = with_blemishes(np.full((side, 3, 1), 99, np.uint8), np.random.default_rng(seed))
         assert damaged.shape == (side, 3, 1)
         assert where.shape == (side, 3)
-
-
-def test_a_region_of_another_texture_is_one_place_of_any_size() -> None:
-    """The outline, soft or not, ends with it."""
-    rows = np.linspace(0, 40, 96, dtype=np.float32)
-    values = (0.5 + 0.1 * np.sin(rows)[:, None, None] * np.cos(rows[:80])[None, :, None]).repeat(3, axis=2)
-    shares = []
-    for seed in range(200):
-        damaged = textured(values, np.random.default_rng(seed))
-        assert damaged.dtype == np.float32
-        assert np.array_equal(damaged, textured(values, np.random.default_rng(seed)))
-        changed = np.abs(damaged - values).max(axis=2) > 1e-3
-        shares.append(changed.mean())
-        places = np.argwhere(changed)
-        if len(places):
-            assert np.ptp(places, axis=0).max() < 2 * 1.5 * 0.35 * 80 + 2 * 4 * 0.4 * 0.35 * 80  # and its soft outline
-    assert np.percentile(shares, 10) < 0.01 < 0.05 < np.percentile(shares, 90)
-    assert max(shares) < 0.7
-
-
-def test_coloured_noise_is_steeper_than_white_noise_and_has_deviation_1() -> None:
-    for seed in range(20):
-        noise = coloured_noise((64, 48), np.random.default_rng(seed))
-        assert noise.shape == (64, 48)
-        assert noise.mean() == pytest.approx(0, abs=1e-5)
-        assert noise.std() == pytest.approx(1, abs=1e-5)
-        steps = (np.diff(noise, axis=0).var() + np.diff(noise, axis=1).var()) / 2
-        assert steps < 1.9  # 2 for white noise
