@@ -92,5 +92,5 @@ def scratched(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def log_uniform(low: float, high: float, rng: np.random.Generator) -> float:
-    """Or `low`, where `high` is less."""
+    """Drawn evenly in its logarithm; `low` where `high` is less."""
     return math.exp(rng.uniform(math.log(low), math.log(max(low, high))))
