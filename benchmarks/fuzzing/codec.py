@@ -134,6 +134,8 @@ def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[st
 
 
 def main(config: Config) -> None:
+    if config.count < 1:
+        raise ConfigError(f"--count is {config.count}: it must be at least 1")
     torch.manual_seed(0)
     torch.set_num_threads(1)
     vae = PatchAutoencoderKL(

@@ -37,7 +37,7 @@ from ldm_vae.data.images import large_pixels, read_pixels
 from ldm_vae.data.procedural import ProceduralSource
 from ldm_vae.data.shards import ShardSource, build_index
 from ldm_vae.data.sources import Source, open_source
-from ldm_vae.errors import BadImageError, LdmVaeError, one_line_errors
+from ldm_vae.errors import BadImageError, ConfigError, LdmVaeError, one_line_errors
 from ldm_vae.files import write_json
 from ldm_vae.latents.cache import LatentCache, Plan, begin, summarise, write_index, write_shard
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
@@ -290,6 +290,8 @@ def fuzz(count: int, seed: int, work: Path) -> dict[str, Outcome]:
 
 
 def main(config: Config) -> None:
+    if config.count < 1:
+        raise ConfigError(f"--count is {config.count}: it must be at least 1")
     torch.set_num_threads(1)
     logging.set_verbosity(logging.CRITICAL)
     warnings.simplefilter("ignore")

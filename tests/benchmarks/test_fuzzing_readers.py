@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fuzzing import codec, readers
 from benchmarks.fuzzing.readers import FOLDERS, fuzz
+from ldm_vae.errors import ConfigError
 
 
 @pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
@@ -23,3 +25,9 @@ def test_nothing_that_is_read_crashes_or_is_taken_for_something_else(count: int,
         assert (outcome.crashed, outcome.first, outcome.slow) == (0, "", 0), name
         assert outcome.read + outcome.refused > 0
     assert sum(o.refused for o in outcomes.values()) > count
+
+
+@pytest.mark.parametrize("fuzzer", [codec, readers])
+def test_no_files_at_all_are_not_a_success(fuzzer) -> None:
+    with pytest.raises(ConfigError, match="--count is 0"):
+        fuzzer.main(fuzzer.Config(count=0))
