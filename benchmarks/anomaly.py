@@ -71,6 +71,8 @@ class Config:
     steps: int = 12_000
     batch_size: int = 16
     mirror: bool = True
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Of the trainings; no is many times as fast on CPUs without AVX-512."""
     blur: float = 4.0
     """In pixels of what the network sees, as are the surroundings."""
     surroundings: float = 12.0
@@ -115,7 +117,8 @@ def trained(config: Config, good: str, run: Path, *, preset: str, steps: int) ->
     """Seconds of training. What was trained before is not trained again, and refused where the settings were others."""
     words: list[object] = [preset, "--data", good, "--output", run, "--channels", 1, "--steps", steps]
     words += ["--resolution", config.resolution, "--batch-size", config.batch_size, "--seed", config.seed]
-    words += ["--tracker", "none", "--log-every", 200, "--sample-every", 2000]
+    words += ["--mixed-precision", config.mixed_precision, "--tracker", "none", "--log-every", 200]
+    words += ["--sample-every", 2000]
     words += [] if config.global_latent is None else ["--global-latent", config.global_latent]
     words += [] if config.mirror else ["--no-mirror"]
     seconds_of_script(ROOT / "training" / "train_vae.py", *words)
