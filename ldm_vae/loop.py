@@ -71,6 +71,9 @@ class Training(StepConfig):
         )
         if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
             raise ConfigError("FSDP 1 cannot be used: launch with configs/fsdp_unet.yaml, which is FSDP 2")
+        slow = accelerator.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        if slow and self.mixed_precision == "bf16":
+            accelerator.print("note: bf16 is very slow on a CPU without AVX-512: add --mixed-precision no")
         return accelerator
 
     def effective_batch(self, num_processes: int) -> str:

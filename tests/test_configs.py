@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
@@ -60,6 +61,7 @@ def test_fsdp_is_of_version_2_and_for_the_denoiser_alone(monkeypatch: pytest.Mon
 
     def launched(version: int) -> None:
         said = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=version == 2, num_processes=8)
+        said.device = torch.device("cuda")
         monkeypatch.setattr("ldm_vae.loop.Accelerator", lambda **_: said)
 
     launched(1)
@@ -69,3 +71,14 @@ def test_fsdp_is_of_version_2_and_for_the_denoiser_alone(monkeypatch: pytest.Mon
     assert replace(train_diffusion.PRESETS["tiny"][1], output=tmp_path).accelerator().is_fsdp2
     with pytest.raises(ConfigError, match="an autoencoder is not divided among processes"):
         train_vae.main(replace(train_vae.PRESETS["demo"][1], output=tmp_path, data="procedural:shapes"))
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_who_trains_in_bf16_where_it_is_slow_is_told(
+    instructions: str, precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: instructions)
+    replace(train_vae.PRESETS["plain"][1], output=tmp_path, tracker="none", mixed_precision=precision).accelerator()
+    said = "add --mixed-precision no" in capsys.readouterr().out
+    assert said == (instructions == "AVX2" and precision == "bf16")
