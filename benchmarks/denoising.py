@@ -31,7 +31,7 @@ from ldm_vae.data.corruption import Corruption
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import HeadSource, Source, check_finite, open_source
-from ldm_vae.errors import ConfigError, one_line_errors
+from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_csv, write_json
 from ldm_vae.metrics import bootstrap_interval, psnr, ssim
 from ldm_vae.models.pretrained import channels_of, check_device, fingerprint, load_autoencoder
@@ -69,6 +69,21 @@ class Config:
 def eight_bits(source: Source, index: int) -> Pixels:
     """What every method is given, whatever the file has."""
     return to_pixels(to_images(source[index].pixels))
+
+
+def usable(source: Source) -> list[int]:
+    """The places of its images; bad ones are named and left out. Raises DataError if all are bad."""
+    good, bad = [], {}
+    for index in range(len(source)):
+        try:
+            eight_bits(source, index)
+            good.append(index)
+        except BadImageError as error:
+            bad[source.name(index)] = str(error)
+            print(f"left out: {source.name(index)}: {error}")
+    if not good:
+        raise nothing_usable(bad)
+    return good
 
 
 def noisy(pixels: Pixels, sigma: float, index: int, seed: int) -> Pixels:
@@ -118,10 +133,10 @@ CLASSICAL: dict[str, tuple[Callable[..., Pixels], list[Settings]]] = {
 
 def tuned(config: Config, source: Source) -> Chosen:
     """The settings of each classical method at each sigma that have the best mean PSNR on these images."""
-    images = [eight_bits(source, i) for i in range(min(config.num_tuning, len(source)))]
+    images = {i: eight_bits(source, i) for i in usable(HeadSource(source, config.num_tuning))}
     chosen = {}
     for (name, (function, offered)), sigma in tqdm(list(itertools.product(CLASSICAL.items(), config.sigmas))):
-        pairs = [(p, noisy(p, sigma, i, config.seed + 1)) for i, p in enumerate(images)]
+        pairs = [(p, noisy(p, sigma, i, config.seed + 1)) for i, p in images.items()]
         figures = [
             statistics.fmean(float(psnr(clean[None], function(given, sigma, **o)[None])[0]) for clean, given in pairs)
             for o in offered
@@ -140,9 +155,9 @@ def methods_for(vae: Any, chosen: Chosen, sigma: float) -> dict[str, Method]:
     return methods
 
 
-def measure(vae: Any, source: Source, chosen: Chosen, config: Config) -> list[dict[str, Any]]:
+def measure(vae: Any, source: Source, images: list[int], chosen: Chosen, config: Config) -> list[dict[str, Any]]:
     rows = []
-    for index in tqdm(range(len(source)), unit="image"):
+    for index in tqdm(images, unit="image"):
         clean = eight_bits(source, index)
         for sigma in config.sigmas:
             given = noisy(clean, sigma, index, config.seed)
@@ -188,9 +203,9 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(text) + "\n"
 
 
-def gallery(vae: Any, source: Source, chosen: Chosen, sigma: float, seed: int) -> Image.Image:
+def gallery(vae: Any, source: Source, images: list[int], chosen: Chosen, sigma: float, seed: int) -> Image.Image:
     """The middle of four images: clean, noisy, and by each method."""
-    shown = list(range(0, len(source), max(len(source) // 4, 1)))[:4]
+    shown = images[:: max(len(images) // 4, 1)][:4]
 
     def cut(pixels: Pixels) -> Pixels:
         y, x = (max((n - CUT) // 2, 0) for n in pixels.shape[:2])
@@ -224,8 +239,9 @@ def main(config: Config) -> None:
     for given, path in ((source, config.data), (others, config.tune_on)):
         check_finite(given, path, config.num_images)
     source = HeadSource(source, len(source) if config.num_images is None else config.num_images)
+    images = usable(source)
     chosen = tuned(config, others)
-    rows = measure(vae, source, chosen, config)
+    rows = measure(vae, source, images, chosen, config)
     lines = summarise(rows)
     write_csv(config.output / "per_image.csv", rows)
     record = {
@@ -233,7 +249,7 @@ def main(config: Config) -> None:
         "machine": describe_machine(torch.device(config.device)),
         "versions": versions(),
         "git": git_revision(),
-        "images": len(source),
+        "images": len(images),
         "model": fingerprint(vae),
         "training": training_of(Path(config.vae)),
         "settings": [{"method": m, "sigma": s, **v} for (m, s), v in chosen.items()],
@@ -243,9 +259,9 @@ def main(config: Config) -> None:
     with atomic(config.output / "table.md") as out:
         out.write(table(lines).encode())
     for sigma in config.sigmas:
-        gallery(vae, source, chosen, sigma, config.seed).save(config.output / f"sigma-{sigma:g}.png")
+        gallery(vae, source, images, chosen, sigma, config.seed).save(config.output / f"sigma-{sigma:g}.png")
     print(table(lines))
-    print(f"{len(source)} images; figures and pictures are in {config.output}")
+    print(f"{len(images)} images; figures and pictures are in {config.output}")
 
 
 if __name__ == "__main__":

@@ -147,6 +147,8 @@ def our_codec(path: str, config: Config) -> Codec:
 
 
 def load_images(config: Config) -> dict[str, Pixels]:
+    if config.num_images is not None and config.num_images < 1:
+        raise ConfigError(f"--num-images is {config.num_images}: it must be at least 1")
     source = open_source(config.data)
     check_finite(source, config.data, config.num_images)
     images: dict[str, Pixels] = {}

@@ -94,7 +94,7 @@ def embed_images(command: Embed) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from ldm_vae.data.sources import HeadSource, check_finite, open_source
+    from ldm_vae.data.sources import HeadSource, check_finite, check_outside, open_source
     from ldm_vae.embedding import embed_source
     from ldm_vae.models.pretrained import channels_of, check_device, load_autoencoder
 
@@ -110,6 +110,8 @@ def embed_images(command: Embed) -> None:
             from pyarrow import parquet
         except ImportError:
             raise ConfigError("parquet files need pyarrow: pip install 'ldm-vae[datasets]', or write .npy") from None
+    else:
+        check_outside(command.output, command.data, flag="--data")  # .npy are images, too
     names_file = command.output.with_suffix(".csv")
     for file in (command.output, *([names_file] if kind == ".npy" else [])):
         if file.exists() and not command.overwrite:
@@ -131,8 +133,8 @@ def embed_images(command: Embed) -> None:
         rows = [{"name": n, "class": c} for n, c in zip(names, classes, strict=True)]
         write_csv(names_file, rows)
     else:
-        readable = [n.encode(errors="backslashreplace").decode() for n in names]
-        table = pyarrow.table({"name": readable, "class": classes, "vector": list(vectors)})
+        texts = [[t.encode(errors="backslashreplace").decode() for t in given] for given in (names, classes)]
+        table = pyarrow.table({"name": texts[0], "class": texts[1], "vector": list(vectors)})
         with atomic(command.output) as out:
             parquet.write_table(table, out)
     say_bad(bad)
@@ -233,7 +235,7 @@ def score(command: Score) -> None:
     from tqdm import tqdm
 
     from ldm_vae.anomaly import AnomalyDetector, images_of
-    from ldm_vae.data.sources import check_finite, open_source
+    from ldm_vae.data.sources import check_finite, check_outside, open_source
     from ldm_vae.folders import distinct, files_of, stays_inside
     from ldm_vae.models.pretrained import channels_of, check_device, load_autoencoder
     from ldm_vae.pictures import heat_map
@@ -248,8 +250,7 @@ def score(command: Score) -> None:
         raise ConfigError(f"the detector has no {method}: it has {', '.join(facts.methods)}")
     source = open_source(command.data, channels=channels_of(vae))
     check_finite(source, command.data, None)
-    if Path(command.data).is_dir() and command.output.resolve().is_relative_to(Path(command.data).resolve()):
-        raise ConfigError(f"--output {command.output} is inside --data: its heat maps would be images to score, too")
+    check_outside(command.output, command.data, flag="--data")
     check_writable(command.output)
     names = distinct(source.name(i) for i in range(len(source)))
     files = {index: file for file, index in files_of(names).items()}

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import tyro
@@ -265,10 +265,12 @@ def pairs_of(source: Path, target: Path, *, inputs: Callable[[str], bool], exten
         DataError: no files, or two that would become one.
         ConfigError: an output within the input.
     """
+    from ldm_vae.data.sources import files_below
+
     if target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"the output {target} is inside the input {source}: choose another one")
-    found = sorted(p for p in source.rglob("*") if inputs(p.suffix.lower()) and p.is_file())
-    files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(source).parts)]
+    found = (source / name for name in files_below(source, lambda n: inputs(PurePath(n).suffix.lower())))
+    files = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
     if not files:
         raise DataError(f"{source} has no such files")
     short = [p.relative_to(source).with_suffix(extension) for p in files]

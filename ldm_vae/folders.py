@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ldm_vae.data.conversion import check_viewable, to_images, to_pixels
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.large import let_go, write_large
-from ldm_vae.data.sources import check_finite, open_source
+from ldm_vae.data.sources import check_finite, check_outside, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
 from ldm_vae.files import atomic, check_writable, write_csv
 from ldm_vae.models.pretrained import channels_of
@@ -96,8 +96,7 @@ def convert_images(
     scratch = None if reach is None else output
     source = open_source(given, channels=channels, max_pixels=max_pixels, scratch=scratch)
     check_finite(source, given, None)
-    if Path(given).is_dir() and output.resolve().is_relative_to(Path(given).resolve()):
-        raise ConfigError(f"--output {output} is inside --input: its files would be images to convert, too")
+    check_outside(output, given, flag="--input")
     check_writable(output)
     names = distinct(source.name(i) for i in range(len(source)))
     files = files_of(names)

@@ -190,7 +190,7 @@ class Loop:
         self.stack.__exit__(*error)
         self.run.release()
         if error[0] is None:
-            if self.stopping:
+            if self.stopping and self.step < self.config.steps:
                 received = self.stop.received or "a signal"
                 self.accelerator.print(f"stopped by {received} after step {self.step}: run it again to go on")
             if self.run.seen_bad_images:
@@ -227,12 +227,12 @@ class Loop:
             self.go_back()
             self.logging = self.drawing = self.saving = False
             return
-        last = self.stopping or self.step == self.config.steps
+        end = self.step == self.config.steps
+        last = self.stopping or end
         due = self.step % self.config.checkpoint_every == 0
         self.saving = last or (due and healthy)  # what is to be gone back to must be sound
         self.logging = last or self.step % self.config.log_every == 0
-        drawing = last or self.step in FIRST_GRIDS or self.step % self.config.sample_every == 0
-        self.drawing = drawing and not self.stopping
+        self.drawing = end or self.step in FIRST_GRIDS or self.step % self.config.sample_every == 0
         if self.saving or self.logging:
             for met in gather_object([self.bad_images]):
                 self.run.add_bad_images(met)
@@ -246,7 +246,7 @@ class Loop:
             raise RunError(f"{why}, {when}: lower --learning-rate, or look at the data")
         self.facts = self.facts | {"skipped_steps": skipped}
         self.accelerator.print(f"{why}: back to the checkpoint of step {self.step}")
-        self.unhealthy_in_a_row, self.gone_back = 0, True
+        self.waited, self.unhealthy_in_a_row, self.gone_back = 0.0, 0, True
         self.logged_at = (self.step, self.facts["seconds"])
         self.bar.update(self.step * self.config.batch_size - self.bar.n)
 

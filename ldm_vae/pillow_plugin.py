@@ -64,6 +64,9 @@ class LdiImageFile(ImageFile.ImageFile):
             image = codec().decompress(self.data)
             del self.data
             self.im, self._mode = image.im, image.mode
+            if self.fp is not None and self._exclusive_fp:  # as Pillow does for its own
+                self.fp.close()
+            self.fp = None
         return super().load()
 
 

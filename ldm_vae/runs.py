@@ -163,7 +163,8 @@ class Run:
                 "sha256": sha256(staging / "state.safetensors"),
             }
             write_json(staging / "state.json", record | {"record_sha256": digest_of_json(record)})
-        for old in sorted(folder.glob("step-*"), key=step_of)[:-KEPT_CHECKPOINTS]:
+        ours = [f for f in folder.glob("step-*") if step_of(f) >= 0]  # and no copies under other names
+        for old in sorted(ours, key=step_of)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
 
     def load_newest(self) -> Checkpoint | None:

@@ -25,7 +25,7 @@ from ldm_vae.config import parse_flags
 from ldm_vae.data.conversion import check_viewable, to_images, to_pixels
 from ldm_vae.data.image_files import is_image
 from ldm_vae.data.images import MAX_PIXELS, Pixels, centre_square, formats, resize
-from ldm_vae.data.sources import FileSource, FolderReader, Source, check_finite, open_source
+from ldm_vae.data.sources import FileSource, FolderReader, Source, check_finite, check_outside, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, sha256, write_csv
 from ldm_vae.models.pretrained import channels_of, stride_of
@@ -113,6 +113,7 @@ def open_images(config: Config, channels: int) -> Source | None:
     file = Path(config.image)
     if file.is_file() and is_image(file.name):
         return FileSource([file.name], FolderReader(file.parent), channels=channels, max_pixels=MAX_PIXELS)
+    check_outside(config.output, config.image, flag="--image")
     source = open_source(config.image, channels=channels)
     check_finite(source, config.image, config.num_images)
     return source

@@ -24,7 +24,7 @@ from torch import Tensor
 from ldm_vae.config import parse_config
 from ldm_vae.data.loader import MicroBatches, load_batches
 from ldm_vae.data.order import index_at
-from ldm_vae.data.sources import open_source
+from ldm_vae.data.sources import check_outside, open_source
 from ldm_vae.data.workers import default_workers
 from ldm_vae.errors import ConfigError, DataError, ModelError, one_line_errors
 from ldm_vae.files import staged_directory
@@ -158,6 +158,7 @@ def open_data(config: Config, accelerator: Accelerator) -> Data:
         assert config.data is not None
         vae = load_autoencoder(config.vae)
         check_resolution(config.resolution, vae)
+        check_outside(config.output, config.data, flag="--data")
         source = open_source(config.data, channels=channels_of(vae), resolution=config.resolution)
         side = config.resolution // stride_of(vae)
         shape, fingerprint_of_data = (latent_channels_of(vae), side, side), source.fingerprint()
@@ -309,7 +310,8 @@ def validation_loss(
     losses: dict[float, list[Tensor]] = {time: [] for time in VALIDATION_TIMES}
     for batch in batches:
         here = batch.to(accelerator.device)
-        scaled_latents = scaled_latents_of(here, state.vae, encoded=state.encoded)  # in float32, as in training
+        encoded = config.val_latents is not None or state.encoded
+        scaled_latents = scaled_latents_of(here, state.vae, encoded=encoded)  # in float32, as in training
         for time, found in losses.items():
             timed = replace(here, timesteps=torch.full_like(here.timesteps, time * NUM_TIMESTEPS))
             with accelerator.autocast():

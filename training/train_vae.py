@@ -26,7 +26,7 @@ from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import Corruption, parse_corruption
 from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, collate, load_batches, map_image
 from ldm_vae.data.order import Stream, generator_at
-from ldm_vae.data.sources import Source, open_source
+from ldm_vae.data.sources import Source, check_outside, open_source
 from ldm_vae.data.workers import default_workers
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import staged_directory
@@ -38,6 +38,7 @@ from ldm_vae.models.pretrained import (
     SCALE,
     channels_of,
     check_resolution,
+    has_vector,
     is_finder,
     is_variational,
     latent_channels_of,
@@ -197,6 +198,8 @@ def validate(config: Config, num_processes: int) -> None:
         raise ConfigError(f"--target-activation is {config.target_activation}: it must be between 0 and 1")
     if config.target_bpp is not None and (config.target_bpp <= 0 or config.kl_weight <= 0):
         raise ConfigError("--target-bpp steers --kl-weight: both must be more than 0")
+    if config.target_bpp is not None and config.train == "decoder":
+        raise ConfigError("--target-bpp steers the encoder, which --train decoder leaves as it is: leave one out")
     if not 0 < config.quality_range[0] <= config.quality_range[1] < math.inf:
         raise ConfigError(f"--quality-range is {config.quality_range}: it must be two ascending numbers above 0")
     if config.prior == "causal" and config.kl_weight <= 0:
@@ -366,14 +369,16 @@ def draw(
     return {"val_psnr": float(psnr(to_pixels(images), to_pixels(reconstructions)).mean())}
 
 
-def batches_from(step: int, source: Source, config: Config, accelerator: Accelerator) -> Iterator[Batch[Tensor]]:
+def batches_from(
+    step: int, source: Source, vae: Any, config: Config, accelerator: Accelerator
+) -> Iterator[Batch[Tensor]]:
     """This process's micro-batches from `step` on."""
     num_workers = default_workers() if config.num_workers is None else config.num_workers
     crops = CropDataset(
         source,
         seed=config.seed,
         resolution=config.resolution,
-        shorter_side=config.shorter_side or (config.resolution if config.global_latent else None),
+        shorter_side=config.shorter_side or (config.resolution if has_vector(vae) else None),
         corruption=corruption_of(config),
         blemishes=config.target == "blemishes",
         mirror=config.mirror,
@@ -405,6 +410,7 @@ def main(config: Config) -> None:
         raise ConfigError("an autoencoder is not divided among processes: launch without FSDP")
     validate(config, accelerator.num_processes)
     side = config.shorter_side or config.resolution
+    check_outside(config.output, config.data, flag="--data")
     source = open_source(config.data, channels=config.channels, resolution=side)
     val_source = open_source(config.val_data, channels=config.channels, resolution=side) if config.val_data else source
     state = build(config, accelerator)
@@ -421,7 +427,7 @@ def main(config: Config) -> None:
         val_images, val_inputs = validation_pairs(val_images, config)
     accelerator.print(describe(config, state, source, accelerator))
     with loop:
-        for step, batches in loop.steps(lambda step: batches_from(step, source, config, accelerator)):
+        for step, batches in loop.steps(lambda step: batches_from(step, source, state.bare.vae, config, accelerator)):
             peaks = {"vae": config.learning_rate, "discriminator": config.disc_learning_rate}
             rates = {name: loop.learning_rate(peak) for name, peak in peaks.items()}
             weights = {n: getattr(state, n).clone() for n in ("adaptive_weight", "kl_weight")}  # the step changes them

@@ -26,7 +26,6 @@ from ldm_vae.data.images import (
 )
 from ldm_vae.errors import BadImageError, ConfigError, CorruptError
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 EXIF_PREFIX = b"Exif\0\0"
 """Before EXIF in JPEG, and where PIL hands it over; PNG and our files go without."""
 LAYOUT_TAGS = frozenset(
@@ -170,15 +169,11 @@ def png_bytes(picture: Picture) -> bytes:
     plain = imagecodecs.png_encode(values[:, :, 0] if values.shape[2] == 1 else values)
     chunks = b""
     if picture.icc:
-        chunks += chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.icc))
+        chunks += large.chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.icc))
     if picture.exif:
-        chunks += chunk(b"eXIf", picture.exif)
-    after_header = len(PNG_SIGNATURE) + 25
+        chunks += large.chunk(b"eXIf", picture.exif)
+    after_header = len(large.PNG_SIGNATURE) + 25
     return bytes(plain[:after_header]) + chunks + bytes(plain[after_header:])
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def encode_picture(picture: Picture, extension: str) -> bytes:
@@ -223,7 +218,7 @@ def pack_alpha(alpha: Pixels) -> bytes:
 
 def unpack_alpha(data: bytes, height: int, width: int, dtype: np.dtype) -> Pixels:
     """What `pack_alpha` made. Raises CorruptError, before anything is allocated where the size is another one."""
-    if data[:8] != PNG_SIGNATURE or struct.unpack_from(">II", data.ljust(24, b"\0"), 16) != (width, height):
+    if data[:8] != large.PNG_SIGNATURE or struct.unpack_from(">II", data.ljust(24, b"\0"), 16) != (width, height):
         raise CorruptError("it is no PNG of the image's size")
     try:
         alpha = imagecodecs.png_decode(data)

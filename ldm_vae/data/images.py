@@ -147,7 +147,7 @@ def read_npy(data: bytes, max_pixels: int) -> Pixels:
 
 
 def read_scientific_tiff(data: bytes, channels: int, max_pixels: int) -> Pixels | None:
-    """TIFF that PIL would cut short: pages as channels, more than four channels, over 8 bits; None for any other.
+    """TIFF that PIL would cut short: pages or bands as channels, over 8 bits; None for any other.
 
     Several pages, or more than four samples, must be exactly the `channels` asked for. Of two or four samples the last
     is transparency when the file says so, and otherwise a band: kept if four are asked for, dropped if not.
@@ -159,7 +159,11 @@ def read_scientific_tiff(data: bytes, channels: int, max_pixels: int) -> Pixels 
         samples = page.samplesperpixel
         if page.is_tiled and page.tilewidth * page.tilelength > max(max_pixels, LARGEST_TILE):
             raise BadImageError(f"tiles of {page.tilewidth}x{page.tilelength} are more than {max_pixels} pixels")
-        simple = num_pages == 1 and samples <= 4 and page.dtype is not None and page.dtype.itemsize == 1
+        in_order = page.planarconfig != tifffile.PLANARCONFIG.SEPARATE
+        colours = samples == 3 and in_order and page.photometric != tifffile.PHOTOMETRIC.MINISBLACK
+        transparent = samples in (2, 4) and in_order and page.extrasamples and page.extrasamples[-1] in (1, 2)
+        pil_knows = samples == 1 or colours or transparent
+        simple = num_pages == 1 and pil_knows and page.dtype is not None and page.dtype.itemsize == 1
         if simple or page.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.SEPARATED):
             return None
         check_size(page.imagewidth, page.imagelength, max_pixels)

@@ -5,10 +5,13 @@ Between the two they are in files without a name, in a folder of the caller's ch
 
 from __future__ import annotations
 
+import io
 import math
 import mmap
 import os
+import struct
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -53,7 +56,8 @@ def read_large(
 
     `given` are a file's bytes or, so that these are not in memory either, its path.
 
-    None for what is not large, and for what is left to other readers: floats, inks, palettes, what EXIF turns.
+    None for what is not large, and for what is left to other readers: floats, inks, palettes, what EXIF turns, bands
+    and pages of a TIFF that are channels.
 
     Raises:
         BadImageError: it is damaged, or has too many pixels.
@@ -61,7 +65,7 @@ def read_large(
     """
     try:
         image = opened(given)
-    except pyvips.Error:
+    except (pyvips.Error, OSError):
         return None
     if image.width * image.height <= LARGE:
         return None
@@ -70,6 +74,8 @@ def read_large(
     plain = image.interpretation in ("b-w", "srgb", "grey16", "rgb16") and image.bands in (1, 2, 3, 4)
     turned = image.get_typeof("orientation") and image.get("orientation") != 1
     if image.format not in DTYPES or not plain or turned:
+        return None
+    if image.get("vips-loader").startswith("tiff") and not is_one_picture(given):
         return None
     region, whole = pyvips.Region.new(image), None
     for top, bottom in strips(image.height, image.width):
@@ -84,6 +90,17 @@ def read_large(
         whole[top:bottom] = strip
         let_go(whole)
     return whole
+
+
+def is_one_picture(given: bytes | Path) -> bool:
+    """Whether the first page of a TIFF is the image, and what it has beside colours is transparency."""
+    try:
+        with tifffile.TiffFile(io.BytesIO(given) if isinstance(given, bytes) else given) as tiff:
+            page = tiff.pages[0]
+            alike = len(tiff.pages) > 1 and len({p.shape + (p.dtype,) for p in tiff.pages}) == 1
+            return not alike and (page.samplesperpixel not in (2, 4) or 2 in page.extrasamples)
+    except Exception:  # damaged files raise many kinds; who reads it in its place will say so
+        return False
 
 
 def read_deep(data: bytes) -> tuple[Pixels, int]:
@@ -102,10 +119,13 @@ def read_deep(data: bytes) -> tuple[Pixels, int]:
 
 
 def opened(given: bytes | Path) -> Any:
-    """libvips' image, to be read from top to bottom. Raises pyvips.Error."""
+    """libvips' image, to be read from top to bottom. Raises pyvips.Error, or OSError."""
     options = {"access": "sequential", "fail_on": "truncated"}
     if isinstance(given, Path):
-        return pyvips.Image.new_from_file(str(given.absolute()), **options)
+        try:
+            return pyvips.Image.new_from_file(str(given.absolute()), **options)
+        except UnicodeEncodeError:  # a name that is no text
+            given = given.read_bytes()
     return pyvips.Image.new_from_buffer(given, "", **options)
 
 
@@ -114,7 +134,7 @@ def metadata_of(given: bytes | Path) -> tuple[bytes, bytes]:
     try:
         image = opened(given)
         found = [image.get(n) if image.get_typeof(n) else b"" for n in ("icc-profile-data", "exif-data")]
-    except pyvips.Error:
+    except (pyvips.Error, OSError):
         return b"", b""
     return bytes(found[0]), bytes(found[1])
 
@@ -166,15 +186,69 @@ def write_large(
             image = image.copy(interpretation=INTERPRETATIONS[dtype, shape[2] > 2])
             if icc:
                 image.set_type(pyvips.GValue.blob_type, "icc-profile-data", icc)
-            if exif:
-                image.set_type(pyvips.GValue.blob_type, "exif-data", b"Exif\0\0" + exif)
             for i, (key, value) in enumerate((text or {}).items()):
                 ascii_only = value.encode("ascii", "backslashreplace").decode()
                 image.set_type(pyvips.GValue.gstr_type, f"png-comment-{i}-{key}", ascii_only)
+            failed: list[OSError] = []
             out.flush()
-            image.write_to_target(pyvips.Target.new_to_descriptor(out.fileno()), ".png")
+            image.write_to_target(png_target(out, exif, failed), ".png")
         except pyvips.Error as error:
-            raise OSError(" ".join(str(error).split())) from None
+            raise failed[0] if failed else OSError(" ".join(str(error).split())) from None
+
+
+def png_target(out: IO[bytes], exif: bytes, failed: list[OSError]) -> Any:
+    """What libvips writes a PNG to, with this EXIF and without what it makes up: EXIF of its own, and a resolution.
+
+    An error of `out` is added to `failed`, as libvips has a text of its own for it.
+    """
+    head: bytearray | None = bytearray()  # up to the first chunk of pixels
+
+    def write(data: Any) -> int:
+        nonlocal head
+        parts = [bytes(data)]
+        if head is not None:
+            head += parts[0]
+            found = chunks_before_pixels(head)
+            if found is None:
+                return len(data)
+            chunks, pixels = found
+            kept = [c for c in chunks if c[4:8] not in (b"eXIf", b"pHYs")]
+            own = [chunk(b"eXIf", exif)] if exif else []
+            parts = [PNG_SIGNATURE, kept[0], *own, *kept[1:], pixels]
+            head = None
+        try:
+            left = memoryview(b"".join(parts))
+            while left:
+                left = left[os.write(out.fileno(), left) :]
+        except OSError as error:
+            failed.append(error)
+            return -1
+        return len(data)
+
+    target = pyvips.TargetCustom()
+    target.on_write(write)
+    return target
+
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Of a PNG (third edition, 5.3)."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def chunks_before_pixels(png: bytes | bytearray) -> tuple[list[bytes], bytes] | None:
+    """Whole chunks up to IDAT, and all from there on; None where a PNG's beginning does not go so far."""
+    chunks: list[bytes] = []
+    at = len(PNG_SIGNATURE)
+    while at + 8 <= len(png):
+        (length,) = struct.unpack_from(">I", png, at)
+        if png[at + 4 : at + 8] == b"IDAT":
+            return chunks, bytes(png[at:])
+        chunks.append(bytes(png[at : at + 12 + length]))
+        at += 12 + length
+    return None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -99,8 +100,13 @@ def listed(folder: Path) -> list[os.DirEntry[str]]:
     return list(os.scandir(folder))
 
 
-def folder_source(root: Path, *, channels: int, max_pixels: int, scratch: Path | None) -> FileSource:
-    """Every image below a folder. Links to folders are followed, each real folder once on a path."""
+def files_below(root: Path, wanted: Callable[[str], bool]) -> list[str]:
+    """Names of the files below a folder, but for hidden folders. Links to folders are followed, each real one once on
+    a path.
+
+    Raises:
+        DataError: it cannot be listed.
+    """
     names = []
     pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while pending:
@@ -121,9 +127,14 @@ def folder_source(root: Path, *, channels: int, max_pixels: int, scratch: Path |
                 real = os.path.realpath(entry.path)
                 if real not in above and not entry.name.startswith("."):
                     pending.append((name + "/", (*above, real)))
-            elif is_image(name):
+            elif wanted(name):
                 names.append(name)
+    return names
 
+
+def folder_source(root: Path, *, channels: int, max_pixels: int, scratch: Path | None) -> FileSource:
+    """Every image below a folder."""
+    names = files_below(root, is_image)
     return FileSource(names, FolderReader(root), channels=channels, max_pixels=max_pixels, scratch=scratch)
 
 
@@ -301,6 +312,18 @@ def check_finite(source: Source, path: str, num_images: int | None) -> None:
     """Raises ConfigError for going through all images of a source without end."""
     if len(source) > ENDLESS and num_images is None:
         raise ConfigError(f"{path} has no end: add --num-images 1000, where the command has it, or name other images")
+
+
+def check_outside(output: Path, given: str, *, flag: str) -> None:
+    """Raises ConfigError where what a command writes would be among the images that it reads."""
+    for suffix in SPLITS:
+        given = given.removesuffix(suffix)
+    named = given.removeprefix("imagefolder:")
+    folder = Path(named)
+    if not folder.is_dir() or is_shards(named) or (named == given and is_hugging_face_folder(folder)):
+        return
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"--output {output} is inside {flag} {folder}: its files would be images of it, too")
 
 
 def is_hugging_face_folder(path: Path) -> bool:

@@ -136,11 +136,18 @@ def stride_of(vae: Any) -> int:
 
 
 def check_resolution(resolution: int, vae: Any) -> None:
-    """Raises ConfigError for a side that is not a multiple of the VAE's stride."""
+    """Raises ConfigError for a side that is not a multiple of the VAE's stride, or not that of its one vector."""
     stride = stride_of(vae)
+    if has_vector(vae) and resolution != stride:
+        raise ConfigError(f"this autoencoder's vector is of {stride} pixels each way: add --resolution {stride}")
     if resolution % stride:
         nearest = max(resolution // stride, 1) * stride
         raise ConfigError(f"--resolution {resolution} is not a multiple of {stride}: try {nearest}")
+
+
+def has_vector(vae: Any) -> bool:
+    """Whether it makes one vector of an image, not a map."""
+    return int(vae.config.get("pool", 1)) > 1
 
 
 def side_for(vae: Any, resolution: int | None) -> int | None:
@@ -149,7 +156,7 @@ def side_for(vae: Any, resolution: int | None) -> int | None:
     Raises:
         ConfigError: another side than the one that a global latent was made for.
     """
-    if vae.config.get("pool", 1) == 1:
+    if not has_vector(vae):
         return resolution
     if resolution not in (None, stride_of(vae)):
         raise ConfigError(f"this autoencoder's vector is of {stride_of(vae)} pixels each way: leave --resolution out")
