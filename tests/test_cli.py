@@ -115,6 +115,8 @@ def test_a_folder_goes_there_and_back_on_two_workers(model: Path, photos: Path, 
     shutil.copytree(photos, tmp_path / "in")
     first = sorted((tmp_path / "in").rglob("*.png"))[0]
     shutil.copy(first, first.with_suffix(".bmp"))  # differs from another in its extension alone
+    first.parent.rename(tmp_path / "elsewhere")
+    first.parent.symlink_to(tmp_path / "elsewhere")
     command = [sys.executable, "-m", "ldm_vae.cli"]
     there = ["compress", tmp_path / "in", tmp_path / "small", "--model", model, "--workers", "2"]
     done = subprocess.run([*command, *map(str, there)], capture_output=True, text=True, check=True)

@@ -76,10 +76,11 @@ def test_a_folder_becomes_vectors_with_names_and_classes(models: Path, photos: P
 
 def test_names_that_are_no_text_are_kept_as_far_as_parquet_can(models: Path, photos: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    (tmp_path / "in").mkdir()
-    shutil.copy(sorted(photos.rglob("*.png"))[0], os.fsencode(tmp_path / "in") + b"/\xff.png")
+    os.makedirs(os.fsencode(tmp_path / "in") + b"/caf\xe9")
+    shutil.copy(sorted(photos.rglob("*.png"))[0], os.fsencode(tmp_path / "in") + b"/caf\xe9/\xff.png")
     run("embed", "--vae", models / "map", "--data", tmp_path / "in", "--output", tmp_path / "v.parquet")
-    assert parquet.read_table(tmp_path / "v.parquet").to_pydict()["name"] == ["\\udcff.png"]
+    table = parquet.read_table(tmp_path / "v.parquet").to_pydict()
+    assert (table["name"], table["class"]) == (["caf\\udce9/\\udcff.png"], ["caf\\udce9"])
 
 
 def test_images_of_unlike_sizes_are_resized_where_a_vector_needs_it(models: Path, photos: Path, tmp_path: Path) -> None:
@@ -107,6 +108,9 @@ def test_what_cannot_be_embedded_is_said(
     assert "no end" in fails(capsys, "embed", *model, "--data", "procedural:shapes", *out)
     assert ".npy or a .parquet" in fails(capsys, "embed", *model, *data, "--output", tmp_path / "v.txt")
     assert "--resolution" in fails(capsys, "embed", *model, *data, *out, "--resolution", 0)
+    inside = ("--data", tmp_path / "in", "--output", tmp_path / "in" / "v.npy")
+    (tmp_path / "in").mkdir()
+    assert "is inside --data" in fails(capsys, "embed", *model, *inside)
     assert "--device" in fails(capsys, "embed", *model, *data, *out, "--device", "nothing")
     vector = ("--vae", models / "vector")
     assert "32 pixels" in fails(capsys, "embed", *vector, *data, *out, "--resolution", 64)

@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import random
+import signal
 import subprocess
+import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -35,9 +37,10 @@ def test_a_checkpoint_comes_back_as_it_was_and_only_the_newest_are_kept(tmp_path
     run = Run(tmp_path / "run", Config())
     assert run.load_newest() is None
     (tmp_path / "run" / "checkpoints" / ".step-3.ldm-vae.new").mkdir()  # of a save that was killed
+    (tmp_path / "run" / "checkpoints" / "step-1-keep").mkdir()  # somebody's copy
     for step in (2, 4, 10):
         run.save(checkpoint(step))
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-10", "step-4"]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-1-keep", "step-10", "step-4"]
     newest = Run(tmp_path / "run", Config()).load_newest()
     assert newest is not None
     assert (newest.step, newest.facts) == (10, {"seconds": 15.0})
@@ -273,3 +276,37 @@ def test_processes_that_see_other_checkpoints_do_not_train(tmp_path: Path, monke
     monkeypatch.setattr(loop, "gather_object", lambda found: [*found, (5, "another")])
     with pytest.raises(RunError, match="do not find the same checkpoint"):
         Loop(run, {}, config, Accelerator(cpu=True))
+
+
+def lines_of_a_loop(output: Path, *, stop_in: int | None = None, unhealthy: tuple[int, ...] = ()) -> list[tuple]:
+    """(step, what) of each line that twelve steps log, of which these are not healthy when they are first taken."""
+    config = Training(output=output, steps=12, batch_size=1, log_every=4, checkpoint_every=4, sample_every=4)
+    run, seen = Run(output, config), []
+    with Loop(run, {"a": torch.zeros(1)}, replace(config, tracker="none"), Accelerator(cpu=True)) as steps:
+        for step, _ in steps.steps(lambda _: iter([0])):
+            seen.append(step)
+            time.sleep(0.01)
+            if step == stop_in:
+                os.kill(os.getpid(), signal.SIGTERM)
+            steps.finish(healthy=step not in unhealthy or seen.count(step) > 1, waited=0.01, bad_images={})
+            if steps.logging:
+                steps.log_step({"loss": 1.0})
+            if steps.drawing:
+                steps.log({"grid": 1.0})
+            if steps.saving:
+                run.save(Checkpoint(step=steps.step, tensors={"a/value": torch.zeros(1)}, facts=steps.facts))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.get("waiting_for_data", 0) <= 1.01 for line in lines)
+    return [(line["step"], "grid" if "grid" in line else "log") for line in lines]
+
+
+def test_a_stop_in_a_step_with_a_grid_costs_none_of_it(tmp_path: Path) -> None:
+    undisturbed = lines_of_a_loop(tmp_path / "undisturbed")
+    assert [step for step, what in undisturbed if what == "grid"] == [4, 8, 10, 12]
+    for last in (7, 11):
+        lines_of_a_loop(tmp_path / f"{last}", stop_in=last)
+        assert lines_of_a_loop(tmp_path / f"{last}") == undisturbed
+
+
+def test_after_going_back_the_time_spent_waiting_is_that_of_the_steps_counted(tmp_path: Path) -> None:
+    assert (12, "log") in lines_of_a_loop(tmp_path / "run", unhealthy=(8, 9, 10))

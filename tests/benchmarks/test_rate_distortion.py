@@ -127,3 +127,6 @@ def test_what_cannot_work_is_said(tmp_path: Path) -> None:
         main(Config(data=str(tmp_path), output=tmp_path / "out", others=()))
     with pytest.raises(DataError):
         main(Config(data=str(tmp_path / "nowhere"), output=tmp_path / "out"))
+    for count in (0, -1):
+        with pytest.raises(ConfigError, match="--num-images"):
+            main(Config(data=str(tmp_path), output=tmp_path / "out", num_images=count))

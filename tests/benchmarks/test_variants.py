@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -49,20 +50,28 @@ def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_denoisers_see_the_same_noise_and_their_figures_are_right(photos: Path, tmp_path: Path) -> None:
+def test_denoisers_see_the_same_noise_and_their_figures_are_right(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     torch.manual_seed(0)
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    (folder / "damaged.png").write_bytes(b"damage")
+    good = [i for i in range(3) if open_source(str(folder)).name(i) != "damaged.png"]
+    assert len(good) == 2
     PatchAutoencoderKL(block_out_channels=(8, 8), noise_level=55.0).save_pretrained(tmp_path / "run" / "vae")
     denoising.main(
         denoising.Config(
             vae=str(tmp_path / "run"),
-            data=str(photos),
-            tune_on=str(photos),
+            data=str(folder),
+            tune_on=str(folder),
             output=tmp_path / "out",
             sigmas=(25.0,),
-            num_images=2,
-            num_tuning=1,
+            num_images=3,
+            num_tuning=2,
         )
     )
+    assert capsys.readouterr().out.count("left out: damaged.png") == 2
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     found = {r["method"]: r for r in record["results"]}
     assert list(found) == ["noisy", "Gaussian blur", "non-local means", "ours, blind", "ours, told sigma"]
@@ -73,10 +82,10 @@ def test_denoisers_see_the_same_noise_and_their_figures_are_right(photos: Path, 
     means = [float(r["psnr"]) for r in rows if r["method"] == "Gaussian blur"]
     assert found["Gaussian blur"]["psnr"] == pytest.approx(np.mean(means))
     vae = PatchAutoencoderKL.from_pretrained(tmp_path / "run" / "vae").eval()
-    source = open_source(str(photos))
+    source = open_source(str(folder))
     for told in (None, 25.0):
         values = []
-        for i in range(2):
+        for i in good:
             damaged = Corruption("gaussian", 25, 25)(source[i].pixels, generator_at(0, i, Stream.CORRUPTION))[0]
             with torch.inference_mode():
                 made = to_pixels(denoise(vae, to_images(damaged)[None], sigma=told))[0]

@@ -389,6 +389,12 @@ def test_pillow_opens_and_saves(codec: LatentCodec, photo, tmp_path: Path, monke
         with Image.open(file) as image:
             assert image.mode == mode
             image.load()
+    image = Image.open(file)
+    opened = image.fp
+    image.load()
+    assert opened is not None
+    assert opened.closed  # Pillow's promise for what it has opened itself
+    image.close()
     with pytest.raises(ConfigError, match="quality 90"):
         Image.fromarray(photo).save(file, quality=90)  # PIL's habit
     Image.fromarray(photo).save(file)

@@ -191,7 +191,6 @@ def test_arrays_and_tiffs_of_many_channels_are_read_exactly(channels: int, dtype
     if channels > 1:
         paged = tiff(pages, photometric="minisblack")
         assert np.array_equal(read_pixels(paged, channels=channels), array)
-    if channels > 4:
         interleaved = tiff(array, photometric="minisblack", planarconfig="contig")
         planar = tiff(pages, photometric="minisblack", planarconfig="separate")
         assert np.array_equal(read_pixels(interleaved, channels=channels), array)
@@ -231,6 +230,8 @@ def test_the_fourth_sample_of_a_tiff_is_transparency_only_where_the_file_says_so
         data = tiff(bands, photometric="rgb", extrasamples=[kind])
         assert np.array_equal(read_pixels(data, channels=4), bands)
         assert np.unique(read_pixels(data, channels=3)).tolist() == [expected]
+        small = (bands / 257).astype(np.uint8)
+        assert np.array_equal(read_pixels(tiff(small, photometric="rgb", extrasamples=[kind]), channels=4), small)
     with pytest.raises(BadImageError, match="2 pages of 1 channels, the model has 3"):
         read_pixels(tiff(bands[:2, :, :], photometric="minisblack"), channels=3)
 

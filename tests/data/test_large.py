@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from ldm_vae.data import large
@@ -67,7 +69,7 @@ def test_what_is_cut_short_or_too_large_is_refused(tmp_path: Path) -> None:
 def test_strips_become_one_file(channels: int, dtype: Any, tmp_path: Path) -> None:
     pixels = pixels_of(channels, dtype)
     exif = Image.Exif()
-    exif[270] = "a title"
+    exif[270], exif[50000] = "a title", "somebody's own"
     with open(tmp_path / "out", "wb") as out:
         parts = [pixels[:20], pixels[20:21], pixels[21:]]
         more: dict[str, Any] = {"exif": exif.tobytes().removeprefix(b"Exif\0\0"), "text": {"name": "ü.png"}}
@@ -76,8 +78,47 @@ def test_strips_become_one_file(channels: int, dtype: Any, tmp_path: Path) -> No
     data = (tmp_path / "out").read_bytes()
     assert np.array_equal(read_pixels(data, keep_alpha=True, channels=channels), pixels)
     with Image.open(tmp_path / "out") as image:
-        assert image.getexif()[270] == "a title"
+        assert dict(image.getexif()) == {270: "a title", 50000: "somebody's own"}
         assert image.info["name"] == "\\xfc.png"
+
+
+def test_nothing_is_said_of_an_image_that_nobody_said(tmp_path: Path) -> None:
+    pixels = pixels_of(3)
+    with open(tmp_path / "out", "wb") as out:
+        write_large(out, [pixels], pixels.shape, folder=tmp_path, icc=b"")
+    with Image.open(tmp_path / "out") as image:
+        image.load()
+        assert (dict(image.info), dict(image.getexif())) == ({}, {})
+
+
+def test_a_name_that_is_no_text_is_read_as_any_other(tmp_path: Path) -> None:
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    file.write_bytes(as_file(pixels_of(3), "PNG"))
+    found = large_pixels(file, scratch=tmp_path, max_pixels=10**6)
+    assert np.array_equal(found, pixels_of(3))
+    assert large.metadata_of(file) == (b"", b"")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_of_a_tiff_bands_are_bands_and_pages_are_pages(dtype: Any, tmp_path: Path) -> None:
+    pixels = pixels_of(4, dtype)
+    files: dict[str, Any] = {
+        "band": {"photometric": "rgb", "extrasamples": ["unspecified"]},
+        "multiplied": {"photometric": "rgb", "extrasamples": ["assocalpha"]},
+        "pages": {"photometric": "minisblack"},
+    }
+    for name, options in files.items():
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.moveaxis(pixels, 2, 0) if name == "pages" else pixels, **options)
+        data = (tmp_path / f"{name}.tif").read_bytes()
+        for given in (data, tmp_path / f"{name}.tif"):
+            assert large_pixels(given, scratch=tmp_path, max_pixels=10**6) is None
+    tifffile.imwrite(tmp_path / "alpha.tif", pixels, photometric="rgb", extrasamples=["unassalpha"])
+    found = large_pixels(tmp_path / "alpha.tif", scratch=tmp_path, max_pixels=10**6, keep_alpha=True)
+    assert np.array_equal(found, pixels)
+    with tifffile.TiffWriter(tmp_path / "preview.tif") as preview:
+        preview.write(pixels[:, :, :3], photometric="rgb")
+        preview.write(pixels[::4, ::4, :3], photometric="rgb")
+    assert np.array_equal(large_pixels(tmp_path / "preview.tif", scratch=tmp_path, max_pixels=10**6), pixels[:, :, :3])
 
 
 def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(small_disk: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from ldm_vae.data.procedural import SHAPES
-from ldm_vae.data.sources import HuggingFaceSource, open_source
-from ldm_vae.errors import BadImageError, DataError
+from ldm_vae.data.sources import HuggingFaceSource, check_outside, open_source
+from ldm_vae.errors import BadImageError, ConfigError, DataError
 
 
 def test_a_folder_is_read_recursively_in_order_with_labels(photos: Path) -> None:
@@ -267,3 +267,15 @@ def test_names_that_are_not_unicode_are_read(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(file, "PNG")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.png")).write_bytes(file.getvalue())
     assert open_source(str(tmp_path))[0].pixels.shape == (4, 4, 3)
+
+
+def test_only_what_would_be_read_again_is_kept_out_of_a_folder(photos: Path, tmp_path: Path) -> None:
+    inside = photos / "a" / "run"
+    for given in (photos, f"{photos}#train", f"{photos}#held-out", f"imagefolder:{photos}"):
+        with pytest.raises(ConfigError, match="is inside --data"):
+            check_outside(inside, str(given), flag="--data")
+        check_outside(tmp_path / "run", str(given), flag="--data")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "0.parquet").touch()
+    for given in ("procedural:shapes", tmp_path / "tables", tmp_path / "x.zip", "owner/name"):
+        check_outside(tmp_path / "tables" / "run", str(given), flag="--data")

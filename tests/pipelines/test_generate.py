@@ -261,6 +261,7 @@ def test_bf16_is_close_to_float32(unconditional: str, tmp_path: Path) -> None:
         (["--strength", "2"], "strength is 2.0"),
         (["--mask", "{tmp}/no.png"], "--mask needs the --image"),
         (["--image", "{tmp}/no.png"], "no such folder or file"),
+        (["--image", "{tmp}#train"], "is inside --image"),
         (
             ["--image", "{tmp}/bad.png"],
             "no usable image: all 1 that were tried are bad, such as bad.png: cannot be dec",

@@ -151,6 +151,7 @@ def test_autoencoders_of_diffusers_reconstruct_too(photos: Path, tmp_path: Path)
         (["--input", "{tmp}/bad"], "no usable image"),
         (["--input", "procedural:dead-leaves"], "has no end"),
         (["--output", "{photos}/out"], "is inside --input"),
+        (["--input", "{photos}#train", "--output", "{photos}/out"], "is inside --input"),
         (["--output", "{tmp}/bad/x.png/out"], "cannot write to"),
         (["--vae", "{tmp}/thirteen"], "13 channels cannot be PIL images or PNG"),
         (["--nonsense"], "nonsense"),

@@ -10,6 +10,7 @@ import numpy as np
 import processes
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from processes import ROOT, metrics
 from scipy.ndimage import gaussian_filter
@@ -26,7 +27,8 @@ from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.metrics import psnr
 from ldm_vae.models.pretrained import encode_moments, is_variational, load_autoencoder, posterior_of
 from ldm_vae.models.tiling import denoise, reconstruct
-from training.train_vae import PRESETS, Config, main
+from training import cache_latents
+from training.train_vae import PRESETS, Config, batches_from, main
 
 SCRIPT = str(ROOT / "training" / "train_vae.py")
 DATA = "procedural:dead-leaves#train"
@@ -108,6 +110,22 @@ def test_a_global_latent_is_so_many_numbers_an_image(tmp_path: Path) -> None:
     images = to_images(np.stack(held_out(4, side=32)))
     assert embed(vae, images).shape == (4, 6)
     assert vae.decode(embed(vae, images)[:, :, None, None]).sample.shape == images.shape
+
+
+def test_a_vector_network_goes_on_with_whole_images_of_its_size(tmp_path: Path) -> None:
+    first = config_for("plain", tmp_path / "first", global_latent=6, steps=1)
+    main(first)
+    second = replace(first, output=tmp_path / "second", init=str(tmp_path / "first"), global_latent=None)
+    main(second)
+    vae = load_autoencoder(str(tmp_path / "second"))
+    source = open_source(DATA, resolution=96)
+    a, b = (next(batches_from(0, source, vae, config, Accelerator())).images for config in (first, second))
+    assert torch.equal(a, b)
+    with pytest.raises(ConfigError, match="vector is of 32 pixels each way: add --resolution 32"):
+        main(replace(second, output=tmp_path / "third", resolution=64))
+    caching = cache_latents.Config(vae=str(tmp_path / "first"), data=DATA, output=tmp_path / "cache", num_images=4)
+    with pytest.raises(ConfigError, match="add --resolution 32"):
+        cache_latents.main(caching)
 
 
 def test_grey_images_can_be_denoised_and_mirroring_can_be_left_out(tmp_path: Path) -> None:
@@ -192,6 +210,7 @@ def test_variants_combine_and_do_not_depend_on_how_the_batch_is_split(tmp_path: 
         ({"target": "blemishes"}, "cross-entropy is that of --target blemishes"),
         ({"reconstruction": "cross-entropy"}, "cross-entropy is that of --target blemishes"),
         ({"sparsity_weight": -1.0}, "sparsity-weight"),
+        ({"target_bpp": 0.5, "kl_weight": 0.1, "train": "decoder"}, "--target-bpp steers the encoder"),
         ({"kl_weight": 1e-3}, "no posterior"),
         ({"init": "{run}", "global_latent": 4}, "leave out --init"),
         ({"init": "{run}", "sparsity": "l1"}, "not made for --sparsity l1"),

@@ -92,6 +92,22 @@ def test_on_the_fly_and_from_the_cache_the_losses_are_the_same(
     assert a == pytest.approx(b, abs=10 * tolerance)
 
 
+def test_a_cache_of_other_images_judges_training_on_the_fly_as_it_judges_training_from_a_cache(
+    cache: Path, photos: Path, tmp_path: Path
+) -> None:
+    main(config_for(cache, tmp_path / "cached", val_latents=cache, checkpoint_every=100))
+    on_the_fly = {"data": str(photos), "vae": str(cache), "resolution": 32, "checkpoint_every": 100}
+    main(config_for(None, tmp_path / "fly", val_latents=cache, **on_the_fly))
+    a, b = ({k: v for k, v in validated(tmp_path / run).items() if k != "step"} for run in ("cached", "fly"))
+    assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_a_run_does_not_lie_among_the_images_that_it_learns_from(photos: Path, vae: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    with pytest.raises(ConfigError, match="is inside --data"):
+        main(config_for(None, tmp_path / "photos" / "run", data=f"{tmp_path / 'photos'}#train", vae=str(vae)))
+
+
 def validated(run: Path) -> dict[str, float]:
     return next(m for m in metrics(run) if "val_loss" in m)
 
