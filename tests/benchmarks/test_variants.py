@@ -228,7 +228,14 @@ def test_errors_of_components_are_scored_as_each_of_ours() -> None:
         "as restore": largest(restorer / around, 13),
         "as find": largest(finder, 5),
     }
-    assert found.keys() == {f"PCA of {n} at 16x16, {scoring}" for n in (4, 8) for scoring in expected}
+    counts = ("4", "8", "0.95 of the variance", "0.99 of the variance")
+    assert found.keys() == {f"PCA of {n} at 16x16, {scoring}" for n in counts for scoring in expected}
+    _, strengths, directions = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+    kept = np.cumsum(strengths**2) / np.sum(strengths**2)
+    basis = directions[: int(np.argmax(kept >= 0.95)) + 1]
+    assert 4 < len(basis) < 12
+    left = np.square((y - x.mean(axis=0)) @ (np.eye(256) - basis.T @ basis)).mean(axis=1)
+    assert np.allclose(found["PCA of 0.95 of the variance at 16x16, mean"][0], left, rtol=1e-3)
     for scoring, values in expected.items():
         assert np.allclose(found[f"PCA of 4 at 16x16, {scoring}"][0], values, rtol=1e-3), scoring
     assert np.allclose(found["PCA of 4 at 16x16, as find"][1], finder, atol=1e-4)
