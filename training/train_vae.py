@@ -374,11 +374,12 @@ def batches_from(
 ) -> Iterator[Batch[Tensor]]:
     """This process's micro-batches from `step` on."""
     num_workers = default_workers() if config.num_workers is None else config.num_workers
+    whole = config.global_latent is not None or has_vector(vae)  # --init says nothing of it
     crops = CropDataset(
         source,
         seed=config.seed,
         resolution=config.resolution,
-        shorter_side=config.shorter_side or (config.resolution if has_vector(vae) else None),
+        shorter_side=config.shorter_side or (config.resolution if whole else None),
         corruption=corruption_of(config),
         blemishes=config.target == "blemishes",
         mirror=config.mirror,
