@@ -27,8 +27,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_vae.anomaly import AnomalyDetector, fit_detector, mean_of_largest, relative, shrunk, smooth
-from ldm_vae.config import as_json, parse_config
+from ldm_vae.analysis.anomaly import AnomalyDetector, fit_detector, mean_of_largest, relative, shrunk, smooth
 from ldm_vae.data.conversion import to_images
 from ldm_vae.data.corruption import parse_corruption
 from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
@@ -37,9 +36,10 @@ from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import Source, open_source
 from ldm_vae.errors import ConfigError, DataError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_csv, write_json
-from ldm_vae.models.pretrained import load_autoencoder
-from ldm_vae.pictures import heat_map
-from ldm_vae.runs import git_revision, training_seconds, versions
+from ldm_vae.grids import heat_map
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.runs.config import as_json, parse_config
+from ldm_vae.runs.run import git_revision, training_seconds, versions
 from ldm_vae.timing import describe_machine, seconds_of_script
 
 ROOT = Path(__file__).parent.parent

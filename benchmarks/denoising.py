@@ -25,7 +25,6 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import Corruption
 from ldm_vae.data.images import Pixels
@@ -33,11 +32,13 @@ from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import HeadSource, Source, check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_csv, write_json
+from ldm_vae.grids import labelled_rows
 from ldm_vae.metrics import bootstrap_interval, psnr, ssim
-from ldm_vae.models.pretrained import channels_of, check_device, fingerprint, load_autoencoder
-from ldm_vae.models.tiling import denoise
-from ldm_vae.pictures import labelled_rows
-from ldm_vae.runs import git_revision, training_seconds, versions
+from ldm_vae.models.interface import channels_of, fingerprint
+from ldm_vae.models.loading import check_device, load_autoencoder
+from ldm_vae.models.reconstruction import denoise
+from ldm_vae.runs.config import as_json, parse_flags
+from ldm_vae.runs.run import git_revision, training_seconds, versions
 from ldm_vae.timing import describe_machine
 
 Method = Callable[[Pixels, float], Pixels]

@@ -28,19 +28,20 @@ from accelerate import Accelerator
 from diffusers.utils import logging
 from torch import Tensor
 
-from ldm_vae.config import as_json, parse_flags
+from ldm_vae.commands.png import SHEET
 from ldm_vae.data.conversion import to_pixels
+from ldm_vae.data.file_sources import FileSource
 from ldm_vae.data.images import Pixels, centre_square, convert_channels
-from ldm_vae.data.sources import FileSource, Source, check_finite, open_source
+from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.data.squares import shuffled_squares
 from ldm_vae.errors import ConfigError, DataError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json
 from ldm_vae.metrics import SMALLEST_SET, bootstrap_interval, frechet_distance, kernel_distance, precision_recall
 from ldm_vae.models.features import FeatureExtractor, NetworkInput, load_features
-from ldm_vae.objectives.diffusion import SCHEDULERS, make_scheduler, prediction_of
 from ldm_vae.pipeline import LatentDiffusionPipeline, load_pipeline
-from ldm_vae.png import SHEET
-from ldm_vae.runs import versions
+from ldm_vae.runs.config import as_json, parse_flags
+from ldm_vae.runs.run import versions
+from ldm_vae.sampling import SCHEDULERS, make_scheduler, prediction_of
 from ldm_vae.timing import describe_machine, seconds_of
 
 REAL = "real against real"

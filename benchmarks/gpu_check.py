@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ldm_vae.config import as_json, parse_flags
 from ldm_vae.errors import one_line_errors
 from ldm_vae.files import check_writable, write_json
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
-from ldm_vae.models.tiling import exact_float32, reconstruct
+from ldm_vae.models.reconstruction import exact_float32, reconstruct
 from ldm_vae.models.unet import make_denoiser
-from ldm_vae.objectives.diffusion import make_scheduler
 from ldm_vae.pipeline import LatentDiffusionPipeline
-from ldm_vae.runs import git_revision, versions
+from ldm_vae.runs.config import as_json, parse_flags
+from ldm_vae.runs.run import git_revision, versions
+from ldm_vae.sampling import make_scheduler
 from ldm_vae.timing import describe_machine, peak_flops, seconds_of_script
 
 ROOT = Path(__file__).parent.parent
@@ -141,7 +141,7 @@ def photos(config: Config) -> dict[str, Any]:
 
 
 def classes(config: Config, preset: str, data: str, *words: object) -> dict[str, Any]:
-    """benchmarks/class_conditional.py with a larger denoiser; its sheets, by names that can be copied anywhere."""
+    """The study `class_conditional` with a larger denoiser; its sheets, by names that can be copied anywhere."""
     folder = config.output / preset
     file = folder / "seconds.json"
     known = json.loads(file.read_text()) if file.exists() else {}
@@ -149,7 +149,7 @@ def classes(config: Config, preset: str, data: str, *words: object) -> dict[str,
         if part not in known:  # a call was cut in it, and its time is not known
             shutil.rmtree(folder / part, ignore_errors=True)
     script(
-        *("benchmarks/class_conditional.py", preset, "--data", data, "--output", folder, "--denoiser", "small"),
+        *("benchmarks/studies/class_conditional.py", preset, "--data", data, "--output", folder, "--denoiser", "small"),
         *("--steps", config.diffusion_steps, "--batch-size", 256, "--learning-rate", 5e-4, "--num-workers", 8),
         *("--mixed-precision", "bf16", "--vae-steps", 3000, *words),
     )

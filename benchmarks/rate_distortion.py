@@ -27,17 +27,17 @@ from PIL import Image, features
 from tqdm import tqdm
 
 from ldm_vae.codec.codec import LatentCodec
-from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.sources import check_finite, open_source
 from ldm_vae.data.workers import default_workers
 from ldm_vae.errors import BadImageError, ConfigError, LdmVaeError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_csv, write_json
+from ldm_vae.grids import labelled_rows
 from ldm_vae.metrics import bjontegaard_rate, bootstrap_interval, ms_ssim, psnr, ssimulacra2
 from ldm_vae.objectives.perceptual import PerceptualLoss
-from ldm_vae.pictures import labelled_rows
-from ldm_vae.runs import git_revision, versions
+from ldm_vae.runs.config import as_json, parse_flags
+from ldm_vae.runs.run import git_revision, versions
 from ldm_vae.timing import describe_machine, peak_memory_of
 
 Row = dict[str, Any]

@@ -20,18 +20,19 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.images import Pixels, centre_square
 from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_csv, write_json
+from ldm_vae.grids import labelled_rows, visible
 from ldm_vae.metrics import bootstrap_interval, ms_ssim, psnr, ssim, ssimulacra2
-from ldm_vae.models.pretrained import channels_of, encode_moments, load_autoencoder, stride_of
-from ldm_vae.models.tiling import exact_float32, reconstruct
+from ldm_vae.models.interface import channels_of, encode_moments, stride_of
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.models.reconstruction import exact_float32, reconstruct
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
-from ldm_vae.pictures import labelled_rows, visible
-from ldm_vae.runs import PATIENCE, versions
+from ldm_vae.runs.config import as_json, parse_flags
+from ldm_vae.runs.run import PATIENCE, versions
 from ldm_vae.timing import describe_machine, peak_memory_of, seconds_of
 
 

@@ -30,8 +30,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_vae.codec.codec import LatentCodec
-from ldm_vae.codec.fitting import fit_tables
-from ldm_vae.config import as_json, parse_flags
+from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.data.loader import Batch, CropDataset, MicroBatches, collate, load_batches
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, RunError, one_line_errors
@@ -41,15 +40,16 @@ from ldm_vae.latents.rows import DiffusionBatch
 from ldm_vae.latents.scaling import as_stored
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.discriminator import PatchDiscriminator
-from ldm_vae.models.pretrained import encode_moments, latent_channels_of, stride_of
-from ldm_vae.models.tiling import encode_mean
+from ldm_vae.models.interface import encode_moments, latent_channels_of, stride_of
+from ldm_vae.models.reconstruction import encode_mean
 from ldm_vae.models.unet import make_denoiser
 from ldm_vae.objectives import denoising
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
-from ldm_vae.objectives.diffusion import make_scheduler
 from ldm_vae.objectives.perceptual import PerceptualLoss
 from ldm_vae.pipeline import LatentDiffusionPipeline
-from ldm_vae.runs import git_revision, versions
+from ldm_vae.runs.config import as_json, parse_flags
+from ldm_vae.runs.run import git_revision, versions
+from ldm_vae.sampling import make_scheduler
 from ldm_vae.timing import describe_machine, peak_flops, peak_memory_of, seconds_of
 
 SAMPLES, SAMPLING_STEPS = 8, 10

@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ldm_vae.config import as_json, parse_flags
 from ldm_vae.data.conversion import to_images
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.order import index_at, positions_of
@@ -29,8 +28,9 @@ from ldm_vae.errors import ConfigError, DataError, nothing_usable, one_line_erro
 from ldm_vae.files import check_writable, write_json
 from ldm_vae.metrics import bootstrap_interval
 from ldm_vae.models.classifier import ImageClassifier
-from ldm_vae.objectives.schedule import learning_rate_at
-from ldm_vae.runs import versions
+from ldm_vae.runs.config import as_json, parse_flags
+from ldm_vae.runs.run import versions
+from ldm_vae.runs.schedule import learning_rate_at
 from ldm_vae.timing import describe_machine
 
 SHIFT_SHARE = 32

@@ -11,12 +11,12 @@ _HOMES = {
     "LdmVaeError": "ldm_vae.errors",
     "PatchAutoencoderKL": "ldm_vae.models.autoencoder",
     "PatchDiscriminator": "ldm_vae.models.discriminator",
-    "denoise": "ldm_vae.models.tiling",
-    "embed": "ldm_vae.embedding",
-    "load_autoencoder": "ldm_vae.models.pretrained",
+    "denoise": "ldm_vae.models.reconstruction",
+    "embed": "ldm_vae.analysis.embedding",
+    "load_autoencoder": "ldm_vae.models.interface",
     "load_pipeline": "ldm_vae.pipeline",
     "open_source": "ldm_vae.data.sources",
-    "reconstruct": "ldm_vae.models.tiling",
+    "reconstruct": "ldm_vae.models.reconstruction",
 }
 __all__ = sorted(_HOMES)
 

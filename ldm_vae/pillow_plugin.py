@@ -11,12 +11,12 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile
 
-from ldm_vae.cli import EXTENSION, MODEL_VARIABLE
 from ldm_vae.codec import bitstream
 from ldm_vae.codec.codec import MAX_METADATA, LatentCodec
 from ldm_vae.codec.picture import EXIF_PREFIX, as_picture, inflate, without_layout
+from ldm_vae.commands.codec import EXTENSION, MODEL_VARIABLE
 from ldm_vae.errors import ConfigError
-from ldm_vae.models.pretrained import channels_of
+from ldm_vae.models.interface import channels_of
 
 FORMAT = "LDI"
 MODES = {(1, 8, False): "L", (1, 8, True): "LA", (3, 8, False): "RGB", (3, 8, True): "RGBA", (1, 16, False): "I;16"}

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from ldm_vae.data.conversion import check_output_type, images_from, images_to, mask_from
 from ldm_vae.errors import ModelError
-from ldm_vae.files import is_hub_id
+from ldm_vae.hub import is_hub_id
 from ldm_vae.latents.scaling import mean_and_std, scale_latents, unscale_latents
-from ldm_vae.models.pretrained import channels_of, fingerprint, latent_channels_of, stride_of
-from ldm_vae.models.tiling import encode_mean, turn_on_tiling
+from ldm_vae.latents.timesteps import NUM_TIMESTEPS
+from ldm_vae.models.interface import channels_of, fingerprint, latent_channels_of, stride_of
+from ldm_vae.models.reconstruction import encode_mean, turn_on_tiling
 from ldm_vae.models.unet import multiple_of, num_classes_of, predict
-from ldm_vae.objectives.diffusion import prediction_of, set_timesteps
-from ldm_vae.objectives.timesteps import NUM_TIMESTEPS
 from ldm_vae.sampling import (
     Sampling,
     Seed,
@@ -32,6 +31,8 @@ from ldm_vae.sampling import (
     common_count,
     generators_for,
     noise_levels,
+    prediction_of,
+    set_timesteps,
     slerp,
 )
 

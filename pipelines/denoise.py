@@ -14,13 +14,14 @@ from pathlib import Path
 from accelerate import Accelerator
 from diffusers.utils import logging
 
-from ldm_vae.config import parse_flags
+from ldm_vae.commands.folders import convert_images
 from ldm_vae.data.large import MAX_LARGE_PIXELS
 from ldm_vae.errors import one_line_errors
-from ldm_vae.folders import convert_images
-from ldm_vae.models.pretrained import fingerprint, load_autoencoder
-from ldm_vae.models.tiling import check_noise_level, denoise, exact_float32, turn_on_tiling
-from ldm_vae.runs import PATIENCE
+from ldm_vae.models.interface import fingerprint
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.models.reconstruction import check_noise_level, denoise, exact_float32, turn_on_tiling
+from ldm_vae.runs.config import parse_flags
+from ldm_vae.runs.run import PATIENCE
 
 
 @dataclass(frozen=True, kw_only=True)

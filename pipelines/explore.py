@@ -20,21 +20,14 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from ldm_vae.config import parse_flags
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import check_writable, write_csv
-from ldm_vae.models.pretrained import (
-    channels_of,
-    encode_moments,
-    is_variational,
-    load_autoencoder,
-    posterior_of,
-    side_for,
-    stride_of,
-)
+from ldm_vae.grids import labelled_rows, validation_images, visible
+from ldm_vae.models.interface import channels_of, encode_moments, is_variational, posterior_of, side_for, stride_of
+from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.objectives.losses import kl_bits_per_channel
-from ldm_vae.pictures import labelled_rows, validation_images, visible
+from ldm_vae.runs.config import parse_flags
 
 STEPS = 8
 """Pictures a row of interpolations and traversals."""

@@ -21,21 +21,21 @@ from diffusers.utils import logging
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_vae.config import parse_flags
+from ldm_vae.commands.png import SHEET, finished, own_share, read_png, write_png
 from ldm_vae.data.conversion import check_viewable, to_images, to_pixels
+from ldm_vae.data.file_sources import FileSource, FolderReader
 from ldm_vae.data.image_files import is_image
 from ldm_vae.data.images import MAX_PIXELS, Pixels, centre_square, formats, resize
-from ldm_vae.data.sources import FileSource, FolderReader, Source, check_finite, check_outside, open_source
+from ldm_vae.data.sources import Source, check_finite, check_outside, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, sha256, write_csv
-from ldm_vae.models.pretrained import channels_of, stride_of
-from ldm_vae.models.tiling import exact_float32
-from ldm_vae.objectives.diffusion import make_scheduler, prediction_of
-from ldm_vae.pictures import labelled_rows, visible
+from ldm_vae.grids import labelled_rows, visible
+from ldm_vae.models.interface import channels_of, stride_of
+from ldm_vae.models.reconstruction import exact_float32
 from ldm_vae.pipeline import LatentDiffusionPipeline, fingerprint_of, load_pipeline
-from ldm_vae.png import SHEET, finished, own_share, read_png, write_png
-from ldm_vae.runs import PATIENCE
-from ldm_vae.sampling import Sampling, adds_noise
+from ldm_vae.runs.config import parse_flags
+from ldm_vae.runs.run import PATIENCE
+from ldm_vae.sampling import Sampling, adds_noise, make_scheduler, prediction_of
 
 SHEET_SIDE, SHEET_CELLS = 256, 10
 

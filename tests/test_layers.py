@@ -9,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("ldm_vae.errors", "ldm_vae.files", "ldm_vae.sharding"),
+    ("ldm_vae.errors", "ldm_vae.files", "ldm_vae.hub", "ldm_vae.timing", "ldm_vae.runs.sharding"),
     ("ldm_vae.data", "ldm_vae.models", "ldm_vae.codec.rans", "ldm_vae.codec.bitstream"),
-    ("ldm_vae.objectives", "ldm_vae.latents", "ldm_vae.codec"),
-    ("ldm_vae.config", "ldm_vae.runs", "ldm_vae.state", "ldm_vae.metrics", "ldm_vae.pictures", "ldm_vae.timing")
-    + ("ldm_vae.anomaly", "ldm_vae.embedding")
-    + ("ldm_vae.pipeline", "ldm_vae.sampling", "ldm_vae.png", "ldm_vae.loop", "ldm_vae.folders"),
-    ("ldm_vae.cli", "ldm_vae.analysis", "ldm_vae.packing", "ldm_vae.pillow_plugin"),
+    ("ldm_vae.latents", "ldm_vae.runs", "ldm_vae.codec"),
+    ("ldm_vae.objectives", "ldm_vae.metrics", "ldm_vae.grids", "ldm_vae.sampling", "ldm_vae.analysis"),
+    ("ldm_vae.pipeline",),
+    ("ldm_vae.commands", "ldm_vae.pillow_plugin"),
+    ("ldm_vae.cli",),
     ("training", "pipelines", "benchmarks"),
 )
 BANNED = {"utils", "util", "common", "helpers", "helper", "misc"}

@@ -18,11 +18,11 @@ import ldm_vae.pipeline as home
 from ldm_vae.errors import ModelError
 from ldm_vae.latents.scaling import scale_latents, unscale_latents
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.pretrained import encode_moments
-from ldm_vae.models.tiling import reconstruct
-from ldm_vae.objectives.diffusion import SCHEDULERS, alpha_and_sigma, make_scheduler, set_timesteps
+from ldm_vae.models.interface import encode_moments
+from ldm_vae.models.reconstruction import reconstruct
+from ldm_vae.objectives.diffusion import alpha_and_sigma
 from ldm_vae.pipeline import LatentDiffusionPipeline, fingerprint_of, load_pipeline
-from ldm_vae.sampling import noise_levels
+from ldm_vae.sampling import SCHEDULERS, make_scheduler, noise_levels, set_timesteps
 
 SOLVERS = [(prediction, name) for prediction, fitting in SCHEDULERS.items() for name in fitting]
 STRIDE = 4

@@ -17,8 +17,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ldm_vae import cli
-from ldm_vae.config import parse_config, parse_flags
-from ldm_vae.runs import Run
+from ldm_vae.runs.config import parse_config, parse_flags
+from ldm_vae.runs.run import Run
 from training import train_vae
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_vae.config import parse_flags
 from ldm_vae.data.loader import with_tensors
 from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.data.workers import default_workers, made_ahead
@@ -28,16 +27,17 @@ from ldm_vae.files import check_writable, lock, staged_directory, write_csv
 from ldm_vae.latents.cache import Plan, begin, summarise, unfinished, write_index, write_shard
 from ldm_vae.latents.rows import EncoderBatch, Squares, squares_of
 from ldm_vae.latents.scaling import as_stored, put_statistics
-from ldm_vae.models.pretrained import (
+from ldm_vae.models.interface import (
     channels_of,
     check_resolution,
     encode_moments,
     fingerprint,
     latent_channels_of,
-    load_autoencoder,
     stride_of,
 )
-from ldm_vae.runs import PATIENCE
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.runs.config import parse_flags
+from ldm_vae.runs.run import PATIENCE
 
 
 @dataclass(frozen=True, kw_only=True)

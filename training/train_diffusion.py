@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -21,27 +21,27 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ldm_vae.config import parse_config
 from ldm_vae.data.loader import MicroBatches, load_batches
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import check_outside, open_source
 from ldm_vae.data.workers import default_workers
 from ldm_vae.errors import ConfigError, DataError, ModelError, one_line_errors
 from ldm_vae.files import staged_directory
+from ldm_vae.grids import labelled_rows, visible
 from ldm_vae.latents.cache import LatentCache
 from ldm_vae.latents.rows import CachedMoments, DiffusionBatch, DiffusionRows, Inputs, Squares, collate_rows
 from ldm_vae.latents.scaling import has_scale, put_statistics, scale_of
 from ldm_vae.latents.statistics import Statistics
-from ldm_vae.loop import FREE_ON_RESUME, Loop, Training, check
-from ldm_vae.models.pretrained import (
+from ldm_vae.latents.timesteps import NUM_TIMESTEPS
+from ldm_vae.models.interface import (
     channels_of,
     check_resolution,
     encode_moments,
     fingerprint,
     latent_channels_of,
-    load_autoencoder,
     stride_of,
 )
+from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.unet import make_denoiser
 from ldm_vae.objectives.denoising import (
     VALIDATION_TIMES,
@@ -53,12 +53,12 @@ from ldm_vae.objectives.denoising import (
     train_step,
     validation_batches,
 )
-from ldm_vae.objectives.diffusion import make_scheduler
-from ldm_vae.objectives.timesteps import NUM_TIMESTEPS
-from ldm_vae.pictures import labelled_rows, visible
 from ldm_vae.pipeline import LatentDiffusionPipeline
-from ldm_vae.runs import Checkpoint, Run
-from ldm_vae.state import state_tensors
+from ldm_vae.runs.config import Range, parse_config
+from ldm_vae.runs.loop import FREE_ON_RESUME, Loop
+from ldm_vae.runs.run import Checkpoint, Run
+from ldm_vae.runs.state import state_tensors
+from ldm_vae.sampling import make_scheduler
 
 # Config ---------------------------------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ MEASURED_IMAGES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Training, Objective):
+class Config(Objective):
     """Flags of the diffusion model's trainer."""
 
     latents: Path | None = None
@@ -78,7 +78,7 @@ class Config(Training, Objective):
     """Image folder, .zip, tar shards, Hugging Face dataset, or procedural:NAME."""
     vae: str | None = None
     """Run directory, diffusers folder or hub id; the cache's own unless given."""
-    resolution: int = 256
+    resolution: Annotated[int, Range(at_least=1)] = 256
     """Of --data: the centred square of each image is resized to this side. A cache knows its own."""
     flip: bool = False
     """Half of the images mirrored; a cache must hold them."""
@@ -87,7 +87,7 @@ class Config(Training, Objective):
     val_latents: Path | None = None
     """Cache for the validation loss; the first of the training data unless given."""
     denoiser: tyro.conf.Suppress[str] = "tiny"
-    guidance_scale: float = 1.5
+    guidance_scale: Annotated[float, Range(at_least=0)] = 1.5
     """Of the sample grid."""
 
 
@@ -119,7 +119,7 @@ PRESETS = {
 
 def validate(config: Config, num_processes: int) -> None:
     """Raises ConfigError for flags that cannot work."""
-    check(config, num_processes, at_least_1=("resolution",), at_least_0=("guidance_scale",))
+    config.check(num_processes)
     check_objective(config)
     if (config.latents is None) == (config.data is None):
         raise ConfigError("give either --latents, a cache, or --data with --vae")

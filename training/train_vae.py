@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ldm_vae.config import parse_config
 from ldm_vae.data.blemishes import with_blemishes
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import Corruption, parse_corruption
@@ -30,11 +29,11 @@ from ldm_vae.data.sources import Source, check_outside, open_source
 from ldm_vae.data.workers import default_workers
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import staged_directory
-from ldm_vae.loop import FREE_ON_RESUME, Loop, Training, check
+from ldm_vae.grids import reconstruction_grid, validation_images
 from ldm_vae.metrics import psnr
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.discriminator import PatchDiscriminator
-from ldm_vae.models.pretrained import (
+from ldm_vae.models.interface import (
     SCALE,
     channels_of,
     check_resolution,
@@ -42,41 +41,42 @@ from ldm_vae.models.pretrained import (
     is_finder,
     is_variational,
     latent_channels_of,
-    load_autoencoder,
     stride_of,
     viewable,
 )
+from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.prior import CausalPrior
-from ldm_vae.models.tiling import reconstruct
+from ldm_vae.models.reconstruction import reconstruct
 from ldm_vae.objectives import losses, perceptual
 from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
-from ldm_vae.pictures import reconstruction_grid, validation_images
-from ldm_vae.runs import Checkpoint, Run
-from ldm_vae.state import state_tensors
+from ldm_vae.runs.config import Range, parse_config
+from ldm_vae.runs.loop import FREE_ON_RESUME, Loop
+from ldm_vae.runs.run import Checkpoint, Run
+from ldm_vae.runs.state import state_tensors
 
 # Config ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Training, Objective):
+class Config(Objective):
     """Flags of the VAE's trainer."""
 
     data: str = tyro.MISSING
     """Image folder, .zip, tar shards, Hugging Face dataset, or procedural:NAME."""
     val_data: str | None = None
     """Images for the sample grid and the validation PSNR; the first of --data unless given."""
-    resolution: int = 256
+    resolution: Annotated[int, Range(at_least=1)] = 256
     """Side of the training crops, in pixels."""
-    shorter_side: int | None = None
+    shorter_side: Annotated[int | None, Range(at_least=1)] = None
     """Resize images to this shorter side before the crop; keep their size unless given."""
-    channels: int = 3
+    channels: Annotated[int, Range(at_least=1)] = 3
     """Channels of the images."""
     architecture: tyro.conf.Suppress[str] = "f8c4"
     init: str | None = None
     """Start from this autoencoder (run, diffusers folder or hub id) instead of the preset's network."""
     posterior: Literal["gaussian", "deterministic"] = "gaussian"
     """deterministic is a plain autoencoder: no noise, and no KL."""
-    global_latent: int | None = None
+    global_latent: Annotated[int | None, Range(at_least=1)] = None
     """One vector of so many numbers for a crop instead of a map. Images are resized to the crop, unless --shorter-side
     says otherwise."""
     corruption: str | None = None
@@ -88,10 +88,10 @@ class Config(Training, Objective):
     """decoder leaves the encoder, and so the latents, as they are."""
     spectral_norm: bool = False
     """Spectral norm instead of group norm in the discriminator."""
-    disc_learning_rate: float = 2e-4
+    disc_learning_rate: Annotated[float, Range(above=0)] = 2e-4
     mirror: bool = True
     """Mirror every second crop."""
-    cache_gib: float = 1.0
+    cache_gib: Annotated[float, Range(at_least=0)] = 1.0
     """Decoded images that each training process may keep in memory."""
 
 
@@ -177,13 +177,7 @@ PRESETS = {
 
 def validate(config: Config, num_processes: int) -> None:
     """Raises ConfigError for flags that cannot work."""
-    check(
-        config,
-        num_processes,
-        at_least_1=("resolution", "shorter_side", "channels", "global_latent"),
-        at_least_0=("cache_gib", "disc_start", "coarse_weight", "kl_weight", "lpips_weight", "adversarial_weight")
-        + ("sparsity_weight",),
-    )
+    config.check(num_processes)
     corruption = corruption_of(config)
     if corruption is not None and corruption.kind == "jpeg" and config.channels not in (1, 3):
         raise ConfigError(f"images of {config.channels} channels cannot be JPEG: choose another --corruption")
@@ -194,8 +188,6 @@ def validate(config: Config, num_processes: int) -> None:
         )
     if (config.target == "blemishes") != (config.reconstruction == "cross-entropy"):
         raise ConfigError("--reconstruction cross-entropy is that of --target blemishes, and of no other")
-    if not 0 < config.target_activation < 1:
-        raise ConfigError(f"--target-activation is {config.target_activation}: it must be between 0 and 1")
     if config.target_bpp is not None and (config.target_bpp <= 0 or config.kl_weight <= 0):
         raise ConfigError("--target-bpp steers --kl-weight: both must be more than 0")
     if config.target_bpp is not None and config.train == "decoder":
@@ -204,8 +196,6 @@ def validate(config: Config, num_processes: int) -> None:
         raise ConfigError(f"--quality-range is {config.quality_range}: it must be two ascending numbers above 0")
     if config.prior == "causal" and config.kl_weight <= 0:
         raise ConfigError("--prior causal needs a rate that counts: add --kl-weight, such as 0.008")
-    if not 0 < config.disc_learning_rate < math.inf:
-        raise ConfigError(f"--disc-learning-rate is {config.disc_learning_rate}: it must be more than 0")
     if config.perceptual != "none" and config.resolution < perceptual.SMALLEST_IMAGE[config.lpips_backbone]:
         least = perceptual.SMALLEST_IMAGE[config.lpips_backbone]
         raise ConfigError(

@@ -31,8 +31,9 @@ from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.large import let_go
 from ldm_vae.errors import BadImageError, ConfigError, CorruptError, ModelError, ModelMismatchError
-from ldm_vae.files import is_hub_id
-from ldm_vae.models.pretrained import channels_of, encode_moments, fingerprint, load_autoencoder, stride_of
+from ldm_vae.hub import is_hub_id
+from ldm_vae.models.interface import channels_of, encode_moments, fingerprint, stride_of
+from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.tiles import TILE, spans
 
 LOG2_TILE = 7

@@ -13,7 +13,7 @@ from ldm_vae.data.order import Stream, generator_at, index_at
 from ldm_vae.data.sources import Source
 from ldm_vae.errors import BadImageError
 from ldm_vae.latents.cache import LatentCache
-from ldm_vae.objectives.timesteps import Prediction, timestep_at
+from ldm_vae.latents.timesteps import Prediction, timestep_at
 
 
 class Inputs(Protocol):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ldm_vae.data.conversion import to_images
 from ldm_vae.data.images import Pixels
 from ldm_vae.errors import ModelError
-from ldm_vae.files import no_pickles, sha256
+from ldm_vae.files import sha256
+from ldm_vae.hub import no_pickles
 from ldm_vae.models.classifier import ImageClassifier, load_classifier
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"

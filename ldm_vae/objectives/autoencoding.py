@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm_vae.data.corruption import UNKNOWN_LEVEL
 from ldm_vae.data.loader import Batch
 from ldm_vae.data.order import Stream, generator_at, noise_at
-from ldm_vae.models.pretrained import (
+from ldm_vae.models.interface import (
     encode_moments,
     is_variational,
     last_layer,
@@ -28,28 +28,30 @@ from ldm_vae.models.pretrained import (
 from ldm_vae.models.prior import STEP_LOGVAR, CausalPrior
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.perceptual import Backbone
-from ldm_vae.objectives.step import StepConfig, averaged, parameters_of, sent, set_learning_rate
+from ldm_vae.runs.config import Range
+from ldm_vae.runs.loop import RunConfig
+from ldm_vae.runs.step import averaged, parameters_of, sent, set_learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective(StepConfig):
+class Objective(RunConfig):
     """What is minimised, and how: the part of a configuration that a step reads."""
 
     reconstruction: losses.ReconstructionLoss = "l1"
-    coarse_weight: float = 0.0
+    coarse_weight: Annotated[float, Range(at_least=0)] = 0.0
     """Times the same error of images 1/4 and 1/8 as large, four and eight times: low frequencies count for more."""
-    kl_weight: float = 1e-4
+    kl_weight: Annotated[float, Range(at_least=0)] = 1e-4
     """Times nats per pixel, beside a mean error on [-1, 1]; Stable Diffusion's is 3.3e-7."""
     perceptual: Literal["pretrained", "random", "none"] = "pretrained"
     """LPIPS with pretrained features, with random features (no download), or without LPIPS."""
     lpips_backbone: Backbone = "vgg"
-    lpips_weight: float = 1.0
+    lpips_weight: Annotated[float, Range(at_least=0)] = 1.0
     lpips_channels: tuple[int, int, int] | None = None
     """The three channels that LPIPS sees, when the images have neither one nor three."""
     adversarial: Literal["hinge", "non-saturating", "none"] = "hinge"
-    adversarial_weight: float = 0.5
+    adversarial_weight: Annotated[float, Range(at_least=0)] = 0.5
     """Times the adaptive weight."""
-    disc_start: int = 50_000
+    disc_start: Annotated[int, Range(at_least=0)] = 50_000
     """The step from which the discriminator trains and counts."""
     learned_logvar: bool = False
     """Learn the scale of the reconstruction error instead of fixing it at 1."""
@@ -61,8 +63,8 @@ class Objective(StepConfig):
     """Steer the weight of the rate (or KL) to so many bits per pixel, from --kl-weight on."""
     sparsity: Literal["none", "l1", "kl"] = "none"
     """Few active latents: by L1 (they are 0 or more) or by a KL to --target-activation (they are between 0 and 1)."""
-    sparsity_weight: float = 0.01
-    target_activation: float = 0.05
+    sparsity_weight: Annotated[float, Range(at_least=0)] = 0.01
+    target_activation: Annotated[float, Range(above=0, below=1)] = 0.05
     """The mean latent that --sparsity kl asks for."""
 
 

@@ -19,16 +19,17 @@ from ldm_vae.data.loader import with_tensors
 from ldm_vae.errors import ConfigError, nothing_usable
 from ldm_vae.latents.rows import DiffusionBatch, DiffusionRows, collate_rows
 from ldm_vae.latents.scaling import as_stored, scale_latents
-from ldm_vae.models.pretrained import encode_moments, posterior_of
+from ldm_vae.latents.timesteps import Prediction
+from ldm_vae.models.interface import encode_moments, posterior_of
 from ldm_vae.models.unet import multiple_of, predict
 from ldm_vae.objectives.diffusion import add_noise, min_snr_weights
-from ldm_vae.objectives.step import StepConfig, averaged, parameters_of, set_learning_rate
-from ldm_vae.objectives.timesteps import Prediction
-from ldm_vae.sharding import averaged_copy, is_sharded, whole
+from ldm_vae.runs.loop import RunConfig
+from ldm_vae.runs.sharding import averaged_copy, is_sharded, whole
+from ldm_vae.runs.step import averaged, parameters_of, set_learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective(StepConfig):
+class Objective(RunConfig):
     """What the denoiser learns: the part of a configuration that a step reads."""
 
     prediction: Prediction = "flow"

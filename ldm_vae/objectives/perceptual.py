@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_vae.errors import ConfigError, ModelError
-from ldm_vae.files import no_pickles
+from ldm_vae.hub import no_pickles
 
 try:
     import lpips

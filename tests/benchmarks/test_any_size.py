@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.any_size import TILE, Config, main, measured, write_picture
-from ldm_vae.codec.fitting import fit_tables
+from benchmarks.studies.any_size import TILE, Config, main, measured, write_picture
+from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import RunError
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from benchmarks import class_conditional
-from benchmarks.class_conditional import FASHION, PRESETS, halves, judge, main, write_fashion_mnist
-from ldm_vae.config import parse_config, parse_flags
+from benchmarks.studies.class_conditional import FASHION, PRESETS, halves, judge, main, write_fashion_mnist
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, DataError, RunError
+from ldm_vae.runs.config import parse_config, parse_flags
 
 SMALL = replace(
     PRESETS["fashion-mnist"][1],

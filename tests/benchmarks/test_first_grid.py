@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.first_grid import Config, main
+from benchmarks.studies.first_grid import Config, main
 from ldm_vae.errors import RunError
 
 

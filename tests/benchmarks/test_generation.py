@@ -13,15 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.generation import REAL, Config, main
-from ldm_vae.config import parse_flags
 from ldm_vae.data.procedural import SHAPES
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import one_line_errors
 from ldm_vae.metrics import frechet_distance, kernel_distance, precision_recall
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.classifier import ImageClassifier
-from ldm_vae.objectives.diffusion import SCHEDULERS, make_scheduler
 from ldm_vae.pipeline import LatentDiffusionPipeline
+from ldm_vae.runs.config import parse_flags
+from ldm_vae.sampling import SCHEDULERS, make_scheduler
 
 SIDE, N = 16, 24
 FIGURES = ("frechet", "kernel", "precision", "recall")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.latent_speed import Config, main
+from benchmarks.studies.latent_speed import Config, main
 from ldm_vae.errors import ConfigError
 from ldm_vae.objectives import denoising
 

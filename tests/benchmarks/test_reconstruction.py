@@ -16,10 +16,10 @@ from PIL import Image, ImageOps
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from benchmarks.reconstruction import Config, main
-from ldm_vae.config import parse_flags
 from ldm_vae.errors import one_line_errors
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.objectives.perceptual import PerceptualLoss
+from ldm_vae.runs.config import parse_flags
 
 ROOT = Path(__file__).parent.parent.parent
 

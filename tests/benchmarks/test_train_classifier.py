@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from benchmarks.train_classifier import Config, augment, main
-from ldm_vae.config import parse_flags
 from ldm_vae.data.procedural import SHAPES
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import one_line_errors
 from ldm_vae.models.classifier import load_classifier
+from ldm_vae.runs.config import parse_flags
 
 
 @pytest.fixture(autouse=True)

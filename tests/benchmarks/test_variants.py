@@ -27,8 +27,8 @@ from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, DataError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.pretrained import load_autoencoder
-from ldm_vae.models.tiling import denoise
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.models.reconstruction import denoise
 
 pytest.importorskip("sklearn")
 

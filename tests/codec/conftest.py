@@ -5,7 +5,7 @@ import pytest
 from small_vae import make_vae
 
 from ldm_vae.codec.codec import LatentCodec
-from ldm_vae.codec.fitting import fit_tables
+from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.data.sources import open_source
 
 

@@ -18,7 +18,7 @@ from ldm_vae.codec import codec as codec_module
 from ldm_vae.codec.bitstream import Limits
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.contexts import decode_symbols
-from ldm_vae.codec.fitting import fit_tables
+from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.codec.picture import Picture, as_picture
 from ldm_vae.codec.search import bits_per_pixel, compress_to, psnr_of
 from ldm_vae.codec.tables import load_tables

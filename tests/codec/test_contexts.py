@@ -6,7 +6,7 @@ from scipy.ndimage import gaussian_filter
 
 from ldm_vae.codec import contexts as module
 from ldm_vae.codec.contexts import Contexts, decode_symbols, encode_symbols, rests_of, wavefronts
-from ldm_vae.codec.fit import fit_contexts
+from ldm_vae.codec.fit_contexts import fit_contexts
 from ldm_vae.codec.rans import TOTAL
 from ldm_vae.errors import CorruptError
 

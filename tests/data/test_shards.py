@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_vae import cli, packing
+from ldm_vae import cli
+from ldm_vae.commands import shards as packing
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.shards import FACTS, ROW, ROWS, ShardSource, build_index, index_folder, shards_of
 from ldm_vae.data.sources import open_source

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm_vae.data.hugging_face import HuggingFaceSource
 from ldm_vae.data.procedural import SHAPES
-from ldm_vae.data.sources import HuggingFaceSource, check_outside, open_source
+from ldm_vae.data.sources import check_outside, open_source
 from ldm_vae.errors import BadImageError, ConfigError, DataError
 
 

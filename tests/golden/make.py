@@ -14,7 +14,7 @@ import numpy as np
 from ldm_vae.codec import bitstream
 from ldm_vae.codec.bitstream import Header
 from ldm_vae.codec.contexts import encode_symbols
-from ldm_vae.codec.fit import fit_contexts
+from ldm_vae.codec.fit_contexts import fit_contexts
 from ldm_vae.codec.tables import Tables
 
 HERE = Path(__file__).parent / "v1"

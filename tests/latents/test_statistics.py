@@ -9,7 +9,8 @@ import torch
 from ldm_vae.latents.scaling import has_scale, put_statistics, scale_latents, unscale_latents
 from ldm_vae.latents.statistics import Statistics
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.pretrained import fingerprint, load_autoencoder
+from ldm_vae.models.interface import fingerprint
+from ldm_vae.models.loading import load_autoencoder
 
 
 def small_vae() -> PatchAutoencoderKL:

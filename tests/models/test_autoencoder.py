@@ -11,8 +11,9 @@ from torch._subclasses import FakeTensorMode
 
 from ldm_vae.errors import ModelError
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL, Stage
-from ldm_vae.models.pretrained import encode_moments, is_variational, last_layer, load_autoencoder, stride_of
-from ldm_vae.models.tiling import reconstruct
+from ldm_vae.models.interface import encode_moments, is_variational, last_layer, stride_of
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.models.reconstruction import reconstruct
 
 SMALL: list[dict[str, Any]] = [
     {"patch_size": 4, "block_out_channels": (8,), "encoder_layers_per_block": (1,), "decoder_layers_per_block": (2,)},

@@ -8,7 +8,7 @@ from scipy.fft import dctn, idctn
 
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.linear_path import GAIN, cosine_basis
-from ldm_vae.models.pretrained import load_autoencoder
+from ldm_vae.models.loading import load_autoencoder
 
 
 def images() -> torch.Tensor:

@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL
 
 from ldm_vae.errors import ModelError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.pretrained import encode_moments
-from ldm_vae.models.tiling import encode_mean, reconstruct, turn_on_tiling
+from ldm_vae.models.interface import encode_moments
+from ldm_vae.models.reconstruction import encode_mean, reconstruct, turn_on_tiling
 
 SHAPES: list[dict[str, Any]] = [
     {"patch_size": 4, "block_out_channels": (8,), "encoder_layers_per_block": (2,), "decoder_layers_per_block": (3,)},

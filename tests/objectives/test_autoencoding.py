@@ -17,7 +17,7 @@ from ldm_vae.data.loader import Batch
 from ldm_vae.data.order import Stream, noise_at
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.discriminator import PatchDiscriminator
-from ldm_vae.models.pretrained import last_layer
+from ldm_vae.models.interface import last_layer
 from ldm_vae.models.prior import CausalPrior
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.autoencoding import (

@@ -12,16 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm_vae.objectives.diffusion import (
-    SCHEDULERS,
-    add_noise,
-    alpha_and_sigma,
-    make_scheduler,
-    min_snr_weights,
-    prediction_of,
-    set_timesteps,
-)
-from ldm_vae.objectives.timesteps import Prediction, timestep_at
+from ldm_vae.latents.timesteps import Prediction, timestep_at
+from ldm_vae.objectives.diffusion import add_noise, alpha_and_sigma, min_snr_weights
+from ldm_vae.sampling import SCHEDULERS, make_scheduler, prediction_of, set_timesteps
 
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 PAIRS = [(p, name) for p in PREDICTIONS for name in SCHEDULERS[p]]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_vae.config import parse_flags
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.images import read_pixels
 from ldm_vae.errors import ConfigError, DataError, RunError, one_line_errors
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.pretrained import load_autoencoder
-from ldm_vae.models.tiling import denoise
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.models.reconstruction import denoise
+from ldm_vae.runs.config import parse_flags
 from pipelines.denoise import Config, main
 
 

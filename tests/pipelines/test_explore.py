@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm_vae.errors import ConfigError, DataError, ModelError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.pretrained import load_autoencoder
+from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.prior import CausalPrior
 from ldm_vae.objectives.autoencoding import TrainableVAE
 from pipelines.explore import Config, Space, channels, drawn, interpolations, main, neighbours, samples, traversals

@@ -14,13 +14,13 @@ from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 from PIL import Image
 
-from ldm_vae.config import parse_flags
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import RunError, one_line_errors
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.tiling import reconstruct
-from ldm_vae.objectives.diffusion import make_scheduler
+from ldm_vae.models.reconstruction import reconstruct
 from ldm_vae.pipeline import LatentDiffusionPipeline, fingerprint_of, load_pipeline
+from ldm_vae.runs.config import parse_flags
+from ldm_vae.sampling import make_scheduler
 from pipelines import generate
 from pipelines.generate import Config, folder_of, main
 

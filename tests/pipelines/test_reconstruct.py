@@ -10,17 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_vae import folders
-from ldm_vae.config import parse_flags
+from ldm_vae.commands import folders
+from ldm_vae.commands.folders import distinct, files_of
 from ldm_vae.data import large
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.images import read_pixels
 from ldm_vae.data.shards import build_index, shards_of
 from ldm_vae.errors import RunError, one_line_errors
-from ldm_vae.folders import distinct, files_of
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.pretrained import fingerprint, load_autoencoder
-from ldm_vae.models.tiling import reconstruct
+from ldm_vae.models.interface import fingerprint
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.models.reconstruction import reconstruct
+from ldm_vae.runs.config import parse_flags
 from pipelines.reconstruct import Config, main
 
 

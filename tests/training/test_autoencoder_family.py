@@ -16,17 +16,18 @@ from processes import ROOT, metrics
 from scipy.ndimage import gaussian_filter
 from scipy.stats import mannwhitneyu
 
+from ldm_vae.analysis.embedding import embed
 from ldm_vae.data.blemishes import with_blemishes
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import parse_corruption
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import open_source
-from ldm_vae.embedding import embed
 from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.metrics import psnr
-from ldm_vae.models.pretrained import encode_moments, is_variational, load_autoencoder, posterior_of
-from ldm_vae.models.tiling import denoise, reconstruct
+from ldm_vae.models.interface import encode_moments, is_variational, posterior_of
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.models.reconstruction import denoise, reconstruct
 from training import cache_latents
 from training.train_vae import PRESETS, Config, batches_from, main
 

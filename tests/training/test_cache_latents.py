@@ -15,7 +15,6 @@ import torch
 from processes import ROOT, launch, run_until_killed
 from safetensors.torch import load_file
 
-from ldm_vae.config import parse_flags
 from ldm_vae.data.conversion import to_images
 from ldm_vae.data.images import centre_square
 from ldm_vae.data.sources import open_source
@@ -23,7 +22,9 @@ from ldm_vae.errors import DataError, LdmVaeError, one_line_errors
 from ldm_vae.latents.cache import LatentCache
 from ldm_vae.latents.scaling import as_stored, scale_latents
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.pretrained import load_autoencoder, posterior_of
+from ldm_vae.models.interface import posterior_of
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.runs.config import parse_flags
 from training import cache_latents
 from training.cache_latents import Config, main
 

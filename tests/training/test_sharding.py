@@ -10,7 +10,7 @@ import pytest
 from diffusers import UNet2DModel
 from processes import ROOT, largest_difference, launch, metrics, state
 
-from ldm_vae.config import parse_config
+from ldm_vae.runs.config import parse_config
 from training import train_diffusion
 
 PROGRAM = """

@@ -21,9 +21,9 @@ from processes import ENVIRONMENT, ROOT, flags, largest_difference, launch, metr
 from ldm_vae.errors import ConfigError, DataError, LdmVaeError, ModelError, RunError, one_line_errors
 from ldm_vae.latents.scaling import scale_latents
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.pretrained import load_autoencoder
+from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.pipeline import load_pipeline
-from ldm_vae.state import state_tensors
+from ldm_vae.runs.state import state_tensors
 from training import cache_latents, train_diffusion
 from training.train_diffusion import PRESETS, Config, build, main, open_data
 

@@ -30,10 +30,10 @@ from ldm_vae.data.conversion import to_pixels
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, LdmVaeError, RunError, one_line_errors
+from ldm_vae.grids import reconstruction_grid, validation_images
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.pretrained import load_autoencoder
-from ldm_vae.pictures import reconstruction_grid, validation_images
-from ldm_vae.state import state_tensors
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.runs.state import state_tensors
 from training import train_vae
 from training.train_vae import PRESETS, Config, build, main
 

@@ -1,0 +1,111 @@
+"""Measure a VAE's posterior over a data set, and fit a codec's tables to what it encodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ldm_vae.codec.codec import Floats, fixed_point
+from ldm_vae.codec.fit_contexts import fit_contexts
+from ldm_vae.codec.tables import QUALITY_ONE, Tables
+from ldm_vae.data.conversion import to_images
+from ldm_vae.data.order import index_at
+from ldm_vae.data.sources import Source
+from ldm_vae.errors import BadImageError, ConfigError, ModelError, nothing_usable
+from ldm_vae.models.interface import encode_moments, fingerprint, is_variational, stride_of
+
+QUALITIES = tuple(0.5 * 2 ** (i / 2) for i in range(7))
+"""0.5 to 4, a factor of sqrt(2) apart."""
+LARGEST = 768
+"""Pixels a side: of larger images the middle is taken, so that hundreds of latents fit into memory."""
+RAREST = 1e-4
+"""A channel with fewer symbols other than 0, at the finest quality, is not coded."""
+
+
+def fit_tables(
+    vae: Any,
+    source: Source,
+    *,
+    num_images: int = 400,
+    qualities: Sequence[float] = QUALITIES,
+    contexts: bool = True,
+    progress: bool = False,
+) -> Tables:
+    """Tables for a VAE from images of a source, in the order of training with seed 0.
+
+    Args:
+        qualities: at which contexts are fitted; those in between take the nearest.
+        contexts: False fits one static table a channel.
+
+    Raises:
+        ModelError: a VAE without a posterior, or with one that says nothing.
+        DataError: no usable image.
+    """
+    if not is_variational(vae):
+        raise ModelError(f"{type(vae).__name__} has no posterior to take the quantiser's steps from")
+    fixed = sorted({fixed_point(q) for q in qualities})
+    if not fixed:
+        raise ConfigError("no qualities are given")
+    means, sigma = measure(vae, source, num_images, progress)
+    if not (np.isfinite(sigma).all() and (sigma > 0).all()):
+        raise ModelError("the VAE's posterior deviations are not finite and above 0")
+    latents_mean = np.concatenate([m.reshape(len(m), -1) for m in means], axis=1).mean(axis=1, dtype=np.float64)
+    step_of_1 = np.allclose(sigma, 12**-0.5)  # as codec training has it: rounded to multiples of the quality itself
+    centres = np.zeros(len(sigma)) if step_of_1 else latents_mean
+
+    def symbols(channels: Sequence[int], quality: int) -> list[np.ndarray[Any, Any]]:
+        steps = quality / QUALITY_ONE * math.sqrt(12) * sigma[list(channels)]
+        centre = centres[list(channels)]
+        return [
+            np.rint((m[list(channels)] - centre[:, None, None]) / steps[:, None, None]).astype(np.int32) for m in means
+        ]
+
+    every = range(len(sigma))
+    used = np.concatenate([s.reshape(len(s), -1) != 0 for s in symbols(every, fixed[0])], axis=1).mean(axis=1)
+    channels = tuple(c for c in every if used[c] >= RAREST) or (0,)  # in the order that a causal prior trained them in
+    coded = np.isin(np.arange(len(sigma)), channels)
+    return Tables(
+        vae=fingerprint(vae),
+        sigma=sigma,
+        means=np.where(coded, centres, latents_mean),
+        channels=channels,
+        qualities=tuple(fixed),
+        contexts=tuple(
+            fit_contexts(symbols(channels, q), taps=contexts)
+            for q in tqdm(fixed, desc="fitting", unit="quality", disable=not progress)
+        ),
+    )
+
+
+@torch.inference_mode()
+def measure(vae: Any, source: Source, num_images: int, progress: bool) -> tuple[list[Floats], Floats]:
+    """Posterior means (c, h, w) of the images' middles, cut to the stride, and the deviations' rms (c,)."""
+    stride, device = stride_of(vae), next(vae.parameters()).device
+    means: list[Floats] = []
+    bad: dict[str, str] = {}
+    variance, count = np.zeros(1), 0
+    for position in tqdm(range(min(num_images, len(source))), desc="measuring", unit="image", disable=not progress):
+        index = index_at(position, size=len(source), seed=0)
+        try:
+            pixels = source[index].pixels
+        except BadImageError as error:
+            bad[source.name(index)] = str(error)
+            continue
+        height, width = (min(n, LARGEST) // stride * stride for n in pixels.shape[:2])
+        if not height or not width:
+            bad[source.name(index)] = f"smaller than the stride of {stride}"
+            continue
+        top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+        images = to_images(pixels[top : top + height, left : left + width])[None].to(device)
+        mean, logvar = encode_moments(vae, images).float().chunk(2, dim=1)
+        means.append(mean[0].cpu().numpy())
+        variance = variance + logvar.clamp(-30, 20).double().exp().sum(dim=(0, 2, 3)).cpu().numpy()
+        count += means[-1][0].size
+    if not means:
+        raise nothing_usable(bad)
+    return means, np.sqrt(variance / count)

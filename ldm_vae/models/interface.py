@@ -1,0 +1,129 @@
+"""Any diffusers autoencoder, by a run directory, a model folder or a hub id, behind one way to encode."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from ldm_vae.errors import ConfigError, ModelError
+from ldm_vae.models.autoencoder import DETERMINISTIC_LOGVAR
+
+SCALE = {"latents_mean": None, "latents_std": None, "scaling_factor": 1.0, "shift_factor": 0.0}
+"""What a VAE's config says of the scale of its latents, and the values that say nothing."""
+
+
+def is_finder(vae: Any) -> bool:
+    """Whether it gives no images but where blemishes are."""
+    return bool(vae.config.get("finds_blemishes"))
+
+
+def viewable(vae: Any, sample: Tensor) -> Tensor:
+    """What a decoder gave, as images in [-1, 1]: of log-odds the probability, 1 where it is sure of a blemish."""
+    return torch.tanh(sample / 2) if is_finder(vae) else sample.clamp(-1, 1)
+
+
+def fingerprint(model: Any) -> str:
+    """sha256 of a model's class, configuration and tensors: equal for models that compute the same.
+
+    What says how latents are scaled is left out: it is measured after the model was trained, and changes no output. So
+    are defaults: a later version of diffusers may have more of them.
+    """
+    defaults = {name: p.default for name, p in inspect.signature(type(model).__init__).parameters.items()}
+    config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k not in SCALE}
+    changed = {k: v for k, v in config.items() if as_text(v) != as_text(defaults.get(k))}
+    digest = hashlib.sha256((type(model).__name__ + as_text(changed)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def as_text(value: Any) -> str:
+    """The same for tuples and lists."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def encode_moments(vae: Any, images: Tensor, noise_level: Tensor | None = None) -> Tensor:
+    """Images (B, C, H, W) -> mean and log-variance of the latents (B, 2c, H/f, W/f).
+
+    For a deterministic autoencoder (AutoencoderTiny, AutoencoderDC) the log-variance is -30. `noise_level` (B,) is for
+    those that take one.
+    """
+    encoded = vae.encode(images) if noise_level is None else vae.encode(images, noise_level=noise_level)
+    if hasattr(encoded, "latent_dist"):
+        moments: Tensor = encoded.latent_dist.parameters
+        return moments
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    return torch.cat([latents, torch.full_like(latents, DETERMINISTIC_LOGVAR)], dim=1)
+
+
+def is_variational(vae: Any) -> bool:
+    """Whether it has a posterior: AutoencoderTiny and AutoencoderDC have none, nor has a plain autoencoder."""
+    return "KL" in type(vae).__name__ and not vae.config.get("deterministic", False)
+
+
+def stride_of(vae: Any) -> int:
+    """Pixels a latent, each way: f."""
+    ratio = getattr(vae, "spatial_compression_ratio", None)
+    for key in ("block_out_channels", "down_block_out_channels"):
+        if ratio is None and key in vae.config:
+            ratio = 2 ** (len(vae.config[key]) - 1)
+    if ratio is None:
+        raise ModelError(f"{type(vae).__name__} does not say its stride")
+    return int(ratio)
+
+
+def check_resolution(resolution: int, vae: Any) -> None:
+    """Raises ConfigError for a side that is not a multiple of the VAE's stride, or not that of its one vector."""
+    stride = stride_of(vae)
+    if has_vector(vae) and resolution != stride:
+        raise ConfigError(f"this autoencoder's vector is of {stride} pixels each way: add --resolution {stride}")
+    if resolution % stride:
+        nearest = max(resolution // stride, 1) * stride
+        raise ConfigError(f"--resolution {resolution} is not a multiple of {stride}: try {nearest}")
+
+
+def has_vector(vae: Any) -> bool:
+    """Whether it makes one vector of an image, not a map."""
+    return int(vae.config.get("pool", 1)) > 1
+
+
+def side_for(vae: Any, resolution: int | None) -> int | None:
+    """The side of the squares that images are resized to; None: they keep their size.
+
+    Raises:
+        ConfigError: another side than the one that a global latent was made for.
+    """
+    if not has_vector(vae):
+        return resolution
+    if resolution not in (None, stride_of(vae)):
+        raise ConfigError(f"this autoencoder's vector is of {stride_of(vae)} pixels each way: leave --resolution out")
+    return stride_of(vae)
+
+
+def channels_of(vae: Any) -> int:
+    """Channels of the images."""
+    return int(vae.config.in_channels)
+
+
+def latent_channels_of(vae: Any) -> int:
+    return int(vae.config.latent_channels)
+
+
+def last_layer(vae: Any) -> nn.Parameter:
+    """The weights of the decoder's last convolution, where the adaptive weight compares gradients."""
+    convolutions = [m for m in vae.decoder.modules() if isinstance(m, nn.Conv2d)]
+    last: nn.Conv2d = getattr(vae.decoder, "conv_out", convolutions[-1])
+    weight: nn.Parameter = last.weight  # type: ignore[assignment]
+    return weight
+
+
+def posterior_of(moments: Tensor) -> DiagonalGaussianDistribution:
+    """Computed in float32: the KL of a sharp posterior is a small difference of large numbers."""
+    return DiagonalGaussianDistribution(moments.float())

@@ -1,0 +1,262 @@
+"""A run directory: configuration, metrics, bad images, and checkpoints that survive whatever ends the run."""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from accelerate.utils import InitProcessGroupKwargs
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm_vae.errors import DataError, RunError
+from ldm_vae.files import atomic, check_writable, digest_of_json, lock, said_of, sha256, staged_directory, write_json
+from ldm_vae.runs.config import as_json, differences
+
+PACKAGES = (
+    *("ldm-vae", "torch", "torchvision", "diffusers", "accelerate", "lpips"),
+    *("numpy", "pillow", "safetensors", "torchmetrics"),
+)
+KEPT_CHECKPOINTS = 2
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(days=7))
+"""For jobs that are shared out at their beginning: who is done waits for the slowest, and not ten minutes only."""
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What `Run.save` wrote: the step that comes next, tensors by name, and small facts."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class Run:
+    """A run directory, opened by every process and written by the main one.
+
+    Args:
+        directory: made if it is not there.
+        config: a dataclass; its fields must equal those of the run that is resumed.
+        free: fields that may differ on resume, because no result depends on them.
+        main: whether this process writes.
+
+    Raises:
+        RunError: the directory cannot be written, or holds a run with other settings, or another process is in there.
+    """
+
+    def __init__(self, directory: Path, config: Any, *, free: Sequence[str] = (), main: bool = True) -> None:
+        self.directory, self.main = directory, main
+        if main:
+            check_writable(directory)
+            self.lock = lock(directory)
+        try:
+            for folder in ("checkpoints", "samples"):
+                (directory / folder).mkdir(parents=True, exist_ok=True)
+            config_file = directory / "config.json"
+            if config_file.exists():
+                self.compare(config_file, config, free)
+            elif main:
+                write_json(config_file, {"config": as_json(config), "versions": versions(), "git": git_revision()})
+        except OSError as error:
+            raise RunError(f"cannot write the run directory {directory}: {error.strerror or error}") from None
+        self.seen_bad_images = self.read_bad_images()
+
+    def release(self) -> None:
+        """Lets other processes in."""
+        if self.main:
+            self.lock.close()
+
+    @staticmethod
+    def compare(config_file: Path, config: Any, free: Sequence[str]) -> None:
+        try:
+            saved = json.loads(config_file.read_text())["config"]
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"{config_file} is not a run's configuration: choose another --output") from None
+        changed = differences(saved, config, free=free)
+        if changed:
+            raise RunError(
+                f"{config_file.parent} holds a run with other settings ({'; '.join(changed)}): "
+                "use those to resume it, or choose another --output"
+            )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of `metrics.jsonl`; what is not finite is null."""
+        if self.main:
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            file = self.directory / "metrics.jsonl"
+            with said_of(file), open(file, "a") as out:
+                out.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops the metrics of steps that are about to be done again."""
+        file = self.directory / "metrics.jsonl"
+        if self.main and file.exists():
+            lines = [line for line in file.read_text(errors="replace").splitlines() if line_step(line) <= step]
+            with atomic(file) as out:
+                out.write("".join(line + "\n" for line in lines).encode())
+
+    def read_bad_images(self) -> dict[str, str]:
+        file = self.directory / "bad_images.csv"
+        if not file.exists():
+            return {}
+        try:
+            with open(file, newline="", encoding="utf-8", errors="surrogateescape") as lines:
+                return {row["name"]: row["reason"] or "" for row in csv.DictReader(lines)}
+        except (csv.Error, KeyError):
+            warnings.warn(f"{file} is damaged: bad images that it named may be named again", stacklevel=2)
+            return {}
+
+    def add_bad_images(self, bad_images: Mapping[str, str]) -> None:
+        """`bad_images.csv`, a line a name: name,reason."""
+        new = {name: reason for name, reason in bad_images.items() if name not in self.seen_bad_images}
+        self.seen_bad_images |= new
+        if self.main and new:
+            file = self.directory / "bad_images.csv"
+            is_new = not file.exists()
+            with said_of(file), open(file, "a", newline="", encoding="utf-8", errors="surrogateescape") as out:
+                writer = csv.writer(out)
+                if is_new:
+                    writer.writerow(["name", "reason"])
+                writer.writerows(sorted(new.items()))
+
+    @contextmanager
+    def listing_bad_images(self) -> Iterator[None]:
+        """Lists the bad images of a data set that has no others, before the run ends for that."""
+        try:
+            yield
+        except DataError as error:
+            self.add_bad_images(error.bad_images)
+            raise
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """`checkpoints/step-N/`, complete or not there; all but the newest few are removed."""
+        if not self.main:
+            return
+        folder = self.directory / "checkpoints"
+        target = folder / f"step-{checkpoint.step}"
+        for left in folder.glob(".step-*.ldm-vae.new"):  # of a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with staged_directory(target) as staging:
+            tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
+            save_file(tensors, staging / "state.safetensors")
+            record = {
+                "step": checkpoint.step,
+                "facts": checkpoint.facts,
+                "sha256": sha256(staging / "state.safetensors"),
+            }
+            write_json(staging / "state.json", record | {"record_sha256": digest_of_json(record)})
+        ours = [f for f in folder.glob("step-*") if step_of(f) >= 0]  # and no copies under other names
+        for old in sorted(ours, key=step_of)[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load_newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; damaged ones are passed over with a warning.
+
+        Raises:
+            RunError: there are checkpoints, and none of them is whole.
+        """
+        folders = sorted((self.directory / "checkpoints").glob("step-*"), key=step_of, reverse=True)
+        for folder in folders:
+            try:
+                return read_checkpoint(folder)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                warnings.warn(f"{folder} is damaged ({error}): passed over", stacklevel=2)
+        if folders:
+            raise RunError(f"none of the checkpoints in {folders[0].parent} is whole: remove them to start anew")
+        return None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Raises ValueError for a digest that differs, and whatever reading a damaged file raises."""
+    record = json.loads((folder / "state.json").read_text())
+    if record.pop("record_sha256") != digest_of_json(record):
+        raise ValueError("state.json does not have the digest that it names")
+    if sha256(folder / "state.safetensors") != record["sha256"]:
+        raise ValueError("state.safetensors does not have the digest that state.json names")
+    tensors = load_file(folder / "state.safetensors")
+    return Checkpoint(step=int(record["step"]), tensors=tensors, facts=dict(record["facts"]))
+
+
+def training_seconds(directory: Path) -> float:
+    """How long a run has trained by its metrics, over all its resumptions."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return max(float(json.loads(line).get("seconds", 0.0)) for line in lines)
+
+
+def step_of(folder: Path) -> int:
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def line_step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # cut short by a crash
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_revision() -> str | None:
+    """The commit of the code, "-dirty" behind it when files differ; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGINT came, so that a step can be finished; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.previous: dict[int, Any] = {}
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __enter__(self) -> StopSignal:
+        follow_launcher()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def follow_launcher() -> None:
+    """Asks the kernel (Linux's) for a SIGTERM when `accelerate launch` dies: for one process it passes none on."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,167 @@
+"""Mutate compressed files and decode them: an error of ours, or what the bytes say; never a crash or a hang.
+
+python -m tests.endurance.fuzzing.codec [--count 100000 --seed 0 --output RESULTS.json]
+
+Half of the mutations leave the checksums wrong: each must be refused, or have changed nothing. The other half come with
+checksums that are right, as a hostile writer would make them: they must be refused, or decode to a picture of the size
+that the header says. With an untrained network, which changes nothing about the bytes.
+"""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+
+from ldm_vae.codec import bitstream
+from ldm_vae.codec.bitstream import Limits
+from ldm_vae.codec.codec import LOG2_TILE, LatentCodec
+from ldm_vae.codec.fit_tables import fit_tables
+from ldm_vae.codec.picture import Picture, encode_picture
+from ldm_vae.data.images import Pixels
+from ldm_vae.data.sources import open_source
+from ldm_vae.errors import CompressedFileError, ConfigError, one_line_errors
+from ldm_vae.files import write_json
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.runs.config import as_json, parse_flags
+from ldm_vae.runs.run import git_revision, versions
+from ldm_vae.timing import describe_machine
+from tests.endurance.fuzzing.mutations import mutate
+
+LIMITS = Limits(max_pixels=1 << 16, max_side=1 << 10)
+EXTENSIONS = (".png", ".jpg", ".tif", ".npy")
+SLOW = 10.0
+"""Seconds of computing that no file within the limits may take."""
+MOST_MEMORY = 1 << 29
+"""Bytes that Python and NumPy may hold at a time, whatever the files say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of the fuzzer."""
+
+    count: int = 100_000
+    seed: int = 0
+    output: Path | None = None
+    """File for the record; none unless given."""
+
+
+def mutate_inside(data: bytes, rng: np.random.Generator) -> bytes:
+    """A field, section or tile changed, and every checksum made right again."""
+    contents = bitstream.unpack(data)
+    parts = {k: bytearray(contents.read(p)) for k, p in contents.sections.items()}
+    tiles = [bytearray(contents.read(p)) for p in contents.tiles]
+    header = bytearray(data[: bitstream.FIXED.size - 1])
+    target = int(rng.integers(5))
+    if target == 0:
+        header[int(rng.integers(9, len(header)))] = int(rng.integers(256))
+    elif target == 1 and len(tiles) > 1:  # a contents table that lies
+        match rng.integers(3):
+            case 0:
+                tiles.pop(int(rng.integers(len(tiles))))
+            case 1:
+                tiles.append(bytearray(tiles[0]))
+            case 2:
+                tiles[0], tiles[-1] = tiles[-1], tiles[0]
+    elif target == 2 and parts:
+        part = parts[int(rng.choice(list(parts)))]
+        part[:] = mutate(bytes(part), [bytes(part)], rng)
+    else:
+        tile = tiles[int(rng.integers(len(tiles)))]
+        tile[:] = mutate(bytes(tile), [bytes(t) for t in tiles], rng)
+    head = bytes(header) + bytes([len(parts)])
+    for kind, part in sorted(parts.items()):
+        head += bytes([kind]) + bitstream.varint(len(part)) + crc32(part).to_bytes(4, "little")
+    for tile in tiles:
+        head += bitstream.varint(len(tile)) + crc32(tile).to_bytes(4, "little")
+    return b"".join([head, crc32(head).to_bytes(4, "little"), *(p for _, p in sorted(parts.items())), *tiles])
+
+
+def same(picture: Picture, other: Picture) -> bool:
+    return np.array_equal(picture.whole(), other.whole()) and (picture.icc, picture.exif) == (other.icc, other.exif)
+
+
+def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[str, Any]:
+    """What became of `count` mutated files; lists of what must be empty hold the files themselves."""
+    rng = np.random.default_rng(seed)
+    alpha = np.ascontiguousarray(photo[:, :, 0])
+    codec.log2_tile = 4  # the smallest: several tiles in a small picture
+    several = codec.compress(photo, quality=1)
+    codec.log2_tile = LOG2_TILE
+    files = [
+        several,
+        codec.compress(photo, quality=0.5),
+        codec.compress(photo[:24, :40, :1], quality=1),
+        codec.compress(Picture(pixels=photo, alpha=alpha, icc=b"profile" * 30, exif=b"II*\0\x08\0\0\0\0\0"), quality=2),
+    ]
+    whole = [codec.decompress_picture(f) for f in files]
+    outcome: dict[str, Any] = {"wrong": [], "crashed": [], "slow": [], "refused": 0, "past the checksums": 0}
+    reasons: Counter[str] = Counter()
+    for _ in range(count):
+        which = int(rng.integers(len(files)))
+        honest = bool(rng.random() < 0.5)  # checksums as they were
+        data = mutate(files[which], files, rng) if honest else mutate_inside(files[which], rng)
+        outcome["past the checksums"] += not honest and data != files[which]
+        began = time.process_time()
+        try:
+            found = codec.decompress_picture(data, limits=LIMITS)
+            header = bitstream.unpack(data).header
+            right = found.pixels.shape == (header.height, header.width, header.colours)
+            if honest:
+                right = any(same(found, w) for w in whole)
+            if not right:
+                outcome["wrong"].append(data)
+            with suppress(ConfigError):  # metadata that a format cannot hold
+                encode_picture(found, EXTENSIONS[int(rng.integers(len(EXTENSIONS)))])
+        except CompressedFileError as error:
+            outcome["refused"] += 1
+            reasons[type(error).__name__] += 1
+            with suppress(CompressedFileError):
+                codec.decompress_picture(data, limits=LIMITS, damage=[])  # salvage
+        except Exception as error:
+            outcome["crashed"].append((data, repr(error)))
+        if time.process_time() - began > SLOW:
+            outcome["slow"].append(data)
+    return outcome | {"reasons": dict(reasons)}
+
+
+def main(config: Config) -> None:
+    if config.count < 1:
+        raise ConfigError(f"--count is {config.count}: it must be at least 1")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    vae = PatchAutoencoderKL(
+        **{"latent_channels": 4, "patch_size": 4, "block_out_channels": (16,)},
+        **{"encoder_layers_per_block": (1,), "decoder_layers_per_block": (1,)},
+    )
+    with torch.no_grad():
+        vae.encoder.conv_out.bias[4:] = -5.0
+    source = open_source("procedural:dead-leaves", resolution=96)
+    codec = LatentCodec(vae, fit_tables(vae, source, num_images=6, qualities=(0.5, 1, 2)))
+    tracemalloc.start()
+    outcome = fuzz(codec, source[0].pixels[:80], count=config.count, seed=config.seed)
+    _, peak = tracemalloc.get_traced_memory()
+    results = {name: len(found) if isinstance(found, list) else found for name, found in outcome.items()}
+    results["peak MiB in Python and NumPy"] = round(peak / 2**20)
+    for name, found in results.items():
+        print(f"{name}: {found}")
+    if config.output is not None:
+        record = {"config": as_json(config), "machine": describe_machine(torch.device("cpu")), "versions": versions()}
+        write_json(config.output, record | {"git": git_revision(), "results": results})
+    if outcome["crashed"]:
+        print(outcome["crashed"][0])
+    too_much = peak > MOST_MEMORY
+    raise SystemExit(bool(outcome["wrong"] or outcome["crashed"] or outcome["slow"] or too_much))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_flags(Config, description="Mutate compressed files and decode them."))

@@ -1,0 +1,313 @@
+"""Mutate what is read from disk (images, archives, shards, runs, models, caches): an error of ours, or read right.
+
+python -m tests.endurance.fuzzing.readers [--count 10000 --seed 0 --output RESULTS.json]
+
+Each reader gets so many mutated files. It must raise an LdmVaeError, or give what it was made from where a digest says
+what that is, and otherwise something of a size that its limits allow; within seconds, and never crash.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+import tempfile
+import time
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyvips
+import tifffile
+import torch
+from diffusers.utils import logging
+from PIL import Image
+
+from ldm_vae.codec.fit_tables import fit_tables
+from ldm_vae.codec.tables import load_tables
+from ldm_vae.data import large
+from ldm_vae.data.images import large_pixels, read_pixels
+from ldm_vae.data.procedural import ProceduralSource
+from ldm_vae.data.shards import ShardSource, build_index
+from ldm_vae.data.sources import Source, open_source
+from ldm_vae.errors import BadImageError, ConfigError, LdmVaeError, one_line_errors
+from ldm_vae.files import write_json
+from ldm_vae.latents.cache import LatentCache, Plan, begin, summarise, write_index, write_shard
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.models.interface import fingerprint
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.runs.config import as_json, parse_flags
+from ldm_vae.runs.run import Checkpoint, Run, git_revision, versions
+from ldm_vae.timing import describe_machine
+from tests.endurance.fuzzing.mutations import mutate
+
+MAX_PIXELS = 1 << 20
+SLOW = 20.0
+"""Seconds of computing."""
+Mutate = Callable[[bytes], bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of the fuzzer of readers."""
+
+    count: int = 10_000
+    """For each reader; those of folders get a tenth."""
+    seed: int = 0
+    output: Path | None = None
+    """File for the record; none unless given."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a run."""
+
+    rate: float = 0.1
+    sizes: tuple[int, ...] = (1, 2)
+
+
+# Images ---------------------------------------------------------------------------------------------------------------
+
+
+def images() -> list[bytes]:
+    """A small picture in many formats."""
+    pixels = ProceduralSource("dead-leaves", seed=0, size=40, channels=3)[0].pixels[:32]
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[274] = 6
+    files = []
+    for kind, options in (
+        *(("PNG", {}), ("PNG", {"exif": exif}), ("JPEG", {"exif": exif}), ("GIF", {}), ("BMP", {}), ("PPM", {})),
+        *(("WEBP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("TGA", {}), ("ICO", {}), ("AVIF", {})),
+        ("JPEG2000", {}),
+    ):
+        out = io.BytesIO()
+        image.save(out, kind, **options)
+        files.append(out.getvalue())
+    for array, options in (
+        (pixels.astype(np.uint16) * 257, {"photometric": "rgb", "compression": "zlib"}),
+        (np.moveaxis(pixels, 2, 0), {"photometric": "minisblack"}),
+        ((pixels[:, :, 0] / 255).astype(np.float32), {}),
+    ):
+        out = io.BytesIO()
+        tifffile.imwrite(out, array, **options)
+        files.append(out.getvalue())
+    for dtype in (np.uint8, np.float32):
+        out = io.BytesIO()
+        np.save(out, (pixels / (1 if dtype == np.uint8 else 255)).astype(dtype))
+        files.append(out.getvalue())
+    deep = pyvips.Image.new_from_array(pixels.astype(np.uint16) * 257, interpretation="rgb16")
+    return [*files, deep.pngsave_buffer(bitdepth=16)]
+
+
+def read_image(data: bytes, folder: Path | None) -> None:
+    pixels = None if folder is None else large_pixels(data, max_pixels=MAX_PIXELS, scratch=folder)
+    pixels = read_pixels(data, max_pixels=MAX_PIXELS) if pixels is None else pixels
+    right = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.shape[0] * pixels.shape[1] <= MAX_PIXELS
+    if not right or pixels.dtype not in (np.uint8, np.uint16, np.float32):
+        raise AssertionError(f"pixels of {pixels.dtype} {pixels.shape}")
+
+
+# Folders: each is made once, and one of its files mutated -------------------------------------------------------------
+
+
+def make_zip(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i, data in enumerate(images()[:4]):
+            archive.writestr(f"class {i % 2}/{i}.png", data)
+
+
+def make_shards(folder: Path) -> None:
+    source = ProceduralSource("dead-leaves", seed=0, size=24, channels=3)
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i in range(3):
+                out = io.BytesIO()
+                Image.fromarray(source[i].pixels).save(out, "PNG")
+                for name, data in ((f"{i}.png", out.getvalue()), (f"{i}.cls", str(i % 2).encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    build_index(sorted(map(str, folder.glob("*.tar"))))
+
+
+def index_anew(folder: Path) -> None:
+    build_index(sorted(map(str, folder.glob("*.tar"))))
+    read_all(ShardSource(str(folder), channels=3, max_pixels=MAX_PIXELS))
+
+
+def read_all(source: Source) -> None:
+    for i in range(min(len(source), 100)):
+        try:
+            source.name(i)
+            source[i]
+        except BadImageError:
+            pass
+    source.fingerprint()
+
+
+def make_run(folder: Path) -> None:
+    run = Run(folder, Settings())
+    for step in (1, 2):
+        run.log(step, {"loss": 1.0})
+        run.save(checkpoint(step))
+    run.add_bad_images({"a.png": "empty file", 'b, "c".png': "cut\nshort"})
+    run.release()
+    (folder / ".lock").unlink()
+
+
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(step=step, tensors={"a": torch.full((3, 4), float(step))}, facts={"seconds": 1.5, "skipped": 0})
+
+
+def read_run(folder: Path) -> None:
+    run = Run(folder, Settings())
+    try:
+        found = run.load_newest()
+        expected = checkpoint(found.step if found else 0)
+        if found is None or found.facts != expected.facts or not torch.equal(found.tensors["a"], expected.tensors["a"]):
+            raise AssertionError(f"another checkpoint was loaded: {found}")
+        run.forget_after(found.step)
+    finally:
+        run.release()
+
+
+def small_vae() -> PatchAutoencoderKL:
+    torch.manual_seed(0)
+    return PatchAutoencoderKL(block_out_channels=(8, 8), decoder_layers_per_block=(0, 1))
+
+
+def make_model(folder: Path) -> None:
+    small_vae().save_pretrained(folder)
+
+
+def make_cache(folder: Path) -> None:
+    vae = small_vae()
+    plan = Plan(
+        vae=fingerprint(vae),
+        data="0" * 64,
+        num_images=3,
+        resolution=16,
+        flip=False,
+        latent_shape=(4, 2, 2),
+        classes=("a", "b"),
+        shard_size=2,
+    )
+    begin(folder, plan)
+    for shard in range(plan.num_shards):
+        indices = list(plan.indices(shard))
+        moments = np.random.default_rng(shard).standard_normal((len(indices), 1, 8, 2, 2))
+        write_shard(folder, shard, moments=moments, indices=indices, labels=[0] * len(indices), bad_images={})
+    write_index(folder, summarise(folder, plan))
+
+
+def read_cache(folder: Path) -> None:
+    cache = LatentCache(folder)
+    for i in range(min(len(cache), 100)):
+        cache.row(i)
+    summarise(folder, cache.plan)
+
+
+def make_tables(folder: Path) -> None:
+    vae = small_vae()
+    source = open_source("procedural:dead-leaves", resolution=64)
+    fit_tables(vae, source, num_images=2, qualities=(1,)).save(folder)
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
+    "zip": (make_zip, lambda f: read_all(open_source(str(f / "images.zip"), max_pixels=MAX_PIXELS))),
+    "shards, indexed anew": (make_shards, index_anew),
+    "shards and their index": (make_shards, lambda f: read_all(ShardSource(str(f), channels=3, max_pixels=MAX_PIXELS))),
+    "run directory": (make_run, read_run),
+    "model": (make_model, lambda f: load_autoencoder(str(f))),
+    "cache of latents": (make_cache, read_cache),
+    "codec's tables": (make_tables, load_tables),
+}
+
+
+# The fuzzer -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What became of the files that a reader was given."""
+
+    read: int = 0
+    refused: int = 0
+    slow: int = 0
+    crashed: int = 0
+    first: str = ""
+    """Of the crashes."""
+
+
+def attempt(read: Callable[[], Any], outcome: Outcome) -> None:
+    began = time.process_time()
+    try:
+        read()
+        outcome.read += 1
+    except LdmVaeError:
+        outcome.refused += 1
+    except Exception as error:
+        outcome.crashed += 1
+        outcome.first = outcome.first or f"{type(error).__name__}: {error}"
+    outcome.slow += time.process_time() - began > SLOW
+
+
+def fuzz(count: int, seed: int, work: Path) -> dict[str, Outcome]:
+    """The outcome of `count` mutated images, twice, and of a tenth as many mutated files of each kind of folder."""
+    rng = np.random.default_rng(seed)
+    files = images()
+    outcomes: dict[str, Outcome] = {}
+    threshold, large.LARGE = large.LARGE, 1 << 8
+    try:
+        for name, folder in (("images", None), ("images, by way of the disk", work)):
+            outcomes[name] = Outcome()
+            for _ in range(count):
+                data = mutate(files[int(rng.integers(len(files)))], files, rng)
+                attempt(lambda data=data, folder=folder: read_image(data, folder), outcomes[name])  # type: ignore[misc]
+    finally:
+        large.LARGE = threshold
+    for name, (make, read) in FOLDERS.items():
+        outcomes[name] = Outcome()
+        whole, here = work / "whole", work / "here"
+        whole.mkdir()
+        make(whole)
+        names = sorted(str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file())
+        for _ in range(max(count // 10, 1)):
+            shutil.copytree(whole, here)  # with its times
+            file = here / names[int(rng.integers(len(names)))]
+            data = file.read_bytes()
+            mutated = mutate(data, [data], rng)
+            file.write_bytes(mutated)
+            attempt(lambda here=here, read=read: read(here), outcomes[name])  # type: ignore[misc]
+            shutil.rmtree(here)
+        shutil.rmtree(whole)
+    return outcomes
+
+
+def main(config: Config) -> None:
+    if config.count < 1:
+        raise ConfigError(f"--count is {config.count}: it must be at least 1")
+    torch.set_num_threads(1)
+    logging.set_verbosity(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as work:
+        outcomes = fuzz(config.count, config.seed, Path(work))
+    for name, outcome in outcomes.items():
+        print(f"{name}: {asdict(outcome)}")
+    if config.output is not None:
+        record = {"config": as_json(config), "machine": describe_machine(torch.device("cpu")), "versions": versions()}
+        results = {name: asdict(outcome) for name, outcome in outcomes.items()}
+        write_json(config.output, record | {"git": git_revision(), "results": results})
+    print(Counter({k: sum(getattr(o, k) for o in outcomes.values()) for k in ("read", "refused", "slow", "crashed")}))
+    raise SystemExit(any(o.crashed or o.slow for o in outcomes.values()))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_flags(Config, description="Mutate what is read from disk, and read it."))
