@@ -52,6 +52,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def here(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a folder of photos, enough of them to be held out and compared, and a photo.png."""
+    monkeypatch.chdir(tmp_path)
+    for i, file in enumerate(sorted(photos.rglob("*.png")) * 4):
+        copy = tmp_path / "photos" / file.parent.name / f"{i}.png"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    (tmp_path / "photo.png").write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A megabyte in memory; only root can mount it."""
     folder = tmp_path / "disk"
