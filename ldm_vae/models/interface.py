@@ -5,27 +5,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from ldm_vae.errors import ConfigError, ModelError
-from ldm_vae.models.autoencoder import DETERMINISTIC_LOGVAR
+from ldm_vae.models.patch_network import DETERMINISTIC_LOGVAR
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 SCALE = {"latents_mean": None, "latents_std": None, "scaling_factor": 1.0, "shift_factor": 0.0}
 """What a VAE's config says of the scale of its latents, and the values that say nothing."""
-
-
-def is_finder(vae: Any) -> bool:
-    """Whether it gives no images but where blemishes are."""
-    return bool(vae.config.get("finds_blemishes"))
-
-
-def viewable(vae: Any, sample: Tensor) -> Tensor:
-    """What a decoder gave, as images in [-1, 1]: of log-odds the probability, 1 where it is sure of a blemish."""
-    return torch.tanh(sample / 2) if is_finder(vae) else sample.clamp(-1, 1)
 
 
 def fingerprint(model: Any) -> str:
@@ -126,4 +118,6 @@ def last_layer(vae: Any) -> nn.Parameter:
 
 def posterior_of(moments: Tensor) -> DiagonalGaussianDistribution:
     """Computed in float32: the KL of a sharp posterior is a small difference of large numbers."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # late: it takes seconds
+
     return DiagonalGaussianDistribution(moments.float())

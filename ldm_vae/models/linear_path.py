@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.fft import idctn
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,6 +24,8 @@ def cosine_basis(channels: int, side: int, count: int) -> Tensor:
     Across the channels, too: their mean, then their differences. Rows are in the order of 1 + y^2 + x^2, of the
     frequencies y and x, as natural images' spectra fall; times CHROMA for the differences.
     """
+    from scipy.fft import idctn  # a loaded network needs no basis
+
     numbers = channels * side**2
     z, y, x = np.meshgrid(*(np.arange(n) for n in (channels, side, side)), indexing="ij")
     order = np.argsort(((1 + y**2 + x**2) * np.where(z > 0, CHROMA, 1.0)).ravel(), kind="stable")

@@ -10,9 +10,10 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from ldm_vae.errors import ModelError
-from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL, Stage
+from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.interface import encode_moments, is_variational, last_layer, stride_of
 from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.models.patch_network import Stage
 from ldm_vae.models.reconstruction import reconstruct
 
 SMALL: list[dict[str, Any]] = [
