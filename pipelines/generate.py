@@ -34,7 +34,7 @@ from ldm_vae.models.interface import channels_of, stride_of
 from ldm_vae.models.reconstruction import exact_float32
 from ldm_vae.pipeline import LatentDiffusionPipeline, fingerprint_of, load_pipeline
 from ldm_vae.runs.config import parse_flags
-from ldm_vae.runs.run import PATIENCE
+from ldm_vae.runs.processes import PATIENCE
 from ldm_vae.sampling import Sampling, adds_noise, make_scheduler, prediction_of
 
 SHEET_SIDE, SHEET_CELLS = 256, 10

@@ -22,7 +22,7 @@ from ldm_vae.models.interface import fingerprint
 from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.reconstruction import exact_float32, reconstruct, turn_on_tiling
 from ldm_vae.runs.config import parse_flags
-from ldm_vae.runs.run import PATIENCE
+from ldm_vae.runs.processes import PATIENCE
 
 
 @dataclass(frozen=True, kw_only=True)

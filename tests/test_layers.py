@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("ldm_vae.errors", "ldm_vae.files", "ldm_vae.hub", "ldm_vae.timing", "ldm_vae.runs.sharding"),
+    ("ldm_vae.errors", "ldm_vae.files", "ldm_vae.hub", "ldm_vae.progress", "ldm_vae.timing", "ldm_vae.runs.sharding"),
     ("ldm_vae.data", "ldm_vae.models", "ldm_vae.codec.rans", "ldm_vae.codec.bitstream"),
     ("ldm_vae.latents", "ldm_vae.runs", "ldm_vae.codec"),
-    ("ldm_vae.objectives", "ldm_vae.metrics", "ldm_vae.grids", "ldm_vae.sampling", "ldm_vae.analysis"),
+    ("ldm_vae.objectives", "ldm_vae.metrics", "ldm_vae.report", "ldm_vae.grids", "ldm_vae.sampling", "ldm_vae.analysis"),
     ("ldm_vae.pipeline",),
     ("ldm_vae.commands", "ldm_vae.pillow_plugin"),
     ("ldm_vae.cli",),

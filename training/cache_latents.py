@@ -37,7 +37,7 @@ from ldm_vae.models.interface import (
 )
 from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.runs.config import parse_flags
-from ldm_vae.runs.run import PATIENCE
+from ldm_vae.runs.processes import PATIENCE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ from ldm_vae.objectives.denoising import (
 )
 from ldm_vae.pipeline import LatentDiffusionPipeline
 from ldm_vae.runs.config import Range, parse_config
-from ldm_vae.runs.loop import FREE_ON_RESUME, Loop
+from ldm_vae.runs.loop import FREE_ON_RESUME, Loop, start
 from ldm_vae.runs.run import Checkpoint, Run
 from ldm_vae.runs.state import state_tensors
 from ldm_vae.sampling import make_scheduler
@@ -352,7 +352,7 @@ def describe(config: Config, state: State, data: Data, accelerator: Accelerator)
 
 
 def main(config: Config) -> None:
-    accelerator = config.accelerator()
+    config, accelerator = start(config)
     validate(config, accelerator.num_processes)
     data = open_data(config, accelerator)
     state = build(config, data, accelerator)

@@ -28,8 +28,7 @@ from ldm_vae.models.interface import (
 from ldm_vae.models.prior import STEP_LOGVAR, CausalPrior
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.perceptual import Backbone
-from ldm_vae.runs.config import Range
-from ldm_vae.runs.loop import RunConfig
+from ldm_vae.runs.config import Range, RunConfig
 from ldm_vae.runs.step import averaged, parameters_of, sent, set_learning_rate
 
 

@@ -23,7 +23,7 @@ from ldm_vae.latents.timesteps import Prediction
 from ldm_vae.models.interface import encode_moments, posterior_of
 from ldm_vae.models.unet import multiple_of, predict
 from ldm_vae.objectives.diffusion import add_noise, min_snr_weights
-from ldm_vae.runs.loop import RunConfig
+from ldm_vae.runs.config import RunConfig
 from ldm_vae.runs.sharding import averaged_copy, is_sharded, whole
 from ldm_vae.runs.step import averaged, parameters_of, set_learning_rate
 

@@ -1,4 +1,4 @@
-"""Configurations: frozen dataclasses on the command line and in `config.json`."""
+"""Configurations: frozen dataclasses on the command line and in `config.json`. No torch here."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
 from ldm_vae.errors import ConfigError
 
 Config = TypeVar("Config")
+MixedPrecision = Literal["auto", "no", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers that a flag may have, beside its default: `steps: Annotated[int, Range(at_least=1)] = 100`."""
+    """The values that a flag may take, beside its default: `steps: Annotated[int, Range(at_least=1)] = 100`."""
 
     at_least: float = -math.inf
     above: float = -math.inf
@@ -48,17 +50,68 @@ def check_ranges(config: Any) -> None:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be {bounds}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Flags of every trainer. Each trainer extends it in a straight line, with a `check` that calls its parent's."""
+
+    output: Path = tyro.MISSING
+    """Run directory; the same command again resumes it."""
+    seed: int = 0
+    steps: Annotated[int, Range(at_least=1)] = 100_000
+    """Optimizer steps."""
+    batch_size: Annotated[int, Range(at_least=1)] = 32
+    """Images a step, over all processes and micro-batches."""
+    gradient_accumulation_steps: Annotated[int, Range(at_least=1)] = 1
+    """Micro-batches a step in each process."""
+    learning_rate: Annotated[float, Range(above=0)] = 2e-4
+    """Absolute: not scaled with the batch or the processes."""
+    warmup_steps: Annotated[int, Range(at_least=0)] = 100
+    """Steps of linear warm-up; a cosine to zero follows."""
+    max_grad_norm: Annotated[float, Range(above=0)] = 1.0
+    ema_decay: Annotated[float, Range(at_least=0, below=1)] = 0.999
+    mixed_precision: MixedPrecision = "auto"
+    """Of autocast. auto: bf16 where the device computes it fast, float32 elsewhere; a resumed run keeps its own."""
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile the network."""
+    num_workers: Annotated[int | None, Range(at_least=0)] = None
+    """Processes that decode images, for each training process; up to 8, as the cores allow, unless given."""
+    log_every: Annotated[int, Range(at_least=1)] = 20
+    sample_every: Annotated[int, Range(at_least=1)] = 500
+    checkpoint_every: Annotated[int, Range(at_least=1)] = 500
+    tracker: str = "tensorboard"
+    """Any that Accelerate knows by name (tensorboard, wandb, ...), or none; metrics.jsonl is always written."""
+
+    def check(self, num_processes: int) -> None:
+        """Raises ConfigError for flags that cannot work, alone or together."""
+        check_ranges(self)
+        parts = num_processes * self.gradient_accumulation_steps
+        if self.batch_size % parts:
+            raise ConfigError(
+                f"batch size {self.batch_size} is not a multiple of {num_processes} processes x "
+                f"{self.gradient_accumulation_steps} micro-batches: try {-(-self.batch_size // parts) * parts}"
+            )
+
+    def effective_batch(self, num_processes: int) -> str:
+        micro = self.gradient_accumulation_steps
+        return (
+            f"effective batch {self.batch_size} = {num_processes} processes x "
+            f"{self.batch_size // num_processes // micro} images x {micro} micro-batches, "
+            f"learning rate {self.learning_rate:g} as given"
+        )
+
+
 def parse_config(
     presets: Mapping[str, tuple[str, Config]], *, description: str, args: Sequence[str] | None = None
 ) -> Config:
-    """`PRESET --flag value ...` -> the preset's configuration with the flags put in.
+    """`PRESET --flag value ...` -> the preset's configuration with these flags changed.
 
     Args:
         presets: name -> (one line of help, configuration).
         args: the command line; sys.argv's unless given.
 
     Raises:
-        ConfigError: what tyro did not accept, in one line.
+        ConfigError: what tyro rejects, in one line.
     """
     with tyro_errors():
         return tyro.extras.overridable_config_cli(dict(presets), description=description, args=args)
@@ -73,27 +126,28 @@ def parse_flags(config_class: type[Config], *, description: str, args: Sequence[
 @contextlib.contextmanager
 def tyro_errors() -> Iterator[None]:
     """Turns tyro's framed page about a wrong flag into a ConfigError of one line; --help passes through."""
-    said = io.StringIO()
+    page = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(page):
             yield
     except SystemExit as exit_:
         if not exit_.code:
             raise
-        text = re.sub(r"\x1b\[[0-9;]*m|[\u2500-\u257f]", " ", said.getvalue())  # without colours and boxes
-        raise ConfigError(" ".join(text.split())) from None
+        text = re.sub(r"\x1b\[[0-9;]*m|[\u2500-\u257f]", " ", page.getvalue())  # without colours and boxes
+        message = text.strip().partition("\n")[2]  # its first line is the title, which the message repeats
+        raise ConfigError(" ".join(message.split())) from None
 
 
 def as_json(config: Any) -> dict[str, Any]:
-    """A dataclass as what JSON gives back: tuples as lists, paths as strings."""
+    """A dataclass in JSON's types: tuples as lists, paths as strings."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return plain
 
 
 def differences(saved: Mapping[str, Any], config: Any, *, free: Sequence[str]) -> list[str]:
-    """`field: saved -> now` for each field of a configuration that changed, those in `free` left out.
+    """`field: saved -> now` for each field of a configuration that changed, but for those in `free`.
 
-    A field that there was not when it was saved has its default.
+    A field that did not exist when it was saved counts as its default.
     """
     now = as_json(config)
     defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
-import torch
-import tyro
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from ldm_vae.errors import ConfigError, RunError
 from ldm_vae.files import digest_of_json
-from ldm_vae.runs.config import Range, check_ranges
-from ldm_vae.runs.run import Run, StopSignal
+from ldm_vae.progress import progress
+from ldm_vae.runs.config import RunConfig
+from ldm_vae.runs.precision import resolve_precision
+from ldm_vae.runs.processes import StopSignal, any_process
+from ldm_vae.runs.run import Run, saved_config
 from ldm_vae.runs.state import Part, load_state
 from ldm_vae.runs.step import learning_rate_at
 
@@ -31,75 +32,37 @@ FREE_ON_RESUME = (
 FIRST_GRIDS = (10, 100)
 UNHEALTHY_LIMIT = 3
 Batch = TypeVar("Batch")
+TrainerConfig = TypeVar("TrainerConfig", bound=RunConfig)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Flags of every trainer. Each trainer extends it in a straight line, with a `check` that calls its parent's."""
+def start(config: TrainerConfig) -> tuple[TrainerConfig, Accelerator]:
+    """The configuration, its precision decided and its flags checked, and the accelerator that computes in it.
 
-    output: Path = tyro.MISSING
-    """Run directory; the same command again resumes it."""
-    seed: int = 0
-    steps: Annotated[int, Range(at_least=1)] = 100_000
-    """Optimizer steps."""
-    batch_size: Annotated[int, Range(at_least=1)] = 32
-    """Images a step, over all processes and micro-batches."""
-    gradient_accumulation_steps: Annotated[int, Range(at_least=1)] = 1
-    """Micro-batches a step in each process."""
-    learning_rate: Annotated[float, Range(above=0)] = 2e-4
-    """Absolute: not scaled with the batch or the processes."""
-    warmup_steps: Annotated[int, Range(at_least=0)] = 100
-    """Steps of linear warm-up; a cosine to zero follows."""
-    max_grad_norm: Annotated[float, Range(above=0)] = 1.0
-    ema_decay: Annotated[float, Range(at_least=0, below=1)] = 0.999
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    """torch.compile the network."""
-    num_workers: Annotated[int | None, Range(at_least=0)] = None
-    """Processes that decode images, for each training process; up to 8, as the cores allow, unless given."""
-    log_every: Annotated[int, Range(at_least=1)] = 20
-    sample_every: Annotated[int, Range(at_least=1)] = 500
-    checkpoint_every: Annotated[int, Range(at_least=1)] = 500
-    tracker: str = "tensorboard"
-    """Any that Accelerate knows by name (tensorboard, wandb, ...), or none; metrics.jsonl is always written."""
+    `auto` takes the precision of the run that is resumed, or else what suits the main process's device.
 
-    def check(self, num_processes: int) -> None:
-        """Raises ConfigError for flags that cannot work, alone or together."""
-        check_ranges(self)
-        parts = num_processes * self.gradient_accumulation_steps
-        if self.batch_size % parts:
-            raise ConfigError(
-                f"batch size {self.batch_size} is not a multiple of {num_processes} processes x "
-                f"{self.gradient_accumulation_steps} micro-batches: try {-(-self.batch_size // parts) * parts}"
-            )
-
-    def accelerator(self) -> Accelerator:
-        """Raises ConfigError for a launch that nothing here was written for."""
-        accelerator = Accelerator(
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            mixed_precision=self.mixed_precision,
-            log_with=None if self.tracker == "none" else self.tracker,
-            project_dir=self.output,
-        )
-        if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-            raise ConfigError("FSDP 1 cannot be used: launch with configs/fsdp_unet.yaml, which is FSDP 2")
-        slow = accelerator.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-        if slow and self.mixed_precision == "bf16":
-            accelerator.print("note: bf16 is very slow on a CPU without AVX-512: add --mixed-precision no")
-        return accelerator
-
-    def effective_batch(self, num_processes: int) -> str:
-        micro = self.gradient_accumulation_steps
-        return (
-            f"effective batch {self.batch_size} = {num_processes} processes x "
-            f"{self.batch_size // num_processes // micro} images x {micro} micro-batches, "
-            f"learning rate {self.learning_rate:g} as given"
-        )
+    Raises:
+        ConfigError: flags that cannot work, or a kind of launch that is not supported.
+    """
+    precision = config.mixed_precision
+    if precision == "auto":
+        saved = saved_config(config.output) or {}
+        precision = saved.get("mixed_precision") or resolve_precision(precision, PartialState().device)
+    config = replace(config, mixed_precision=broadcast_object_list([precision])[0])
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.output,
+    )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ConfigError("FSDP 1 cannot be used: launch with configs/fsdp_unet.yaml, which is FSDP 2")
+    config.check(accelerator.num_processes)
+    accelerator.print(f"mixed precision: {config.mixed_precision}")
+    return config, accelerator
 
 
 class Loop:
-    """Where a run stands: the step to go on from, the facts so far, and what is due after each step.
+    """Where a run stands: the next step, the facts so far, and what is due after each step.
 
     ```
     with Loop(run, state.parts(), config, accelerator) as loop:
@@ -110,12 +73,12 @@ class Loop:
     ```
 
     Args:
-        parts: what a checkpoint holds; the newest whole one is put into them.
-        made_from: what a run must find unchanged when it is resumed, such as fingerprints; as JSON gives it back.
+        parts: what a checkpoint holds; the newest intact one is loaded into them.
+        made_from: facts that must not change between resumptions, such as fingerprints, in JSON's types.
 
     Raises:
-        RunError: none of the checkpoints is whole, it was made from something else, or other processes see another
-            one; or, while stepping, losses that stay not finite.
+        RunError: no checkpoint is intact, the run was made from other data, or the processes see different
+            checkpoints; while stepping: losses stay non-finite.
     """
 
     def __init__(
@@ -134,15 +97,15 @@ class Loop:
         if not self.resume():
             self.run.forget_after(0)
         self.stopping = self.logging = self.drawing = self.saving = False
-        self.waited, self.unhealthy_in_a_row, self.gone_back = 0.0, 0, False
+        self.waited, self.unhealthy_in_a_row, self.rolled_back = 0.0, 0, False
         self.logged_at = (self.step, self.facts["seconds"])
         self.bad_images: dict[str, str] = {}
 
     def resume(self) -> bool:
-        """Puts the newest whole checkpoint into the parts; False when there is none."""
+        """Loads the newest intact checkpoint into the parts; False when there is none."""
         checkpoint = self.run.load_newest()
-        found = (checkpoint.step, digest_of_json(checkpoint.facts)) if checkpoint else (0, "")
-        if len(set(gather_object([found]))) > 1:  # each would train another network
+        identity = (checkpoint.step, digest_of_json(checkpoint.facts)) if checkpoint else (0, "")
+        if len(set(gather_object([identity]))) > 1:  # each would train another network
             raise RunError(
                 f"the processes do not find the same checkpoint in {self.run.directory}: all machines must see "
                 "the same folder there"
@@ -150,8 +113,8 @@ class Loop:
         if checkpoint is None:
             return False
         self.run.forget_after(checkpoint.step)
-        before = checkpoint.facts.get("made_from", {})
-        changed = [name for name, value in self.made_from.items() if before.get(name, value) != value]
+        saved = checkpoint.facts.get("made_from", {})
+        changed = [name for name, value in self.made_from.items() if saved.get(name, value) != value]
         if changed:
             raise RunError(
                 f"{self.run.directory} was begun with something else ({', '.join(changed)} changed since): "
@@ -162,14 +125,13 @@ class Loop:
         return True
 
     def __enter__(self) -> Loop:
-        config, main = self.config, self.run.main
+        config = self.config
         if config.tracker != "none":
             self.accelerator.init_trackers("logs", {k: str(v) for k, v in asdict(config).items()})
-        images = config.steps * config.batch_size
+        images, done = config.steps * config.batch_size, self.step * config.batch_size
         with ExitStack() as stack:
             self.stop = stack.enter_context(StopSignal())
-            done = self.step * config.batch_size
-            bar = tqdm(total=images, initial=done, unit="image", mininterval=1.0, disable=not main)
+            bar: tqdm[Any] = progress(total=images, initial=done, unit="image", show=self.run.main)
             self.bar = stack.enter_context(bar)
             stack.enter_context(self.run.listing_bad_images())
             self.stack = stack.pop_all()
@@ -188,22 +150,22 @@ class Loop:
             self.accelerator.end_training()
 
     def steps(self, batches_from: Callable[[int], Iterator[Batch]]) -> Iterator[tuple[int, Iterator[Batch]]]:
-        """Each step to do, and the micro-batches from it on; `finish` must be called before the next one."""
+        """Each remaining step with the micro-batches from it on; `finish` must be called before the next one."""
         batches: Iterator[Batch] | None = None
         while self.step < self.config.steps and not self.stopping:
             self.began = time.perf_counter()
             batches = batches or batches_from(self.step)
             step = self.step
             yield step, batches
-            if self.step != step + 1:  # back at a checkpoint
+            if self.step != step + 1:  # rolled back to a checkpoint
                 batches = None
 
     def learning_rate(self, peak: float) -> float:
-        """At the present step."""
+        """Of the present step, warm-up and cosine included."""
         return learning_rate_at(self.step, peak, steps=self.config.steps, warmup_steps=self.config.warmup_steps)
 
     def finish(self, *, healthy: bool, waited: float, bad_images: Mapping[str, str]) -> None:
-        """Counts the step, or goes back to the last checkpoint when too many in a row were not healthy."""
+        """Counts the step, or rolls back to the last checkpoint when too many in a row were not healthy."""
         self.stopping = any_process(self.stop.received is not None, self.accelerator)
         self.facts["seconds"] += time.perf_counter() - self.began
         self.facts["skipped_steps"] += not healthy
@@ -213,50 +175,49 @@ class Loop:
         self.bar.update(self.config.batch_size)
         self.unhealthy_in_a_row = 0 if healthy else self.unhealthy_in_a_row + 1
         if self.unhealthy_in_a_row == UNHEALTHY_LIMIT:
-            self.go_back()
+            self.roll_back()
             self.logging = self.drawing = self.saving = False
             return
         end = self.step == self.config.steps
         last = self.stopping or end
         due = self.step % self.config.checkpoint_every == 0
-        self.saving = last or (due and healthy)  # what is to be gone back to must be sound
+        self.saving = last or (due and healthy)  # what a run rolls back to must be sound
         self.logging = last or self.step % self.config.log_every == 0
         self.drawing = end or self.step in FIRST_GRIDS or self.step % self.config.sample_every == 0
         if self.saving or self.logging:
-            for met in gather_object([self.bad_images]):
-                self.run.add_bad_images(met)
+            for bad_images in gather_object([self.bad_images]):
+                self.run.add_bad_images(bad_images)
             self.bad_images = {}
 
-    def go_back(self) -> None:
+    def roll_back(self) -> None:
+        """To the last checkpoint, once. Raises RunError when there is none, or it has happened before."""
         why = f"a loss or gradient was not finite in {UNHEALTHY_LIMIT} steps in a row, up to step {self.step}"
         skipped = self.facts["skipped_steps"]
-        if self.gone_back or not self.resume():
-            when = "once more" if self.gone_back else "before the first checkpoint"
+        if self.rolled_back or not self.resume():
+            when = "once more" if self.rolled_back else "before the first checkpoint"
             raise RunError(f"{why}, {when}: lower --learning-rate, or look at the data")
         self.facts = self.facts | {"skipped_steps": skipped}
         self.accelerator.print(f"{why}: back to the checkpoint of step {self.step}")
-        self.waited, self.unhealthy_in_a_row, self.gone_back = 0.0, 0, True
+        self.waited, self.unhealthy_in_a_row, self.rolled_back = 0.0, 0, True
         self.logged_at = (self.step, self.facts["seconds"])
         self.bar.update(self.step * self.config.batch_size - self.bar.n)
 
     def log_step(self, metrics: Mapping[str, float]) -> None:
-        """A step's metrics with the speed since the last line and the facts, for the run and the trackers."""
+        """Logs a step's metrics with the speed since the last line; one line of text where output is no terminal."""
         steps, seconds = self.step - self.logged_at[0], self.facts["seconds"] - self.logged_at[1]
         speed = {
             "images_per_second": steps * self.config.batch_size / seconds,
             "waiting_for_data": self.waited / seconds,
             "bad_images": len(self.run.seen_bad_images),
         }
-        self.log({**metrics, **speed, **{k: self.facts[k] for k in ("seconds", "skipped_steps")}})
+        self.log({**metrics, **speed, "seconds": self.facts["seconds"], "skipped_steps": self.facts["skipped_steps"]})
         self.waited, self.logged_at = 0.0, (self.step, self.facts["seconds"])
+        if self.run.main and not sys.stdout.isatty():
+            left = tqdm.format_interval((self.config.steps - self.step) * seconds / steps)
+            values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            rate = f"{speed['images_per_second']:.4g} images/s"
+            print(f"step {self.step}/{self.config.steps}, {rate}, {left} left: {values}", flush=True)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         self.run.log(self.step, metrics)
         self.accelerator.log(dict(metrics), step=self.step)
-
-
-def any_process(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether `flag` is set in any process, known to all."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))

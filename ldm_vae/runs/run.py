@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import csv
-import ctypes
 import importlib.metadata
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from accelerate.utils import InitProcessGroupKwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,14 +29,11 @@ PACKAGES = (
     *("numpy", "pillow", "safetensors", "torchmetrics"),
 )
 KEPT_CHECKPOINTS = 2
-PATIENCE = InitProcessGroupKwargs(timeout=timedelta(days=7))
-"""For jobs that are shared out at their beginning: who is done waits for the slowest, and not ten minutes only."""
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What `Run.save` wrote: the step that comes next, tensors by name, and small facts."""
+    """What `Run.save` writes: the next step, tensors by name, and small facts."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -53,13 +44,13 @@ class Run:
     """A run directory, opened by every process and written by the main one.
 
     Args:
-        directory: made if it is not there.
+        directory: created when missing.
         config: a dataclass; its fields must equal those of the run that is resumed.
         free: fields that may differ on resume, because no result depends on them.
         main: whether this process writes.
 
     Raises:
-        RunError: the directory cannot be written, or holds a run with other settings, or another process is in there.
+        RunError: the directory cannot be written, holds a run with other settings, or is in use by another process.
     """
 
     def __init__(self, directory: Path, config: Any, *, free: Sequence[str] = (), main: bool = True) -> None:
@@ -70,13 +61,18 @@ class Run:
         try:
             for folder in ("checkpoints", "samples"):
                 (directory / folder).mkdir(parents=True, exist_ok=True)
-            config_file = directory / "config.json"
-            if config_file.exists():
-                self.compare(config_file, config, free)
-            elif main:
-                write_json(config_file, {"config": as_json(config), "versions": versions(), "git": git_revision()})
+            saved = saved_config(directory)
+            if saved is None and main:
+                record = {"config": as_json(config), "versions": versions(), "git": git_revision()}
+                write_json(directory / "config.json", record)
         except OSError as error:
             raise RunError(f"cannot write the run directory {directory}: {error.strerror or error}") from None
+        changed = [] if saved is None else differences(saved, config, free=free)
+        if changed:
+            raise RunError(
+                f"{directory} holds a run with other settings ({'; '.join(changed)}): "
+                "use those to resume it, or choose another --output"
+            )
         self.seen_bad_images = self.read_bad_images()
 
     def release(self) -> None:
@@ -84,21 +80,8 @@ class Run:
         if self.main:
             self.lock.close()
 
-    @staticmethod
-    def compare(config_file: Path, config: Any, free: Sequence[str]) -> None:
-        try:
-            saved = json.loads(config_file.read_text())["config"]
-        except (ValueError, KeyError, TypeError):
-            raise RunError(f"{config_file} is not a run's configuration: choose another --output") from None
-        changed = differences(saved, config, free=free)
-        if changed:
-            raise RunError(
-                f"{config_file.parent} holds a run with other settings ({'; '.join(changed)}): "
-                "use those to resume it, or choose another --output"
-            )
-
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of `metrics.jsonl`; what is not finite is null."""
+        """Appends a line to `metrics.jsonl`; values that are not finite become null."""
         if self.main:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             file = self.directory / "metrics.jsonl"
@@ -106,7 +89,7 @@ class Run:
                 out.write(json.dumps({"step": step, **finite}) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drops the metrics of steps that are about to be done again."""
+        """Drops the metrics of steps that are about to be repeated."""
         file = self.directory / "metrics.jsonl"
         if self.main and file.exists():
             lines = [line for line in file.read_text(errors="replace").splitlines() if line_step(line) <= step]
@@ -125,7 +108,7 @@ class Run:
             return {}
 
     def add_bad_images(self, bad_images: Mapping[str, str]) -> None:
-        """`bad_images.csv`, a line a name: name,reason."""
+        """Appends to `bad_images.csv` (name,reason) the images that are not in it yet."""
         new = {name: reason for name, reason in bad_images.items() if name not in self.seen_bad_images}
         self.seen_bad_images |= new
         if self.main and new:
@@ -139,7 +122,7 @@ class Run:
 
     @contextmanager
     def listing_bad_images(self) -> Iterator[None]:
-        """Lists the bad images of a data set that has no others, before the run ends for that."""
+        """Also lists the bad images of a data set without a good one, which ends the run."""
         try:
             yield
         except DataError as error:
@@ -147,7 +130,7 @@ class Run:
             raise
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """`checkpoints/step-N/`, complete or not there; all but the newest few are removed."""
+        """Writes `checkpoints/step-N/` atomically, and removes all but the newest few."""
         if not self.main:
             return
         folder = self.directory / "checkpoints"
@@ -163,15 +146,15 @@ class Run:
                 "sha256": sha256(staging / "state.safetensors"),
             }
             write_json(staging / "state.json", record | {"record_sha256": digest_of_json(record)})
-        ours = [f for f in folder.glob("step-*") if step_of(f) >= 0]  # and no copies under other names
-        for old in sorted(ours, key=step_of)[:-KEPT_CHECKPOINTS]:
+        checkpoints = [f for f in folder.glob("step-*") if step_of(f) >= 0]  # and no copies under other names
+        for old in sorted(checkpoints, key=step_of)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
 
     def load_newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; damaged ones are passed over with a warning.
+        """The newest intact checkpoint; damaged ones are skipped with a warning.
 
         Raises:
-            RunError: there are checkpoints, and none of them is whole.
+            RunError: there are checkpoints, and none of them is intact.
         """
         folders = sorted((self.directory / "checkpoints").glob("step-*"), key=step_of, reverse=True)
         for folder in folders:
@@ -184,8 +167,19 @@ class Run:
         return None
 
 
+def saved_config(directory: Path) -> dict[str, Any] | None:
+    """The configuration that a run was begun with; None where no run has begun. Raises RunError for a damaged file."""
+    file = directory / "config.json"
+    if not file.exists():
+        return None
+    try:
+        return dict(json.loads(file.read_text())["config"])
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{file} is not a run's configuration: choose another --output") from None
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Raises ValueError for a digest that differs, and whatever reading a damaged file raises."""
+    """Raises ValueError for a digest that differs, and whatever else reading a damaged file raises."""
     record = json.loads((folder / "state.json").read_text())
     if record.pop("record_sha256") != digest_of_json(record):
         raise ValueError("state.json does not have the digest that it names")
@@ -196,7 +190,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def training_seconds(directory: Path) -> float:
-    """How long a run has trained by its metrics, over all its resumptions."""
+    """How long a run has trained, by its metrics, over all its resumptions."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return max(float(json.loads(line).get("seconds", 0.0)) for line in lines)
 
@@ -214,49 +208,20 @@ def line_step(line: str) -> float:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
+    """Of Python and the packages that results depend on."""
+    numbers = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            numbers[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            numbers[package] = "not installed"
+    return numbers
 
 
 def git_revision() -> str | None:
-    """The commit of the code, "-dirty" behind it when files differ; None outside a checkout."""
+    """The commit of the code, with "-dirty" when files differ from it; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-class StopSignal:
-    """Remembers that SIGTERM or SIGINT came, so that a step can be finished; a second SIGINT ends at once."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self.previous: dict[int, Any] = {}
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-    def __enter__(self) -> StopSignal:
-        follow_launcher()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.previous[number] = signal.signal(number, self.handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-def follow_launcher() -> None:
-    """Asks the kernel (Linux's) for a SIGTERM when `accelerate launch` dies: for one process it passes none on."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if launched and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Networks whose parameters are divided among processes (FSDP2): from parts to whole tensors, and back."""
+"""Networks whose parameters are sharded over processes (FSDP2): from shards to whole tensors, and back."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which this process may have a part. To be called by all processes."""
+    """The whole of a tensor of which this process may hold a shard. Called by all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def put(target: Tensor, value: Tensor) -> None:
-    """Copies a whole tensor into one of which this process may have a part. To be called by all processes."""
+    """Copies a whole tensor into one of which this process may hold a shard. Called by all processes."""
     if isinstance(target, DTensor):
-        here = value.to(target.device, target.dtype)
-        target.copy_(distribute_tensor(here, target.device_mesh, target.placements))
+        local = value.to(target.device, target.dtype)
+        target.copy_(distribute_tensor(local, target.device_mesh, target.placements))
     else:
         target.copy_(value)
 
 
 @contextmanager
 def averaged_copy(ema: EMAModel, copy: Any, device: torch.device) -> Iterator[Any]:
-    """A network that is whole, with the averaged weights of one that is not, in the process that has such a copy.
+    """The averaged weights of a sharded network in an unsharded copy, in the process that has one.
 
-    To be entered by all processes; those without a copy get None.
+    Entered by all processes; those without a copy get None.
     """
     for shadow, parameter in zip(ema.shadow_params, repeat(None) if copy is None else copy.parameters(), strict=False):
-        found = whole(shadow)
+        average = whole(shadow)
         if parameter is not None:
-            parameter.data.copy_(found)
+            parameter.data.copy_(average)
     if copy is not None:
         copy.to(device).eval()
     yield copy

@@ -17,15 +17,15 @@ Part: TypeAlias = nn.Module | torch.optim.Optimizer | EMAModel | Tensor
 def state_tensors(parts: Mapping[str, Part], *, keep: bool = True) -> dict[str, Tensor]:
     """Modules, optimizers, EMA models and plain tensors as one flat dictionary, `part/key`.
 
-    Learning rates and the like are not in it: they are functions of the configuration and the step. Where parameters
-    are sharded, all processes call this, and those that do not `keep` the tensors get none.
+    Learning rates and the like are left out: they are functions of the configuration and the step. Where parameters
+    are sharded, all processes call this; those that do not `keep` the tensors get none.
     """
     tensors: dict[str, Tensor] = {}
     for name, part in parts.items():
         for key, tensor in part_tensors(part).items():
-            found = whole(tensor)
+            full = whole(tensor)
             if keep:
-                tensors[f"{name}/{key}"] = found if found is tensor else found.cpu()
+                tensors[f"{name}/{key}"] = full if full is tensor else full.cpu()
     return tensors
 
 
@@ -42,7 +42,7 @@ def part_tensors(part: Part) -> dict[str, Tensor]:
 
 
 def load_state(parts: Mapping[str, Part], tensors: Mapping[str, Tensor]) -> None:
-    """Puts `state_tensors` back, in place."""
+    """Restores what `state_tensors` gave, in place."""
     for name, part in parts.items():
         own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
         if isinstance(part, nn.Module) and is_sharded(part):
@@ -67,7 +67,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         index, _, key = name.partition("/")
         parameter = parameters[int(index)]
         if tensor.shape == parameter.shape and key != "step":
-            target = torch.empty_like(parameter)  # the parameter's own memory layout, and its part
+            target = torch.empty_like(parameter)  # in the parameter's memory layout and sharding
             put(target, tensor)
             tensor = target
         elif optimizer.defaults.get("fused"):

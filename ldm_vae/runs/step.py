@@ -28,7 +28,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device. A GPU is not waited for: only from memory that stays where it is can it copy alone."""
+    """The tensor on the device; through pinned memory, from which a GPU copies without being waited for."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -15,10 +17,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ldm_vae.errors import RunError
+from ldm_vae.errors import ConfigError, RunError
 from ldm_vae.files import atomic, beside_of, staged_directory, write_csv
+from ldm_vae.progress import progress
 from ldm_vae.runs import loop
-from ldm_vae.runs.loop import Loop, RunConfig
+from ldm_vae.runs.config import RunConfig, parse_flags
+from ldm_vae.runs.loop import Loop
 from ldm_vae.runs.run import Checkpoint, Run
 
 
@@ -173,9 +177,9 @@ def test_a_full_disk_costs_only_what_did_not_fit(small_disk: Path) -> None:
     large = Checkpoint(step=2, tensors={"a": torch.zeros(1 << 20)}, facts={})
     with pytest.raises(RunError, match=r"cannot write .*step-2.*No space left on device"):
         run.save(large)
-    found = run.load_newest()
-    assert found is not None
-    assert found.step == 1
+    checkpoint_left = run.load_newest()
+    assert checkpoint_left is not None
+    assert checkpoint_left.step == 1
     assert [p.name for p in (small_disk / "run" / "checkpoints").iterdir()] == ["step-1"]
     with pytest.raises(RunError, match=r"cannot write .*metrics.jsonl: No space left on device"):
         run.log(2, {"x" * (1 << 21): 1.0})
@@ -310,3 +314,41 @@ def test_a_stop_in_a_step_with_a_grid_costs_none_of_it(tmp_path: Path) -> None:
 
 def test_after_going_back_the_time_spent_waiting_is_that_of_the_steps_counted(tmp_path: Path) -> None:
     assert (12, "log") in lines_of_a_loop(tmp_path / "run", unhealthy=(8, 9, 10))
+
+
+def test_a_log_file_gets_a_line_at_each_logging_step_and_no_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines_of_a_loop(tmp_path / "run")
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [line.split(",")[0] for line in lines] == ["step 4/12", "step 8/12", "step 12/12"]
+    assert all(re.fullmatch(r"step \d+/12, [\d.]+ images/s, 00:00 left: loss 1", line) for line in lines)
+
+
+def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert list(progress(range(3), unit="image")) == [0, 1, 2]
+    assert "3/3" in terminal.getvalue()
+    list(progress(range(3), unit="image", show=False))
+    assert terminal.getvalue().count("3/3") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (["--steps", "a"], "Error parsing --steps: invalid literal"),
+        (["--mixed-precision", "fp16"], "invalid choice 'fp16' for argument '--mixed-precision'"),
+        (["--stepz", "3"], "Unrecognized options: --stepz"),
+    ],
+)
+def test_a_wrong_flag_is_said_once(flag: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_flags(RunConfig, description="A run.", args=["--output", "run", *flag])
+    text = str(error.value)
+    assert text.lower().count(message.lower()) == 1
+    assert "\n" not in text
+    assert not re.search(r"(\w+ \w+):? \1", text, re.IGNORECASE), "the title again"

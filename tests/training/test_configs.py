@@ -15,6 +15,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from ldm_vae.errors import ConfigError
 from ldm_vae.models.unet import make_denoiser
+from ldm_vae.runs.loop import start
 from training import train_diffusion, train_vae
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -61,24 +62,14 @@ def test_fsdp_is_of_version_2_and_for_the_denoiser_alone(monkeypatch: pytest.Mon
 
     def launched(version: int) -> None:
         said = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=version == 2, num_processes=8)
-        said.device = torch.device("cuda")
+        said.device, said.print = torch.device("cuda"), print
         monkeypatch.setattr("ldm_vae.runs.loop.Accelerator", lambda **_: said)
 
+    config = replace(train_diffusion.PRESETS["tiny"][1], output=tmp_path)
     launched(1)
     with pytest.raises(ConfigError, match=r"FSDP 1 cannot be used: launch with configs/fsdp_unet\.yaml"):
-        replace(train_diffusion.PRESETS["tiny"][1], output=tmp_path).accelerator()
+        start(config)
     launched(2)
-    assert replace(train_diffusion.PRESETS["tiny"][1], output=tmp_path).accelerator().is_fsdp2
+    assert start(config)[1].is_fsdp2
     with pytest.raises(ConfigError, match="an autoencoder is not divided among processes"):
         train_vae.main(replace(train_vae.PRESETS["demo"][1], output=tmp_path, data="procedural:shapes"))
-
-
-@pytest.mark.parametrize("instructions", ["AVX2", "AVX512"])
-@pytest.mark.parametrize("precision", ["bf16", "no"])
-def test_who_trains_in_bf16_where_it_is_slow_is_told(
-    instructions: str, precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
-) -> None:
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: instructions)
-    replace(train_vae.PRESETS["plain"][1], output=tmp_path, tracker="none", mixed_precision=precision).accelerator()
-    said = "add --mixed-precision no" in capsys.readouterr().out
-    assert said == (instructions == "AVX2" and precision == "bf16")
