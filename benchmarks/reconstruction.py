@@ -2,9 +2,10 @@
 
 python benchmarks/reconstruction.py --vae RUN_OR_MODEL [--vae ...] --data PATH --output DIR
 
-The protocol: the centred square of an image, resampled to R x R by PIL's bicubic (or --full: the whole image at its
-own size), uint8; through the posterior's mean and back; clamped, rounded to uint8; then every metric. One image at a
-time, always: in a batch, sums come out in another order, and a pixel between two values can fall on the other side.
+The protocol: the centred square of an image, resampled to R x R with PIL's bicubic filter (or --full: the whole image
+at its own size), uint8; encoded to the posterior's mean and decoded; clamped and rounded to uint8; then every metric.
+Images go through the network one at a time: in a batch, sums are taken in another order, and a pixel can round to its
+neighbouring value.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.images import Pixels, centre_square
 from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
-from ldm_vae.files import atomic, check_writable, write_csv, write_json
+from ldm_vae.files import check_writable, write_csv
 from ldm_vae.grids import labelled_rows, visible
-from ldm_vae.metrics import bootstrap_interval, ms_ssim, psnr, ssim, ssimulacra2
+from ldm_vae.metrics import mean_with_interval, ms_ssim, psnr, ssim, ssimulacra2
 from ldm_vae.models.interface import channels_of, encode_moments, stride_of
 from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.reconstruction import exact_float32, reconstruct
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
-from ldm_vae.runs.config import as_json, parse_flags
-from ldm_vae.runs.run import PATIENCE, versions
-from ldm_vae.timing import describe_machine, peak_memory_of, seconds_of
+from ldm_vae.report import markdown_table, provenance, with_interval, write_report
+from ldm_vae.runs.config import Range, check_ranges, parse_flags
+from ldm_vae.runs.processes import PATIENCE
+from ldm_vae.timing import peak_memory_of, seconds_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +44,14 @@ class Config:
     """Flags of the reconstruction benchmark."""
 
     vae: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Run directory, diffusers folder or hub id; give it once for each autoencoder."""
+    """Run directory, diffusers folder or hub id; repeat the flag for each autoencoder."""
     data: str
     output: Path
-    resolution: int = 256
+    resolution: Annotated[int, Range(at_least=1)] = 256
     """Side R of the squares."""
     full: bool = False
     """Whole images at their own size instead."""
-    num_images: int | None = None
+    num_images: Annotated[int | None, Range(at_least=1)] = None
     """Only the first so many."""
     perceptual: Literal["pretrained", "random", "none"] = "pretrained"
     """LPIPS with pretrained features, with random ones (labelled so), or no LPIPS."""
@@ -62,8 +65,8 @@ class Config:
 Row = dict[str, Any]
 
 
-def prepare(source: Source, index: int, config: Config) -> Pixels:
-    """Image `index` as the protocol wants it: uint8 (H, W, C). Raises BadImageError."""
+def protocol_pixels(source: Source, index: int, config: Config) -> Pixels:
+    """The image as the protocol measures it: uint8 (H, W, C). Raises BadImageError."""
     pixels = source[index].pixels
     pixels = pixels if config.full else centre_square(pixels, config.resolution)
     return pixels if pixels.dtype == np.uint8 else to_pixels(to_images(pixels))
@@ -74,45 +77,47 @@ def reconstruct_pixels(vae: Any, pixels: Pixels, device: torch.device) -> Pixels
     return to_pixels(reconstruct(vae, to_images(pixels)[None].to(device)))[0]
 
 
-def measure(pixels: Pixels, other: Pixels, lpips: PerceptualLoss | None, lpips_name: str, least: int) -> Row:
-    """Every metric of one image."""
-    row: Row = {
-        "psnr": float(psnr(pixels[None], other[None])[0]),
-        "ssim": ssim(pixels, other),
-        "ms_ssim": ms_ssim(pixels, other),
-        "ssimulacra2": ssimulacra2(pixels, other),
-    }
-    if lpips is not None:
-        device = next(lpips.parameters()).device
-        pair = [to_images(p)[None].to(device) for p in (other, pixels)]
-        with torch.inference_mode():
-            fits = min(pixels.shape[:2]) >= least
-            row[lpips_name] = float(lpips.distances(*pair)[0]) if fits else float("nan")
-    return row
+@torch.inference_mode()
+def lpips_of(lpips: PerceptualLoss, pixels: Pixels, reconstruction: Pixels, config: Config) -> float:
+    """LPIPS of two uint8 (H, W, C); NaN for images smaller than the backbone takes."""
+    if min(pixels.shape[:2]) < SMALLEST_IMAGE[config.lpips_backbone]:
+        return float("nan")
+    device = next(lpips.parameters()).device
+    return float(lpips.distances(*(to_images(p)[None].to(device) for p in (reconstruction, pixels)))[0])
 
 
-def evaluate(vae: Any, source: Source, lpips: PerceptualLoss | None, config: Config, accelerator: Accelerator) -> Any:
-    """Rows (one an image), bad images (name -> reason), over this process's share of the images."""
+def measure_images(
+    vae: Any, source: Source, lpips: PerceptualLoss | None, config: Config, accelerator: Accelerator
+) -> tuple[list[Row], dict[str, str]]:
+    """One row per image and the bad images (name -> reason), of this process's share of the images."""
     count = min(len(source), config.num_images or len(source))
     lpips_name = f"lpips_{config.lpips_backbone}" + ("_random" if config.perceptual == "random" else "")
-    least = SMALLEST_IMAGE[config.lpips_backbone]
     rows: list[Row] = []
-    bad: dict[str, str] = {}
+    bad_images: dict[str, str] = {}
     for index in range(accelerator.process_index, count, accelerator.num_processes):
         try:
-            pixels = prepare(source, index, config)
+            pixels = protocol_pixels(source, index, config)
         except BadImageError as error:
-            bad[source.name(index)] = str(error)
+            bad_images[source.name(index)] = str(error)
             continue
-        output = reconstruct_pixels(vae, pixels, accelerator.device)
-        rows.append({"index": index, "image": source.name(index), **measure(pixels, output, lpips, lpips_name, least)})
-    return rows, bad
+        reconstruction = reconstruct_pixels(vae, pixels, accelerator.device)
+        row: Row = {
+            "index": index,
+            "image": source.name(index),
+            "psnr": float(psnr(pixels[None], reconstruction[None])[0]),
+            "ssim": ssim(pixels, reconstruction),
+            "ms_ssim": ms_ssim(pixels, reconstruction),
+            "ssimulacra2": ssimulacra2(pixels, reconstruction),
+        }
+        if lpips is not None:
+            row[lpips_name] = lpips_of(lpips, pixels, reconstruction, config)
+        rows.append(row)
+    return rows, bad_images
 
 
-def cost(vae: Any, config: Config, device: torch.device) -> Row:
+def measure_cost(vae: Any, config: Config, device: torch.device) -> Row:
     """Parameters, latent shape, and the time and memory of one R x R image."""
-    stride = stride_of(vae)
-    side = config.resolution - config.resolution % stride
+    side = config.resolution - config.resolution % stride_of(vae)
     images = torch.zeros(1, channels_of(vae), side, side, device=device)
     with torch.inference_mode():
         latents = encode_moments(vae, images).chunk(2, dim=1)[0]
@@ -129,45 +134,32 @@ def cost(vae: Any, config: Config, device: torch.device) -> Row:
 
 
 def summarise(rows: list[Row]) -> Row:
-    """Mean and 95 % bootstrap interval of each metric over the images that have it."""
-    summary: Row = {}
-    for name in rows[0]:
-        if name not in ("index", "image"):
-            values = np.array([r[name] for r in rows], dtype=float)
-            values = values[np.isfinite(values)]
-            if len(values):
-                low, high = bootstrap_interval(values)
-                summary[name] = {"mean": float(values.mean()), "low": low, "high": high, "images": len(values)}
-    return summary
+    """Mean and 95 % interval of each metric, over the images that have it."""
+    figures = {m: mean_with_interval(np.array([r[m] for r in rows])) for m in rows[0] if m not in ("index", "image")}
+    return {metric: figure for metric, figure in figures.items() if figure["images"]}
 
 
 def table(results: dict[str, Row]) -> str:
-    """A Markdown table, a line a model."""
-    metrics = list(dict.fromkeys(m for r in results.values() for m in r["metrics"]))
-    head = ["model", *metrics, "parameters", "latents", "encode ms", "decode ms", "peak MiB"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    """One line per model."""
+    rows = []
     for name, result in results.items():
-        cells = [name]
-        for metric in metrics:
-            figure = result["metrics"].get(metric)
-            cells.append("-" if figure is None else "{mean:.4g} [{low:.4g}, {high:.4g}]".format(**figure))
         memory = result["peak_memory_mib"]
-        cells += [f"{result['parameters'] / 1e6:.2f} M", "x".join(map(str, result["latent_shape"]))]
-        cells += [
-            f"{result['encode_ms']:.1f}",
-            f"{result['decode_ms']:.1f}",
-            "-" if memory is None else f"{memory:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        row = {"model": name, **{m: with_interval(figure, ".4g") for m, figure in result["metrics"].items()}}
+        row |= {"parameters": f"{result['parameters'] / 1e6:.2f} M"}
+        row |= {"latents": "x".join(map(str, result["latent_shape"]))}
+        row |= {f"{what} ms": f"{result[f'{what}_ms']:.1f}" for what in ("encode", "decode")}
+        rows.append(row | {"peak MiB": "-" if memory is None else f"{memory:.0f}"})
+    return markdown_table(rows)
 
 
-def draw_gallery(vaes: dict[str, Any], source: Source, rows: list[Row], config: Config, device: torch.device) -> Any:
-    """The images with the lowest PSNR of the first model: originals in the first row, then a row a model."""
-    worst = sorted(rows, key=lambda r: r["psnr"])[: config.gallery]
-    originals = [prepare(source, r["index"], config) for r in worst]
+def draw_gallery(
+    vaes: dict[str, Any], source: Source, rows: list[Row], config: Config, device: torch.device
+) -> Image.Image:
+    """The images with the lowest PSNR of the first model: originals in the first row, then a row per model."""
+    worst = sorted(rows, key=lambda row: row["psnr"])[: config.gallery]
+    originals = [protocol_pixels(source, row["index"], config) for row in worst]
     lines = [("originals, the worst ones", originals)]
-    lines += [(name, [reconstruct_pixels(v, p, device) for p in originals]) for name, v in vaes.items()]
+    lines += [(name, [reconstruct_pixels(vae, p, device) for p in originals]) for name, vae in vaes.items()]
     return labelled_rows([(name, np.stack([gallery_tile(p) for p in pixels])) for name, pixels in lines])
 
 
@@ -176,63 +168,62 @@ def gallery_tile(pixels: Pixels) -> Pixels:
     return visible(to_images(centre_square(pixels, 256))[None])[0]
 
 
-def main(config: Config) -> None:
+def load_all(config: Config, device: torch.device) -> tuple[dict[str, Any], Source]:
+    """The autoencoders by name, and images of their number of channels. Raises ConfigError and DataError."""
     if not config.vae:
         raise ConfigError("no --vae given: name at least one run directory, diffusers folder or hub id")
-    if min(config.resolution, config.num_images or 1) < 1:
-        raise ConfigError("--resolution and --num-images must be at least 1")
-    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
-    exact_float32()
-    vaes = {path: load_autoencoder(path).to(accelerator.device) for path in dict.fromkeys(config.vae)}
-    channels = {channels_of(v) for v in vaes.values()}
+    check_ranges(config)
+    vaes = {path: load_autoencoder(path).to(device) for path in config.vae}
+    channels = {channels_of(vae) for vae in vaes.values()}
     if len(channels) > 1:
         raise ConfigError(f"the autoencoders take images of {sorted(channels)} channels: compare those that agree")
-    if not config.full and any(config.resolution < stride_of(v) for v in vaes.values()):
+    if not config.full and any(config.resolution < stride_of(vae) for vae in vaes.values()):
         raise ConfigError(f"--resolution {config.resolution} is less than a model's stride")
     source = open_source(config.data, channels=channels.pop(), resolution=config.resolution)
     check_finite(source, config.data, config.num_images)
-    lpips = None
-    if config.perceptual != "none":
-        with accelerator.local_main_process_first():
-            lpips = PerceptualLoss(
-                config.lpips_backbone,
-                pretrained=config.perceptual == "pretrained",
-                image_channels=channels_of(next(iter(vaes.values()))),
-                channels=config.lpips_channels,
-            ).to(accelerator.device)
+    return vaes, source
+
+
+def load_lpips(channels: int, config: Config, accelerator: Accelerator) -> PerceptualLoss | None:
+    if config.perceptual == "none":
+        return None
+    with accelerator.local_main_process_first():
+        return PerceptualLoss(
+            config.lpips_backbone,
+            pretrained=config.perceptual == "pretrained",
+            image_channels=channels,
+            channels=config.lpips_channels,
+        ).to(accelerator.device)
+
+
+def main(config: Config) -> None:
+    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
+    exact_float32()
+    vaes, source = load_all(config, accelerator.device)
+    lpips = load_lpips(channels_of(next(iter(vaes.values()))), config, accelerator)
     check_writable(config.output)
     results: dict[str, Row] = {}
-    all_rows: list[Row] = []
-    all_bad: dict[str, str] = {}
+    rows_of: dict[str, list[Row]] = {}
+    bad_images: dict[str, str] = {}
     for name, vae in vaes.items():
-        rows, bad = evaluate(vae, source, lpips, config, accelerator)
-        rows = sorted(gather_object(rows), key=lambda r: r["index"])
-        for part in gather_object([bad]):
-            all_bad |= part
-        if not rows:
-            raise nothing_usable(all_bad)
+        own_rows, own_bad_images = measure_images(vae, source, lpips, config, accelerator)
+        rows_of[name] = sorted(gather_object(own_rows), key=lambda row: row["index"])
+        for share in gather_object([own_bad_images]):
+            bad_images |= share
+        if not rows_of[name]:
+            raise nothing_usable(bad_images)
         if accelerator.is_main_process:
-            results[name] = {"metrics": summarise(rows), **cost(vae, config, accelerator.device)}
-            all_rows += [{"model": name, **r} for r in rows]
-        accelerator.wait_for_everyone()  # the times of one model are not taken beside the next one's work
+            results[name] = {"metrics": summarise(rows_of[name]), **measure_cost(vae, config, accelerator.device)}
+        accelerator.wait_for_everyone()  # the next model's work would disturb the times of this one
     if accelerator.is_main_process:
-        first = [r for r in all_rows if r["model"] == config.vae[0]]
-        write_csv(config.output / "per_image.csv", all_rows)
-        write_csv(config.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(all_bad.items())])
-        record = {
-            "config": as_json(config),
-            "machine": describe_machine(accelerator.device),
-            "versions": versions(),
-            "bad_images": len(all_bad),
-            "results": results,
-        }
-        write_json(config.output / "results.json", record)
-        with atomic(config.output / "table.md") as out:
-            out.write(table(results).encode())
+        first = rows_of[config.vae[0]]
+        write_csv(config.output / "per_image.csv", [{"model": n, **row} for n, rows in rows_of.items() for row in rows])
+        write_csv(config.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(bad_images.items())])
+        record = {"bad_images": len(bad_images), "results": results}
+        write_report(config.output, provenance(config, accelerator.device), record, table(results))
         if config.gallery > 0:
             draw_gallery(vaes, source, first, config, accelerator.device).save(config.output / "gallery.png")
-        print(table(results))
-        print(f"{len(first)} images, {len(all_bad)} bad; figures and pictures are in {config.output}")
+        print(f"{len(first)} images, {len(bad_images)} bad; figures and images are in {config.output}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Image quality on rounded pixels, a figure an image; and distances between two sets of images, by their features.
+"""Quality of single images, on pixels rounded to 8 bits, and distances between two sets of images, by their features.
 
-No figure depends on a batch: those of one image see it alone, those of sets are computed from all features at once.
+No figure depends on batches: an image is measured alone, and a set from all of its features at once.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ SMALLEST_FOR_MS_SSIM = 161
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
 SMALLEST_SET = NEIGHBOURS + 1
-"""The least images of a set that a distance between sets can be had of."""
+"""Fewest images in a set for which every distance between sets is defined."""
 DISTANCE_ROWS = 1024
-"""Distances between points are computed for so many at a time."""
+"""Points whose distances are computed at a time."""
 
 
 def psnr(pixels: Pixels, reconstructions: Pixels) -> np.ndarray:
@@ -81,11 +81,20 @@ def ssimulacra2(pixels: Pixels, reconstruction: Pixels) -> float:
 
 
 def bootstrap_interval(values: np.ndarray, *, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean, from resampled images (Efron 1979)."""
+    """95 % percentile interval of the mean, over resampled images (Efron 1979)."""
     rng = np.random.default_rng(seed)
     means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def mean_with_interval(values: np.ndarray) -> dict[str, float]:
+    """Mean, low and high (95 %, bootstrap) and the number of images, over the finite values; NaN without any."""
+    finite = values[np.isfinite(values)].astype(float)
+    if not len(finite):
+        return {"mean": math.nan, "low": math.nan, "high": math.nan, "images": 0}
+    low, high = bootstrap_interval(finite)
+    return {"mean": float(finite.mean()), "low": low, "high": high, "images": len(finite)}
 
 
 def bjontegaard_rate(
@@ -130,12 +139,12 @@ def bjontegaard_rate(
     return float(100 * (math.exp(means[0] - means[1]) - 1))
 
 
-class GivenFeatures(nn.Module):
-    """Stands where torchmetrics wants a network, for features (N, D) that are already there: hands them through."""
+class PrecomputedFeatures(nn.Module):
+    """Passes features (N, D) through, in the place where torchmetrics expects a network."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.num_features = num_features  # without it torchmetrics finds D by a random image
+        self.num_features = num_features  # otherwise torchmetrics runs a random image to find D
 
     def forward(self, features: Tensor) -> Tensor:
         return features
@@ -149,28 +158,28 @@ def frechet_distance(features: Tensor, others: Tensor) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=GivenFeatures(features.shape[1]))
+    metric = FrechetInceptionDistance(feature=PrecomputedFeatures(features.shape[1]))
     metric.update(features.double().cpu(), real=True)
     metric.update(others.double().cpu(), real=False)
-    return max(float(metric.compute()), 0.0)  # rounding takes equal sets a little below zero
+    return max(float(metric.compute()), 0.0)  # rounding can take equal sets slightly below zero
 
 
 def kernel_distance(features: Tensor, others: Tensor, *, seed: int = 0) -> float:
     """Unbiased squared maximum mean discrepancy of features (N, D) and (M, D), through torchmetrics.
 
-    Kernel (x.y / D + 1)^3 (Bińkowski et al. 2018, "Demystifying MMD GANs", section 4), in float64. Without bias it
-    can be below zero, and is for equal sets. Up to 1000 images a set it is that of the whole sets, and above that the
-    mean over 100 pairs of subsets of 1000, drawn from `seed`.
+    Kernel (x.y / D + 1)^3 (Bińkowski et al. 2018, "Demystifying MMD GANs", section 4), in float64. Being unbiased, it
+    can be negative, and is for equal sets. Sets of up to 1000 images are compared as a whole, larger ones as the mean
+    over 100 pairs of subsets of 1000, drawn from `seed`.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     fewest = min(len(features), len(others))
     whole = len(features) == len(others) <= KERNEL_SUBSET_SIZE
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # it draws from torch's global generator
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # it uses torch's global generator
         warnings.simplefilter("ignore")  # that it keeps the features
         torch.random.default_generator.manual_seed(seed)
         metric = KernelInceptionDistance(
-            feature=GivenFeatures(features.shape[1]),
+            feature=PrecomputedFeatures(features.shape[1]),
             subsets=1 if whole else KERNEL_SUBSETS,
             subset_size=min(fewest, KERNEL_SUBSET_SIZE),
         )

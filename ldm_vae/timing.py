@@ -1,4 +1,4 @@
-"""How long a call takes, how much memory it needs, and what the machine could do at best."""
+"""How long a call takes, how much memory it needs, and the highest speed that the machine reaches."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ import torch
 
 from ldm_vae.errors import RunError
 
+ROOT = Path(__file__).parent.parent
+"""The repository, when the package is used from a checkout."""
+
 
 def describe_machine(device: torch.device) -> str:
-    """The processor or card, with the cores in use, in words."""
+    """Processor or GPU, cores and threads in use, versions of Python and torch, in one line."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
@@ -32,20 +35,27 @@ def describe_machine(device: torch.device) -> str:
     return f"{name}; Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def seconds_of_script(script: Path, *words: object) -> float:
-    """Wall seconds of a Python script of ours with these flags, whose output is shown.
+def seconds_of_script(script: str, *words: object) -> float:
+    """Wall-clock seconds of a script of this repository with these flags. Its output is shown.
+
+    Args:
+        script: path from the root of the repository.
 
     Raises:
-        RunError: it failed; with the last line that it wrote to standard error.
+        RunError: it failed; with the last line of its standard error.
     """
     began = time.perf_counter()
-    command = [sys.executable, str(script), *map(str, words)]
+    command = [sys.executable, str(ROOT / script), *map(str, words)]
     print(shlex.join(command), flush=True)
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise RunError(f"{script.name}: {last.removeprefix('error: ')}")
+        raise RunError(f"{Path(script).name}: {last_line(done.stderr).removeprefix('error: ')}")
     return time.perf_counter() - began
+
+
+def last_line(stderr: str) -> str:
+    """The reason that a failed process gave."""
+    return (stderr.strip().splitlines() or ["no reason given"])[-1]
 
 
 def synchronise(device: torch.device) -> None:
@@ -54,7 +64,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def seconds_of(call: Callable[[], object], *, device: torch.device, seconds: float, warmup: int = 2) -> list[float]:
-    """The duration of each call, repeated for `seconds` and at least three times, the warm-up left out."""
+    """Duration of each call after the warm-up; calls are repeated for `seconds`, and at least three times."""
     for _ in range(warmup):
         call()
     durations: list[float] = []
@@ -69,9 +79,9 @@ def seconds_of(call: Callable[[], object], *, device: torch.device, seconds: flo
 
 
 def peak_memory_of(call: Callable[[], object], *, device: torch.device) -> int | None:
-    """Bytes that a call takes at its peak beyond what was held before it.
+    """Peak memory of a call in bytes, beyond what was in use before it.
 
-    On a CPU that is resident memory (Linux's VmHWM, reset before the call); None where it cannot be read.
+    On a CPU: resident memory (Linux's VmHWM, reset before the call); None where it cannot be read.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -89,14 +99,14 @@ def peak_memory_of(call: Callable[[], object], *, device: torch.device) -> int |
 
 
 def return_free_memory() -> None:
-    """glibc keeps what was freed; give it back, so that the call has to take it again and is seen to."""
+    """Returns freed memory from glibc to the system, so that the call has to ask for it again and it is counted."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def resident(field: str, process: int | str = "self") -> int:
-    """Bytes, by /proc. Raises OSError where it does not say, as of processes that have ended."""
+    """Bytes from /proc/PROCESS/status. Raises OSError when the field is missing, as for processes that have ended."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -104,7 +114,7 @@ def resident(field: str, process: int | str = "self") -> int:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, *, seconds: float = 2.0) -> float:
-    """Floating-point operations a second of a large matrix product or convolution, whichever is faster here."""
+    """Floating-point operations per second of a large matrix product or convolution, whichever is faster here."""
     size, side = (8192, 256) if device.type == "cuda" else (2048, 64)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     images = torch.randn(8, 256, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
