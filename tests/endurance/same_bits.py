@@ -75,8 +75,8 @@ OTHERS = {
     "reconstructed": "pipelines/reconstruct.py --vae OUT/train_vae-f8c4 --input OUT/images --output OUT/reconstructed",
     "denoised": "pipelines/denoise.py --vae OUT/train_autoencoder-denoise --input OUT/images --output OUT/denoised",
     "tables": f"-m ldm_vae.cli fit-codec --vae OUT/{CODEC} --data OUT/images --output OUT/tables",
-    "compressed": f"-m ldm_vae.cli compress OUT/images OUT/compressed --model OUT/tables --workers 1",
-    "decompressed": f"-m ldm_vae.cli decompress OUT/compressed OUT/decompressed --model OUT/tables --workers 1",
+    "compressed": "-m ldm_vae.cli compress OUT/images OUT/compressed --model OUT/tables --workers 1",
+    "decompressed": "-m ldm_vae.cli decompress OUT/compressed OUT/decompressed --model OUT/tables --workers 1",
 }
 ORDER = [*[n for n in TRAINERS if "diffusion" not in n], "cache", *[n for n in TRAINERS if "diffusion" in n], *OTHERS]
 
