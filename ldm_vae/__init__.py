@@ -13,7 +13,7 @@ _HOMES = {
     "PatchDiscriminator": "ldm_vae.models.discriminator",
     "denoise": "ldm_vae.models.reconstruction",
     "embed": "ldm_vae.analysis.embedding",
-    "load_autoencoder": "ldm_vae.models.interface",
+    "load_autoencoder": "ldm_vae.models.loading",
     "load_pipeline": "ldm_vae.pipeline",
     "open_source": "ldm_vae.data.sources",
     "reconstruct": "ldm_vae.models.reconstruction",

@@ -5,21 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+import ldm_vae.models.autoencoder  # noqa: F401  # of a saved pipeline, diffusers loads classes of imported modules only
 from ldm_vae.data.conversion import check_output_type, images_from, images_to, mask_from
 from ldm_vae.errors import ModelError
-from ldm_vae.hub import is_hub_id
 from ldm_vae.latents.scaling import mean_and_std, scale_latents, unscale_latents
 from ldm_vae.latents.timesteps import NUM_TIMESTEPS
 from ldm_vae.models.interface import channels_of, fingerprint, latent_channels_of, stride_of
+from ldm_vae.models.loading import find_saved, load_saved
 from ldm_vae.models.reconstruction import encode_mean, turn_on_tiling
 from ldm_vae.models.unet import multiple_of, num_classes_of, predict
 from ldm_vae.sampling import (
@@ -78,7 +78,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """The folder of a hub id; diffusers' own refuses a repository with a class that is not in diffusers."""
         known = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
         chosen = {k: v for k, v in keywords.items() if k in known and v is not None}
-        return str(snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **chosen))
+        files = ["*.json", "*.safetensors"]
+        return str(huggingface_hub.snapshot_download(pretrained_model_name, allow_patterns=files, **chosen))
 
     @property
     def num_classes(self) -> int:
@@ -389,30 +390,8 @@ def load_pipeline(path: str) -> LatentDiffusionPipeline:
     Raises:
         ModelError: nothing there, no pipeline of this kind, or files that cannot be read.
     """
-    folder = Path(path)
-    if (folder / "pipeline").is_dir():
-        folder = folder / "pipeline"
-    if not folder.is_dir() and not is_hub_id(path):
-        raise ModelError(f"no such model: {path}")
-    if not folder.is_dir():
-        try:
-            folder = Path(LatentDiffusionPipeline.download(path))
-        except Exception as error:  # no such repository, no network
-            raise ModelError(f"{path} could not be had from the hub: {first_line(error)}") from None
-    try:
-        name = LatentDiffusionPipeline.load_config(str(folder)).get("_class_name")
-    except (OSError, ValueError):
-        raise ModelError(
-            f"{path} has no readable model_index.json: a run that has not saved its pipeline yet, or no pipeline"
-        ) from None
-    if name != LatentDiffusionPipeline.__name__:
-        raise ModelError(f"{path} holds a {name}, which is not a LatentDiffusionPipeline")
-    try:
-        pipeline: LatentDiffusionPipeline = LatentDiffusionPipeline.from_pretrained(str(folder), use_safetensors=True)
-    except Exception as error:  # damaged files raise many kinds
-        raise ModelError(f"cannot load the pipeline {path}: {type(error).__name__}: {first_line(error)}") from None
+    folder, class_name = find_saved(path, "pipeline")
+    if class_name != LatentDiffusionPipeline.__name__:
+        raise ModelError(f"{path} holds a {class_name}, which is not a LatentDiffusionPipeline")
+    pipeline: LatentDiffusionPipeline = load_saved(LatentDiffusionPipeline, folder, path)
     return pipeline
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

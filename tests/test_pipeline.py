@@ -544,7 +544,7 @@ def test_a_pipeline_on_the_hub_is_loaded_by_its_id(
         return folder / "snapshots" / "0123abcd"
 
     with monkeypatch.context() as online:
-        online.setattr(home, "snapshot_download", from_the_hub)
+        online.setattr("huggingface_hub.snapshot_download", from_the_hub)
         assert fingerprint_of(load_pipeline("someone/bees")) == fingerprint_of(flow)
         assert fingerprint_of(LatentDiffusionPipeline.from_pretrained("someone/bees")) == fingerprint_of(flow)
     with pytest.raises(ModelError, match="someone/wasps could not be had from the hub"):
@@ -576,8 +576,8 @@ def test_what_is_no_pipeline_is_named_in_one_line(flow: LatentDiffusionPipeline,
     for name, message in (
         ("nothing", "no such model"),
         ("run", "has no readable model_index.json"),
-        ("cut", "cannot load the pipeline"),
-        ("half", "cannot load the pipeline"),
+        ("cut", "cannot load LatentDiffusionPipeline"),
+        ("half", "cannot load LatentDiffusionPipeline"),
         ("other", "holds a StableDiffusionPipeline, which is not a LatentDiffusionPipeline"),
     ):
         with pytest.raises(ModelError, match=message) as caught:

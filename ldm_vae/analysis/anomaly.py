@@ -31,11 +31,9 @@ from ldm_vae.metrics import SMALLEST_FOR_SSIM
 from ldm_vae.models.interface import (
     channels_of,
     fingerprint,
-    is_finder,
     latent_channels_of,
     side_for,
     stride_of,
-    viewable,
 )
 from ldm_vae.models.reconstruction import encode_mean
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
@@ -47,6 +45,16 @@ SHRINKAGE = 0.01
 """Of the latents' covariance towards a multiple of the identity: no eigenvalue is below this share of their mean. And
 of the errors' variance towards its mean."""
 Map = np.ndarray[Any, Any]
+
+
+def is_finder(vae: Any) -> bool:
+    """Whether it gives no images but where blemishes are."""
+    return bool(vae.config.get("finds_blemishes"))
+
+
+def viewable(vae: Any, sample: Tensor) -> Tensor:
+    """What a decoder gave, as images in [-1, 1]: of log-odds the probability, 1 where it is sure of a blemish."""
+    return torch.tanh(sample / 2) if is_finder(vae) else sample.clamp(-1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

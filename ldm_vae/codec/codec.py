@@ -10,12 +10,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 
@@ -31,9 +29,8 @@ from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.large import let_go
 from ldm_vae.errors import BadImageError, ConfigError, CorruptError, ModelError, ModelMismatchError
-from ldm_vae.hub import is_hub_id
 from ldm_vae.models.interface import channels_of, encode_moments, fingerprint, stride_of
-from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.models.loading import load_autoencoder, local_folder
 from ldm_vae.models.tiles import TILE, spans
 
 LOG2_TILE = 7
@@ -94,7 +91,7 @@ class LatentCodec:
             ModelError: there is no such model, or it has no tables.
         """
         vae = load_autoencoder(path).to(device)
-        return cls(vae, load_tables(tables_folder(path)), workers=workers, dtype=dtype)
+        return cls(vae, load_tables(local_folder(path, ["codec/*"]) / "codec"), workers=workers, dtype=dtype)
 
     def compress(
         self,
@@ -415,13 +412,3 @@ def fixed_point(quality: float) -> int:
 def log2_lanes(num_symbols: int) -> int:
     """Lanes make decoding fast and cost three bytes each: few for a small tile; in a large one 2^16 symbols each."""
     return 2 if num_symbols < 1 << 13 else max(3, (num_symbols - 1).bit_length() - 16)
-
-
-def tables_folder(path: str) -> Path:
-    """Where a model's tables are; those of a hub id are downloaded. Raises ModelError."""
-    if not is_hub_id(path) or Path(path).is_dir():
-        return Path(path) / "codec"
-    try:
-        return Path(snapshot_download(path, allow_patterns="codec/*")) / "codec"
-    except Exception as error:  # no network, no such model, no permission
-        raise ModelError(f"the tables of {path} could not be had from the hub: {str(error).splitlines()[0]}") from None

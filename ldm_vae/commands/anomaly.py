@@ -77,14 +77,6 @@ def find_anomalies(command: Anomaly) -> None:
     return fit(action) if isinstance(action, Fit) else score(action)
 
 
-def detector_folder(given: Path | None, vae: str) -> Path:
-    from ldm_vae.analysis.anomaly import FOLDER
-
-    if given is None and is_hub_id(vae) and not Path(vae).is_dir():
-        raise ConfigError(f"{vae} is on the hub: name the detector's folder")
-    return given if given is not None else Path(vae) / FOLDER
-
-
 def check_unseen(command: Fit) -> None:
     """Raises ConfigError where the autoencoder was trained on the images that are to be held out."""
     held_out = command.held_out if command.held_out is not None else f"{command.data}#held-out"
@@ -108,13 +100,15 @@ def split_of(path: str) -> tuple[str, str]:
 
 
 def fit(command: Fit) -> None:
-    from ldm_vae.analysis.anomaly import FACTS, STATISTICS, fit_detector
+    from ldm_vae.analysis.anomaly import FACTS, FOLDER, STATISTICS, fit_detector
     from ldm_vae.data.sources import check_finite, open_source
     from ldm_vae.files import staged_directory
     from ldm_vae.models.interface import channels_of
-    from ldm_vae.models.loading import check_device, load_autoencoder
+    from ldm_vae.models.loading import check_device, load_network
 
-    folder = detector_folder(command.output, command.vae)
+    if command.output is None and is_hub_id(command.vae):
+        raise ConfigError(f"{command.vae} is on the hub: add --output, a folder for the detector")
+    folder = command.output or Path(command.vae) / FOLDER
     if folder.exists():
         if not {p.name for p in folder.iterdir()} <= {FACTS, STATISTICS}:
             raise ConfigError(f"{folder} holds other things than a detector: choose another --output")
@@ -122,7 +116,7 @@ def fit(command: Fit) -> None:
             raise ConfigError(f"{folder} is there: add --overwrite to replace it, or choose another --output")
     check_unseen(command)
     check_device(command.device)
-    vae = in_tiles(load_autoencoder(command.vae, or_finder=True).to(command.device))
+    vae = in_tiles(load_network(command.vae).to(command.device))
     check_writable(folder.parent)
     given = command.data if command.held_out is not None else f"{command.data}#train"
     held_out = command.held_out if command.held_out is not None else f"{command.data}#held-out"
@@ -151,16 +145,16 @@ def fit(command: Fit) -> None:
 def score(command: Score) -> None:
     from tqdm import tqdm
 
-    from ldm_vae.analysis.anomaly import AnomalyDetector, images_of
+    from ldm_vae.analysis.anomaly import FOLDER, AnomalyDetector, images_of
     from ldm_vae.commands.folders import distinct, files_of, stays_inside
     from ldm_vae.data.sources import check_finite, check_outside, open_source
     from ldm_vae.grids import heat_map
     from ldm_vae.models.interface import channels_of
-    from ldm_vae.models.loading import check_device, load_autoencoder
+    from ldm_vae.models.loading import check_device, load_network, local_folder
 
-    folder = detector_folder(command.detector, command.vae)
+    folder = command.detector or local_folder(command.vae, [f"{FOLDER}/*"]) / FOLDER
     check_device(command.device)
-    vae = in_tiles(load_autoencoder(command.vae, or_finder=True).to(command.device))
+    vae = in_tiles(load_network(command.vae).to(command.device))
     detector = AnomalyDetector.load(folder, vae)
     facts = detector.facts
     method = command.method or facts.methods[-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ldm_vae.errors import ModelError
+from ldm_vae.models.loading import find_saved, load_saved
 
 POOLED = 2
 """Features are averaged over the quarters of the image, so that some of what is where is left."""
@@ -68,21 +68,14 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         return self.head(self.features(images))  # (B, K)
 
 
-def load_classifier(path: str) -> ImageClassifier:
-    """The classifier that `benchmarks/train_classifier.py` saved in a folder, in float32 and evaluation mode.
+def load_classifier(name: str) -> ImageClassifier:
+    """The classifier that `benchmarks/train_classifier.py` saved, in float32 and evaluation mode.
 
     Raises:
-        ModelError: no such folder, another model, or files that cannot be read.
+        ModelError: no such model, another one, or files that cannot be read.
     """
-    if not (Path(path) / "config.json").is_file():
-        raise ModelError(f"{path} holds no classifier: a folder that benchmarks/train_classifier.py wrote is needed")
-    try:
-        name = ImageClassifier.load_config(path).get("_class_name")
-        if name != ImageClassifier.__name__:
-            raise ModelError(f"{path} holds a {name}, which is not an {ImageClassifier.__name__}")
-        classifier: ImageClassifier = ImageClassifier.from_pretrained(path, use_safetensors=True)
-    except ModelError:
-        raise
-    except Exception as error:  # damaged files raise many kinds
-        raise ModelError(f"cannot load a classifier from {path}: {type(error).__name__}: {error}") from None
-    return classifier.eval()
+    folder, class_name = find_saved(name, "vae")
+    if class_name != ImageClassifier.__name__:
+        raise ModelError(f"{name} holds a {class_name}: a classifier of benchmarks/train_classifier.py is needed")
+    classifier: ImageClassifier = load_saved(ImageClassifier, folder, name)
+    return classifier

@@ -91,8 +91,8 @@ def load_features(path: str | None, *, network_input: NetworkInput, device: torc
     """Inception's features, or those of the network at `path`.
 
     Args:
-        path: a folder of a classifier of train_classifier.py; a file of an exported (.pt2) or TorchScript module
-            that turns (B, C, H, W) into (B, D); None for Inception.
+        path: a classifier of train_classifier.py; the file of an exported (.pt2) or TorchScript module that turns
+            (B, C, H, W) into (B, D); None for Inception.
         network_input: what such a module takes: float32 in [-1, 1] ("images") or uint8 ("pixels").
 
     Raises:
@@ -107,7 +107,7 @@ def load_features(path: str | None, *, network_input: NetworkInput, device: torc
             device=device,
             channels=3,
         )
-    if Path(path).is_dir():
+    if not Path(path).is_file():
         classifier = load_classifier(path).to(device)
         return FeatureExtractor(
             name=path,
@@ -118,8 +118,6 @@ def load_features(path: str | None, *, network_input: NetworkInput, device: torc
             resolution=classifier.config.resolution,
             classifier=classifier,
         )
-    if not Path(path).is_file():
-        raise ModelError(f"no such file or folder of features: {path}")
     exported = Path(path).suffix == ".pt2"
     if exported:
         device = torch.device("cpu")  # constants of an exported program stay where they were

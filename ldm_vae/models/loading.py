@@ -1,67 +1,117 @@
-"""Finds and loads the model that RUN_OR_MODEL names."""
+"""Finds and loads what RUN_OR_MODEL names: a run directory, a diffusers folder, or an id on the Hugging Face hub.
+
+Finding a model imports neither torch nor diffusers: they take seconds.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import diffusers
-import torch
+from typing import Any, Literal
 
 from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.hub import is_hub_id
-from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.interface import is_finder
+
+WEIGHTS = (
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model-*.safetensors",
+)
+"""diffusers' names for a network's files, in one file or several."""
+PARTS = {
+    "vae": ((*WEIGHTS, *(f"vae/{name}" for name in WEIGHTS)), "config.json"),
+    "pipeline": (("*.json", "*.safetensors"), "model_index.json"),
+}
+"""What is needed of a hub's repository (patterns), and the file that names the class."""
 
 
-def load_autoencoder(path: str, *, or_finder: bool = False) -> Any:
-    """The autoencoder that RUN_OR_MODEL names, in float32 and evaluation mode.
+def local_folder(name: str, files: Sequence[str]) -> Path:
+    """The folder that RUN_OR_MODEL names; of a hub id, the snapshot with its `files` (patterns), downloaded.
 
-    Args:
-        path: a run directory (its `vae/`), a folder of diffusers' layout, a pipeline's folder, or a hub id.
-        or_finder: whether a network that finds blemishes, and gives no images, will do.
+    Raises:
+        ModelError: there is no such folder, or the hub does not give it.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not is_hub_id(name):
+        raise ModelError(f"no such model: {name}")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
+    except Exception as error:  # no network, no such repository, no permission
+        raise ModelError(f"{name} could not be had from the hub: {first_line(error)}") from None
+
+
+def find_saved(name: str, part: Literal["vae", "pipeline"]) -> tuple[Path, str]:
+    """The local folder that holds a network or a pipeline in diffusers' layout, and the name of its class.
+
+    It is the folder that RUN_OR_MODEL names, or the one called `part` in it, as in runs.
+
+    Raises:
+        ModelError: nothing there, or no readable configuration.
+    """
+    files, config = PARTS[part]
+    folder = local_folder(name, files)
+    reasons = []
+    for place in (folder, folder / part):
+        try:
+            return place, str(json.loads((place / config).read_text())["_class_name"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reasons.append(f"{type(error).__name__}: {first_line(error)}")
+    raise ModelError(f"{name} has no readable {config} (has its run saved yet?): {reasons[0]}")
+
+
+def load_network(name: str) -> Any:
+    """The network at RUN_OR_MODEL, in float32 and evaluation mode: an autoencoder, or one that finds blemishes.
 
     Raises:
         ModelError: nothing there, no autoencoder, or files that cannot be read.
     """
-    subfolder, name = find_model(path)
-    if name == "PatchAutoencoderKL":
+    import diffusers
+
+    from ldm_vae.models.autoencoder import PatchAutoencoderKL
+
+    folder, class_name = find_saved(name, "vae")
+    if class_name == PatchAutoencoderKL.__name__:
         model_class: Any = PatchAutoencoderKL
     else:
-        model_class = getattr(diffusers, name, None) if "Autoencoder" in name else None
+        model_class = getattr(diffusers, class_name, None) if "Autoencoder" in class_name else None
     if model_class is None:
-        raise ModelError(f"{path} holds a {name}, which is not an autoencoder")
-    try:
-        vae = model_class.from_pretrained(path, subfolder=subfolder, use_safetensors=True)
-    except Exception as error:  # damaged files raise many kinds
-        raise ModelError(f"cannot load {name} from {path}: {type(error).__name__}: {error}") from None
+        raise ModelError(f"{name} holds a {class_name}, which is not an autoencoder")
+    vae = load_saved(model_class, folder, name)
     if not {"in_channels", "latent_channels"} <= set(vae.config):
-        raise ModelError(f"{path} holds a {name}, which is not an autoencoder of single images")
-    if is_finder(vae) and not or_finder:
-        raise ModelError(f"{path} finds blemishes and gives no images: it is for `ldm-vae anomaly`")
-    return vae.eval()
+        raise ModelError(f"{name} holds a {class_name}, which is not an autoencoder of single images")
+    return vae
+
+
+def load_autoencoder(name: str) -> Any:
+    """The autoencoder at RUN_OR_MODEL: as `load_network`, and it must give images."""
+    vae = load_network(name)
+    if vae.config.get("finds_blemishes"):
+        raise ModelError(f"{name} finds blemishes and gives no images: it is for `ldm-vae anomaly`")
+    return vae
+
+
+def load_saved(model_class: Any, folder: Path, name: str) -> Any:
+    """What `save_pretrained` wrote to a folder, in evaluation mode. Raises ModelError."""
+    try:
+        return model_class.from_pretrained(str(folder), use_safetensors=True)
+    except Exception as error:  # damaged files raise many kinds
+        raise ModelError(f"cannot load {model_class.__name__} from {name}: {type(error).__name__}: {error}") from None
 
 
 def check_device(device: str) -> None:
     """Raises ConfigError for one that torch does not know, or that is not there."""
+    import torch
+
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
-        raise ConfigError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"--device {device} cannot be used: {first_line(error)}") from None
 
 
-def find_model(path: str) -> tuple[str | None, str]:
-    """The subfolder that holds the autoencoder (`vae` in runs and pipelines), and the name of its class."""
-    folder = Path(path)
-    on_the_hub = is_hub_id(path)
-    if not folder.is_dir() and not on_the_hub:
-        raise ModelError(f"no such model: {path}")
-    reasons = []
-    for subfolder in (None, "vae"):
-        try:
-            config = PatchAutoencoderKL.load_config(path, subfolder=subfolder)
-            return subfolder, str(config["_class_name"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reasons.append(str(error).split("\n")[0])
-    where = "could not be had from the hub" if on_the_hub else "has no readable config.json (has its run saved yet?)"
-    raise ModelError(f"{path} {where}: {reasons[0]}")
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

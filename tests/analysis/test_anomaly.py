@@ -336,4 +336,6 @@ def test_what_cannot_be_fitted_or_scored_is_said(
     Image.new("RGB", (9, 9)).save(small / "a.png")
     words = ("score", "--vae", model, "--data", small, "--output", tmp_path / "out", "--detector", tmp_path / "fitted")
     assert "ssim needs 11" in fails(*words)
-    assert "owner/name is on the hub" in fails("score", "--vae", "owner/name", "--data", photos, "--output", tmp_path)
+    assert "owner/name is on the hub" in fails("fit", "--vae", "owner/name", "--data", photos)
+    on_the_hub = ("score", "--vae", "owner/name", "--data", photos, "--output", tmp_path)
+    assert "owner/name could not be had from the hub" in fails(*on_the_hub)

@@ -55,12 +55,14 @@ def test_names_for_another_number_of_classes_are_refused() -> None:
 
 
 def test_what_is_no_classifier_is_a_model_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="holds no classifier"):
+    with pytest.raises(ModelError, match="no such model"):
         load_classifier(str(tmp_path / "missing"))
+    with pytest.raises(ModelError, match=r"has no readable config\.json"):
+        load_classifier(str(tmp_path))
     PatchDiscriminator(base_channels=8).save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError, match="holds a PatchDiscriminator"):
         load_classifier(str(tmp_path / "other"))
     small().save_pretrained(tmp_path / "damaged")
     (tmp_path / "damaged" / "diffusion_pytorch_model.safetensors").write_bytes(b"damage")
-    with pytest.raises(ModelError, match="cannot load a classifier"):
+    with pytest.raises(ModelError, match="cannot load ImageClassifier"):
         load_classifier(str(tmp_path / "damaged"))

@@ -81,10 +81,10 @@ def test_a_classifier_gives_its_features_and_the_classes_that_it_sees(tmp_path: 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing.pt", "no such file or folder"),
+        ("missing.pt", "no such model"),
         ("weights.pt", "is not a TorchScript module"),
         ("text.pt2", "is not an exported"),
-        (".", "holds no classifier"),
+        (".", "has no readable config.json"),
     ],
 )
 def test_what_is_no_network_is_a_model_error_and_nothing_else_is_said(

@@ -26,7 +26,7 @@ from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.metrics import psnr
 from ldm_vae.models.interface import encode_moments, is_variational, posterior_of
-from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.models.loading import load_autoencoder, load_network
 from ldm_vae.models.reconstruction import denoise, reconstruct
 from training import cache_latents
 from training.train_vae import PRESETS, Config, batches_from, main
@@ -159,7 +159,7 @@ def test_what_finds_blemishes_finds_them_on_images_it_never_saw(tmp_path: Path) 
     data = smooth_photos(tmp_path / "good", 40, seed=0)
     run = tmp_path / "run"
     main(config_for("find", run, data=data, channels=1, steps=400, learning_rate=2e-3, ema_decay=0.9))
-    vae = load_autoencoder(str(run), or_finder=True)
+    vae = load_network(str(run))
     source = open_source(smooth_photos(tmp_path / "others", 12, seed=1), channels=1)
     inside, outside = [], []
     for i in range(12):
