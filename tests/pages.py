@@ -6,7 +6,7 @@ import importlib
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import tyro
 from accelerate.state import AcceleratorState
@@ -17,7 +17,8 @@ from ldm_vae.runs.config import parse_config, parse_flags, tyro_errors
 ROOT = Path(__file__).parent.parent
 SMALLER = {
     "train_vae": "--steps 2 --batch-size 2 --resolution 64 --lpips-backbone squeeze --perceptual random",
-    "train_vae find": "--steps 2 --batch-size 2 --resolution 64",
+    "train_codec": "--steps 2 --batch-size 2 --resolution 64",
+    "train_autoencoder": "--steps 2 --batch-size 2 --resolution 64",
     "cache_latents": "--resolution 64 --num-workers 0",
     "train_diffusion": "--steps 2 --batch-size 2 --num-workers 0",
     "generate": "--steps 2",
@@ -26,7 +27,7 @@ SMALLER = {
     "generation": "--num-images 4",
     "rate_distortion": "--others jpeg-420 webp --num-images 2 --qualities 0.5 1 2",
 }
-"""Flags that make a command small, by script, or by script and preset."""
+"""Flags that make a command small."""
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -61,7 +62,7 @@ def parsed(words: list[str]) -> tuple[Any, Any]:
     presets: Any = getattr(script, "PRESETS", None)
     if presets:
         return script, parse_config(presets, description="", args=words[1:])
-    return script, parse_flags(script.Config, description="", args=words[1:])
+    return script, parse_flags(get_type_hints(script.main)["config"], description="", args=words[1:])
 
 
 def check_command(words: list[str]) -> None:
@@ -82,7 +83,7 @@ def run(words: list[str]) -> None:
     """One of the scripts, in this process, with flags that make it small."""
     AcceleratorState._reset_state(reset_partial_state=True)
     name = Path(words[0]).stem
-    args = words[1:] + shlex.split(SMALLER.get(f"{name} {words[1]}", SMALLER.get(name, "")))
+    args = words[1:] + shlex.split(SMALLER.get(name, ""))
     if name == "train_diffusion":
         args[0] = "demo"
     if name == "reconstruction" and "--perceptual" not in args:

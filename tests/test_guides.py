@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,28 @@ def test_a_wrong_flag_preset_or_target_in_a_guide_is_noticed(command: str) -> No
         check_command(words)
 
 
+def test_every_flag_that_the_guides_name_is_a_field_of_some_configuration() -> None:
+    """In running text and tables, too. Underscored flags are Accelerate's."""
+    folders = ("ldm_vae", "training", "pipelines", "benchmarks", "tests/endurance")
+    code = "\n".join(path.read_text() for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    fields = set(re.findall(r"^    (\w+): ", code, flags=re.M))
+    for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
+        for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)(?![\w-])", page.read_text())) - {"help", "quiet"}:
+            assert flag.removeprefix("no-").replace("-", "_") in fields, f"{page.name} names --{flag}"
+
+
+def test_the_commands_of_the_guides_to_training_and_generation_run(here: Path) -> None:
+    """A page uses what the pages before it have made."""
+    for name, count in (("data", 2), ("training", 4), ("reconstruction", 3), ("diffusion", 3), ("generation", 2)):
+        assert run_commands((DOCS / f"{name}.md").read_text()) == count, name
+    scope: dict[str, Any] = {}
+    for example in blocks((DOCS / "diffusion.md").read_text(), "python"):
+        exec(example.replace("steps=20", "steps=2"), scope)
+    assert len(scope["images"]) == 4
+    assert scope["again"].size == scope["images"][0].size == (64, 64)
+    assert len(scope["between"]) == 8
+
+
 def test_the_commands_of_the_guide_to_compression_run(here: Path) -> None:
     page = (DOCS / "compression.md").read_text()
     assert run_commands(page) == 7
@@ -54,6 +77,6 @@ def test_the_commands_of_the_guide_to_autoencoders_run(here: Path) -> None:
         scope: dict[str, Any] = {}
         exec(example, scope)
         assert scope["clean"].size == Image.open("photo.png").size
-        assert scope["vector"].shape == (32,)
+        assert scope["vector"].shape == (8,)
     assert (here / "scored" / "scores.csv").exists()
     assert (here / "explored" / "vectors" / "samples.png").exists()
