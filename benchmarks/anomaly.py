@@ -123,7 +123,7 @@ def train_detector(
     flags += ["--log-every", 200, "--sample-every", 2000]
     flags += [] if config.global_latent is None else ["--global-latent", config.global_latent]
     flags += [] if config.mirror else ["--no-mirror"]
-    seconds_of_script("training/train_vae.py", *flags)
+    seconds_of_script("training/train_autoencoder.py", *flags)
     train, held_out = (open_source(f"{data}#{part}", channels=1) for part in ("train", "held-out"))
     detector, _ = fit_detector(
         load_network(str(run)),

@@ -1,9 +1,9 @@
-"""Everything that wants a GPU, in one call: is it right there, how fast is it, and what do trained models look like.
+"""Everything that needs a GPU, in one call: are results right there, how fast is it, how good are trained models.
 
 python benchmarks/gpu_check.py --photos DIR --val-photos DIR --fashion-mnist DIR --flowers64 DIR --output OUT
 
-On a machine without a GPU it does the same on the CPU. What was finished is not done again, so that a call that ran out
-of time can be repeated with the same output, and parts can be done in calls of their own.
+Without a GPU it does the same on the CPU. Parts that were finished are not repeated: a call that ran out of time can be
+repeated with the same output, and parts can be run in calls of their own.
 """
 
 from __future__ import annotations
@@ -27,12 +27,10 @@ from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.reconstruction import exact_float32, reconstruct
 from ldm_vae.models.unet import make_denoiser
 from ldm_vae.pipeline import LatentDiffusionPipeline
-from ldm_vae.runs.config import as_json, parse_flags
-from ldm_vae.runs.run import git_revision, versions
+from ldm_vae.report import logged_values, provenance
+from ldm_vae.runs.config import parse_flags
 from ldm_vae.sampling import make_scheduler
-from ldm_vae.timing import describe_machine, peak_flops, seconds_of_script
-
-ROOT = Path(__file__).parent.parent
+from ldm_vae.timing import peak_flops, seconds_of_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +48,15 @@ class Config:
     vae_steps: int = 8000
     diffusion_steps: int = 8000
     rounds: int = 2
-    """Of measurements of speed."""
+    """Of the measurements of speed."""
     seconds: float = 0.3
-    """Of each, in each round."""
+    """Of each measurement, in each round."""
 
 
-# Is it right? ---------------------------------------------------------------------------------------------------------
+# Are results right? -------------------------------------------------------------------------------------------------
 
 
-def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a.float().cpu() - b.float().cpu()).abs().max().item()
 
 
@@ -70,85 +68,79 @@ def networks() -> tuple[PatchAutoencoderKL, Any]:
 
 @torch.inference_mode()
 def correctness(device: torch.device) -> dict[str, float]:
-    """Largest differences: of the device from the CPU, of bf16 and of torch.compile from plain float32."""
-    (vae, unet), (own, own_unet) = networks(), networks()
-    own, own_unet = own.to(device, memory_format=torch.channels_last), own_unet.to(device)
+    """Largest differences: between the device and the CPU, bf16 and float32, tiled and whole, compiled and plain."""
+    (vae, unet), (device_vae, device_unet) = networks(), networks()
+    device_vae = device_vae.to(device, memory_format=torch.channels_last)
     images = torch.rand(2, 3, 128, 192, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    here = images.to(device, memory_format=torch.channels_last)
-    expected, plain = reconstruct(vae, images), reconstruct(own, here)
-    found = {"vae: device - CPU": largest(plain, expected)}
+    device_images = images.to(device, memory_format=torch.channels_last)
+    plain = reconstruct(device_vae, device_images)
+    differences = {"vae: device - CPU": largest_difference(plain, reconstruct(vae, images))}
     with torch.autocast(device.type, torch.bfloat16):
-        found["vae: bf16 - float32"] = largest(reconstruct(own, here), plain)
+        differences["vae: bf16 - float32"] = largest_difference(reconstruct(device_vae, device_images), plain)
     latents = torch.randn(1, 4, 40, 24, generator=torch.Generator().manual_seed(1)).to(device)
-    whole = own.decode(latents).sample
-    own.enable_tiling(16)
-    found["vae: tiled - whole"] = largest(own.decode(latents).sample, whole)
-    own.disable_tiling()
-    own.compile_repeated_blocks()
-    found["vae: compiled - plain"] = largest(reconstruct(own, here), plain)
-    samples = []
-    for a, b in ((vae, unet), (networks()[0].to(device), own_unet)):
-        pipeline = LatentDiffusionPipeline(a, b, make_scheduler("flow"))
-        pipeline.set_progress_bar_config(disable=True)
-        options: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "pt"}
-        samples.append(pipeline(class_labels=[0, 1], generator=[1, 2], **options).images)
-    found["pipeline: device - CPU"] = largest(*samples)
-    return found
+    whole = device_vae.decode(latents).sample
+    device_vae.enable_tiling(16)
+    differences["vae: tiled - whole"] = largest_difference(device_vae.decode(latents).sample, whole)
+    device_vae.disable_tiling()
+    device_vae.compile_repeated_blocks()
+    differences["vae: compiled - plain"] = largest_difference(reconstruct(device_vae, device_images), plain)
+    samples = [sample(vae, unet), sample(networks()[0].to(device), device_unet.to(device))]
+    differences["pipeline: device - CPU"] = largest_difference(*samples)
+    return differences
+
+
+def sample(vae: PatchAutoencoderKL, unet: Any) -> torch.Tensor:
+    pipeline = LatentDiffusionPipeline(vae, unet, make_scheduler("flow"))
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline([0, 1], generator=[1, 2], num_inference_steps=10, guidance_scale=2.0, output_type="pt")
+    images: torch.Tensor = output.images
+    return images
 
 
 # How fast is it, and what does it look like? --------------------------------------------------------------------------
-
-
-def script(name: str, *words: object) -> None:
-    seconds_of_script(ROOT / name, *words)
 
 
 def speed(folder: Path, config: Config, *words: str) -> dict[str, Any]:
     """benchmarks/throughput.py with these flags."""
     size = ("--resolution", 256, "--batch-size", 16) if torch.cuda.is_available() else ("--batch-size", 2)
     times = ("--rounds", config.rounds, "--seconds", config.seconds)
-    script("benchmarks/throughput.py", "--output", folder, *size, *times, *words)
+    seconds_of_script("benchmarks/throughput.py", "--output", folder, *size, *times, *words)
     (file,) = folder.glob("throughput-*.json")
     result: dict[str, Any] = json.loads(file.read_text())["results"]
     return result
-
-
-def speeds_of(run: Path) -> list[tuple[int, float]]:
-    """(step, images/s since the line before) of each line of a run's log."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(m["step"], m["images_per_second"]) for m in lines if "images_per_second" in m]
 
 
 def photos(config: Config) -> dict[str, Any]:
     """f8c4 trained with L1, KL and the adversarial loss on 128x128 crops, and its reconstructions of unseen photos."""
     run, figures = config.output / "vae", config.output / "reconstruction"
     starts = config.vae_steps // 2
-    script(
+    seconds_of_script(
         *("training/train_vae.py", "f8c4", "--data", config.photos, "--val-data", config.val_photos, "--output", run),
         *("--steps", config.vae_steps, "--batch-size", 32, "--resolution", 128, "--shorter-side", 256),
         *("--learning-rate", 1e-3, "--perceptual", "none", "--disc-start", starts),
         *("--adversarial-weight", 0.1, "--cache-gib", 8, "--sample-every", 2000, "--tracker", "none"),
     )
     words = ("--vae", run, "--data", config.val_photos, "--perceptual", "none", "--output", figures)
-    script("benchmarks/reconstruction.py", *words)
+    seconds_of_script("benchmarks/reconstruction.py", *words)
     result = json.loads((figures / "results.json").read_text())["results"][str(run)]
+    speeds = logged_values(run, "images_per_second")
     halves = {
-        "without the discriminator": [v for step, v in speeds_of(run) if step <= starts],
-        "with it": [v for step, v in speeds_of(run) if step > starts],
+        "without the discriminator": [speed for step, speed in speeds if step <= starts],
+        "with it": [speed for step, speed in speeds if step > starts],
     }
-    # the first line of each has the first calls
+    # the first line of each half includes the first calls
     return {"images_per_second": {k: statistics.median(v[1:] or v) for k, v in halves.items()}, **result}
 
 
 def classes(config: Config, preset: str, data: str, *words: object) -> dict[str, Any]:
-    """The study `class_conditional` with a larger denoiser; its sheets, by names that can be copied anywhere."""
+    """The study `class_conditional` with a larger denoiser; its contact sheets, with names for any file system."""
     folder = config.output / preset
     file = folder / "seconds.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
+    seconds = json.loads(file.read_text()) if file.exists() else {}
     for part in ("vae", "cache", "diffusion"):
-        if part not in known:  # a call was cut in it, and its time is not known
+        if part not in seconds:  # interrupted: its time is unknown
             shutil.rmtree(folder / part, ignore_errors=True)
-    script(
+    seconds_of_script(
         *("benchmarks/studies/class_conditional.py", preset, "--data", data, "--output", folder, "--denoiser", "small"),
         *("--steps", config.diffusion_steps, "--batch-size", 256, "--learning-rate", 5e-4, "--num-workers", 8),
         *("--mixed-precision", "bf16", "--vae-steps", 3000, *words),
@@ -156,7 +148,7 @@ def classes(config: Config, preset: str, data: str, *words: object) -> dict[str,
     for sheet in folder.glob("*/contact_sheet.png"):
         shutil.copy(sheet, config.output / f"{preset}-{re.sub('[ ,+]+', '-', sheet.parent.name)}.png")
     result: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    rate = statistics.median([v for _, v in speeds_of(folder / "diffusion")][1:])
+    rate = statistics.median([speed for _, speed in logged_values(folder / "diffusion", "images_per_second")][1:])
     return {"diffusion_images_per_second": rate} | {k: result[k] for k in ("training_seconds", "figures")}
 
 
@@ -165,8 +157,7 @@ def main(config: Config) -> None:
     device = Accelerator().device
     exact_float32()
     file = config.output / "gpu_check.json"
-    record = json.loads(file.read_text()) if file.exists() else {"config": as_json(config), "versions": versions()}
-    record |= {"machine": describe_machine(device), "git": git_revision()}
+    record = (json.loads(file.read_text()) if file.exists() else {}) | provenance(config, device)
     parts: dict[str, Callable[[], Any]] = {"correctness": partial(correctness, device)}
     for dtype in (torch.float32, torch.bfloat16):
         parts[f"peak_flops_{dtype}"] = partial(peak_flops, device, dtype, seconds=config.seconds)

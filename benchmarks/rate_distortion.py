@@ -2,29 +2,29 @@
 
 python benchmarks/rate_distortion.py --codec RUN_OR_MODEL [--codec ...] --data PATH --output DIR
 
-Every codec compresses every image, as uint8 RGB at its own size, at each of its settings. Bits per pixel are those of
-the whole file, container and all. PSNR is over all RGB values of an image. Curves are means over images; Bjøntegaard
+Every codec compresses every image, as uint8 RGB at its own size, at each of its settings. Bits per pixel count the
+whole file, container included. PSNR is over all RGB values of an image. Curves are means over images; Bjøntegaard
 differences are given for the mean curve, and as the mean over images with its 95 % interval.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
 from PIL import Image, features
-from tqdm import tqdm
 
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.data.conversion import to_images, to_pixels
@@ -32,33 +32,37 @@ from ldm_vae.data.images import Pixels
 from ldm_vae.data.sources import check_finite, open_source
 from ldm_vae.data.workers import default_workers
 from ldm_vae.errors import BadImageError, ConfigError, LdmVaeError, nothing_usable, one_line_errors
-from ldm_vae.files import atomic, check_writable, write_csv, write_json
-from ldm_vae.grids import labelled_rows
-from ldm_vae.metrics import bjontegaard_rate, bootstrap_interval, ms_ssim, psnr, ssimulacra2
+from ldm_vae.files import check_writable, write_csv
+from ldm_vae.grids import labelled_rows, middle
+from ldm_vae.metrics import bjontegaard_rate, mean_with_interval, ms_ssim, psnr, ssimulacra2
 from ldm_vae.objectives.perceptual import PerceptualLoss
-from ldm_vae.runs.config import as_json, parse_flags
-from ldm_vae.runs.run import git_revision, versions
-from ldm_vae.timing import describe_machine, peak_memory_of
+from ldm_vae.progress import progress
+from ldm_vae.report import markdown_table, provenance, write_report
+from ldm_vae.runs.config import Range, check_ranges, parse_flags
+from ldm_vae.timing import peak_memory_of
 
 Row = dict[str, Any]
-Other = Literal[
-    "jpeg-420",
-    "jpeg-444",
-    "webp",
-    "avif-420",
-    "avif-444",
-    "avif-420-slowest",
-    "avif-444-slowest",
-    "jpeg2000",
-    "jpeg-xl",
-]
 METRICS = {
     "psnr": "PSNR (dB)",
     "ms_ssim_db": "MS-SSIM (dB)",
     "ssimulacra2": "SSIMULACRA2",
     "lpips_alex": "LPIPS (AlexNet)",
 }
-"""ms_ssim_db: -10 log10(1 - MS-SSIM), which spreads the values near 1."""
+"""ms_ssim_db: -10 log10(1 - MS-SSIM), which spreads the values near 1. LPIPS is a distance: lower is better."""
+JPEG, AVIF = (5, 8, 12, 17, 23, 30, 40, 50, 60, 70, 80), (20, 30, 38, 45, 52, 60, 68, 76)
+RATIOS = tuple(24 / rate for rate in (0.07, 0.1, 0.15, 0.22, 0.32, 0.46, 0.68, 1.0))
+PILLOW: dict[str, tuple[str, Sequence[float], dict[str, Any]]] = {
+    "jpeg-420": ("JPEG", JPEG, {"optimize": True, "subsampling": 2}),
+    "jpeg-444": ("JPEG", JPEG, {"optimize": True, "subsampling": 0}),
+    "webp": ("WEBP", (0, 5, 12, 22, 35, 50, 65, 78, 86), {"method": 6}),
+    "avif-420": ("AVIF", AVIF, {"speed": 6, "subsampling": "4:2:0"}),
+    "avif-444": ("AVIF", AVIF, {"speed": 6, "subsampling": "4:4:4"}),
+    "avif-420-slowest": ("AVIF", AVIF, {"speed": 0, "subsampling": "4:2:0"}),
+    "avif-444-slowest": ("AVIF", AVIF, {"speed": 0, "subsampling": "4:4:4"}),
+    "jpeg2000": ("JPEG2000", RATIOS, {"quality_mode": "rates", "irreversible": True, "mct": 1}),
+    "jpeg-xl": ("JXL", (15, 25, 35, 45, 55, 65, 75, 85), {"effort": 7}),
+}
+"""Pillow's name of the format, qualities (JPEG 2000: compression ratios), and the other options of `Image.save`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,74 +70,58 @@ class Config:
     """Flags of the rate-distortion benchmark."""
 
     codec: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Run directory, model folder or hub id with fitted tables; give it once for each."""
+    """Run directory, model folder or hub id with fitted tables; repeat the flag for each."""
     data: str
     output: Path
-    qualities: tuple[float, ...] = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
+    qualities: Annotated[tuple[float, ...], Range(above=0)] = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
     """Of our codecs."""
-    others: tuple[Other, ...] = ("jpeg-420", "jpeg-444", "webp", "avif-420", "jpeg2000", "jpeg-xl")
-    """Codecs to compare with; those that are not installed are left out, and said so."""
+    others: tuple[str, ...] = ("jpeg-420", "jpeg-444", "webp", "avif-420", "jpeg2000", "jpeg-xl")
+    """Codecs to compare with (also avif-444, avif-420-slowest, avif-444-slowest); one that is not installed is left
+    out, with a note."""
     between: tuple[float, float] = (0.15, 0.6)
-    """Bits per pixel that the Bjøntegaard differences are over."""
-    num_images: int | None = None
+    """Bits per pixel over which the Bjøntegaard differences are taken."""
+    num_images: Annotated[int | None, Range(at_least=1)] = None
     published: Path | None = None
     """CSV (codec, bits_per_pixel, psnr_rgb_db, source) of curves to draw dotted."""
     show: float = 0.3
-    """Bits per pixel of the pictures in the gallery."""
+    """Bits per pixel of the images in the gallery."""
     device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """Something that makes bytes of pixels (H, W, 3), and pixels of bytes, at several settings."""
+    """Compresses pixels (H, W, 3) to bytes, and back, at several settings."""
 
     name: str
-    settings: Sequence[Any]
-    encode: Callable[[Pixels, Any], bytes]
+    settings: Sequence[float]
+    encode: Callable[[Pixels, float], bytes]
     decode: Callable[[bytes], Pixels]
 
 
-def by_pillow(pixels: Pixels, setting: Any, *, kind: str, key: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **{key: setting}, **options)
-    return file.getvalue()
-
-
-def open_by_pillow(data: bytes) -> Pixels:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
 def pillow_codec(name: str) -> Codec | None:
-    """None for one that this Pillow cannot write."""
-    jpeg = (5, 8, 12, 17, 23, 30, 40, 50, 60, 70, 80)
-    avif = (20, 30, 38, 45, 52, 60, 68, 76)
-    kind = name.split("-")[0]
-    options: dict[str, Any] = {}
-    settings: Sequence[Any] = jpeg
-    key = "quality"
-    match kind:
-        case "jpeg" if name != "jpeg-xl":
-            options = {"optimize": True, "subsampling": 2 if name.endswith("420") else 0}
-        case "jpeg":
-            try:
-                import pillow_jxl  # noqa: F401  # registers itself
-            except ImportError:
-                return None
-            kind, settings = "jxl", (15, 25, 35, 45, 55, 65, 75, 85)
-            options = {"effort": 7}
-        case "webp":
-            settings, options = (0, 5, 12, 22, 35, 50, 65, 78, 86), {"method": 6}
-        case "avif":
-            settings = avif
-            options = {"speed": 0 if "slowest" in name else 6, "subsampling": "4:2:0" if "420" in name else "4:4:4"}
-        case "jpeg2000":
-            settings, key = [[24 / rate] for rate in (0.07, 0.1, 0.15, 0.22, 0.32, 0.46, 0.68, 1.0)], "quality_layers"
-            options = {"quality_mode": "rates", "irreversible": True, "mct": 1}
-    available = {"webp": "webp", "avif": "avif", "jpeg2000": "jpg_2000"}.get(kind)
-    if available and not features.check(available):
+    """None when this Pillow cannot write the format. Raises ConfigError for an unknown name."""
+    if name not in PILLOW:
+        raise ConfigError(f"--others {name} is not known: try {', '.join(PILLOW)}")
+    file_format, settings, options = PILLOW[name]
+    feature = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}.get(file_format)
+    try:
+        if file_format == "JXL":
+            import pillow_jxl  # noqa: F401  # registers itself
+    except ImportError:
         return None
-    encode: Callable[[Pixels, Any], bytes] = partial(by_pillow, kind=kind.upper(), key=key, **options)
-    return Codec(name=name, settings=settings, encode=encode, decode=open_by_pillow)
+    if feature and not features.check(feature):
+        return None
+
+    def encode(pixels: Pixels, setting: float) -> bytes:
+        file = io.BytesIO()
+        quality = {"quality_layers": [setting]} if file_format == "JPEG2000" else {"quality": setting}
+        Image.fromarray(pixels).save(file, file_format, **quality, **options)
+        return file.getvalue()
+
+    def decode(data: bytes) -> Pixels:
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+    return Codec(name=name, settings=settings, encode=encode, decode=decode)
 
 
 def our_codec(path: str, config: Config) -> Codec:
@@ -146,9 +134,21 @@ def our_codec(path: str, config: Config) -> Codec:
     )
 
 
+def load_codecs(config: Config) -> list[Codec]:
+    if not config.codec and not config.others:
+        raise ConfigError("no codec is given: add --codec, or --others")
+    codecs = [our_codec(path, config) for path in dict.fromkeys(config.codec)]
+    for name in dict.fromkeys(config.others):
+        codec = pillow_codec(name)
+        if codec is None:
+            print(f"left out: {name} is not installed")
+        else:
+            codecs.append(codec)
+    return codecs
+
+
 def load_images(config: Config) -> dict[str, Pixels]:
-    if config.num_images is not None and config.num_images < 1:
-        raise ConfigError(f"--num-images is {config.num_images}: it must be at least 1")
+    """uint8 (H, W, 3) by name; images that cannot be used are named and left out."""
     source = open_source(config.data)
     check_finite(source, config.data, config.num_images)
     images: dict[str, Pixels] = {}
@@ -166,39 +166,37 @@ def load_images(config: Config) -> dict[str, Pixels]:
     return images
 
 
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
 def measure(codec: Codec, images: dict[str, Pixels], pool: ProcessPoolExecutor) -> list[Row]:
-    """A row for each image and setting. What is timed runs alone, on all cores; fidelities are measured after that."""
+    """A row for each image and setting. What is timed runs alone, on all cores; fidelities are measured afterwards."""
     rows: list[Row] = []
     first = next(iter(images.values()))
-    codec.decode(codec.encode(first, codec.settings[0]))  # what is loaded or compiled at first is not timed
-    for setting in tqdm(codec.settings, desc=codec.name, unit="setting"):
-        timed, pairs = [], []
+    codec.decode(codec.encode(first, codec.settings[0]))  # loading and compiling are not timed
+    for setting in progress(codec.settings, description=codec.name, unit="setting"):
+        timed, decoded = [], []
         for name, pixels in images.items():
             began = time.perf_counter()
             data = codec.encode(pixels, setting)
             encoded = time.perf_counter()
-            decoded = codec.decode(data)
-            done = time.perf_counter()
-            timed.append(
-                {
-                    "codec": codec.name,
-                    "setting": setting[0] if isinstance(setting, list) else setting,
-                    "image": name,
-                    "bytes": len(data),
-                    "bpp": 8 * len(data) / (pixels.shape[0] * pixels.shape[1]),
-                    "encode_seconds": encoded - began,
-                    "decode_seconds": done - encoded,
-                }
-            )
-            pairs.append((pixels, decoded))
-        rows += [row | found for row, found in zip(timed, pool.map(fidelities, pairs), strict=True)]
+            decoded.append(codec.decode(data))
+            row = {"codec": codec.name, "setting": setting, "image": name}
+            row |= {"bytes": len(data), "bpp": bits_per_pixel(data, pixels)}
+            seconds = {"encode_seconds": encoded - began, "decode_seconds": time.perf_counter() - encoded}
+            timed.append(row | seconds)
+        measured = pool.map(fidelities, images.values(), decoded)
+        rows += [row | figures for row, figures in zip(timed, measured, strict=True)]
     return rows
 
 
-def fidelities(pair: tuple[Pixels, Pixels]) -> Row:
-    """Of an image and its copy, in a process of its own."""
+def bits_per_pixel(data: bytes, pixels: Pixels) -> float:
+    return 8 * len(data) / (pixels.shape[0] * pixels.shape[1])
+
+
+def fidelities(pixels: Pixels, decoded: Pixels) -> Row:
+    """Every metric of one decoded image. Runs in a process of its own."""
     torch.set_num_threads(1)
-    pixels, decoded = pair
     structure = ms_ssim(pixels, decoded)
     row = {
         "psnr": float(psnr(pixels[None], decoded[None])[0]),
@@ -214,58 +212,72 @@ def fidelities(pair: tuple[Pixels, Pixels]) -> Row:
     return row
 
 
+@cache
+def find_lpips() -> PerceptualLoss | None:
+    """LPIPS with its pretrained backbone, if that is available."""
+    try:
+        return PerceptualLoss("alex", pretrained=True)
+    except LdmVaeError as error:
+        if parent_process() is None:
+            print(f"without LPIPS: {' '.join(str(error).split())}")
+        return None
+
+
+# Comparing -----------------------------------------------------------------------------------------------------------
+
+
 def mean_curve(rows: list[Row], metric: str) -> tuple[list[float], list[float]]:
-    """Rate and fidelity at each setting, means over the images. LPIPS turned over, as it falls."""
-    settings = list(dict.fromkeys(r["setting"] for r in rows))
-    points = [[r for r in rows if r["setting"] == s] for s in settings]
-    sign = -1.0 if metric.startswith("lpips") else 1.0
-    return (
-        [float(np.mean([r["bpp"] for r in p])) for p in points],
-        [sign * float(np.mean([r[metric] for r in p])) for p in points],
-    )
+    """Bits per pixel and metric at each setting, means over the images."""
+    points = [[row for row in rows if row["setting"] == s] for s in dict.fromkeys(row["setting"] for row in rows)]
+    rates, values = ([float(np.mean([row[key] for row in point])) for point in points] for key in ("bpp", metric))
+    return rates, values
+
+
+def rate_difference(rows: list[Row], reference: list[Row], metric: str, between: tuple[float, float]) -> float:
+    """Bjøntegaard difference in percent of the mean curves."""
+    sign = -1 if metric.startswith("lpips") else 1
+    (rates, values), (reference_rates, reference_values) = mean_curve(rows, metric), mean_curve(reference, metric)
+    fidelities, reference_fidelities = ([sign * v for v in curve] for curve in (values, reference_values))
+    return bjontegaard_rate(rates, fidelities, reference_rates, reference_fidelities, between=between)
 
 
 def difference(rows: list[Row], reference: list[Row], metric: str, between: tuple[float, float]) -> Row:
     """Bjøntegaard differences in rate, in percent: of the mean curve, and the mean over images with its interval."""
-    of_means = bjontegaard_rate(*mean_curve(rows, metric), *mean_curve(reference, metric), between=between)
     each = []
-    for image in dict.fromkeys(r["image"] for r in rows):
-        own, others = ([r for r in found if r["image"] == image] for found in (rows, reference))
-        each.append(bjontegaard_rate(*mean_curve(own, metric), *mean_curve(others, metric), between=between))
-    known = np.array([e for e in each if math.isfinite(e)])
-    low, high = bootstrap_interval(known) if len(known) else (math.nan, math.nan)
-    mean = float(known.mean()) if len(known) else math.nan
-    return {"of_means": of_means, "mean": mean, "low": low, "high": high, "images": len(known)}
+    for image in dict.fromkeys(row["image"] for row in rows):
+        own, other = ([row for row in part if row["image"] == image] for part in (rows, reference))
+        each.append(rate_difference(own, other, metric, between))
+    return {"of_means": rate_difference(rows, reference, metric, between), **mean_with_interval(np.array(each))}
 
 
-def usable(rows: dict[str, list[Row]], metric: str) -> dict[str, list[Row]]:
-    """The rows of the images for which every codec has a finite figure at every setting, by codec.
+def comparable(rows: dict[str, list[Row]], metric: str) -> dict[str, list[Row]]:
+    """By codec, the rows of the images for which every codec has a finite figure at every setting.
 
-    An image that comes back exactly has no PSNR, and MS-SSIM needs 161 pixels.
+    An image that is decoded exactly has no PSNR, and MS-SSIM needs 161 pixels.
     """
-    bad = {r["image"] for found in rows.values() for r in found if not math.isfinite(r.get(metric, math.nan))}
-    return {name: [r for r in found if r["image"] not in bad] for name, found in rows.items()}
+    everything = [row for own in rows.values() for row in own]
+    bad = {row["image"] for row in everything if not math.isfinite(row.get(metric, math.nan))}
+    if bad and any(metric in row for row in everything):
+        count = len({row["image"] for row in everything})
+        print(f"{METRICS[metric]}: {len(bad)} of {count} images have none, and are left out of it")
+    return {name: [row for row in own if row["image"] not in bad] for name, own in rows.items()}
 
 
 def table(rows: dict[str, list[Row]], differences: dict[str, dict[str, dict[str, Row]]], memory: dict[str, Any]) -> str:
-    references = list(next(iter(differences.values())))
-    metrics = list(next(iter(differences[next(iter(differences))].values())))
-    head = ["codec", *(f"{METRICS[m].split(' (')[0]} against {r}" for r in references for m in metrics)]
-    head += ["encode ms", "decode ms", "peak MiB"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for name, found in differences.items():
-        cells = [name]
-        for reference in references:
-            for metric in metrics:
-                d = found[reference][metric]
-                figure = f"{d['of_means']:+.1f} % ({d['mean']:+.1f} [{d['low']:+.0f}, {d['high']:+.0f}])"
-                fewer = f", {d['images']} images" if d["images"] < len({r["image"] for r in rows[name]}) else ""
-                cells.append("-" if name == reference or not d["images"] else figure + fewer)
-        for key in ("encode_seconds", "decode_seconds"):
-            cells.append(f"{1e3 * float(np.median([r[key] for r in rows[name]])):.0f}")
+    lines = []
+    for name, against in differences.items():
+        line = {"codec": name}
+        for reference, figures in against.items():
+            for metric, d in figures.items():
+                cell = f"{d['of_means']:+.1f} % ({d['mean']:+.1f} [{d['low']:+.0f}, {d['high']:+.0f}])"
+                cell += f", {d['images']} images" if d["images"] < len({r["image"] for r in rows[name]}) else ""
+                column = f"{METRICS[metric].split(' (')[0]} against {reference}"
+                line[column] = "-" if name == reference or not d["images"] else cell
+        for what in ("encode", "decode"):
+            line[f"{what} ms"] = f"{1e3 * float(np.median([r[f'{what}_seconds'] for r in rows[name]])):.0f}"
         peak = memory[name]
-        lines.append("| " + " | ".join([*cells, "-" if peak is None else f"{peak / 2**20:.0f}"]) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(line | {"peak MiB": "-" if peak is None else f"{peak / 2**20:.0f}"})
+    return markdown_table(lines)
 
 
 def plot(rows: dict[str, list[Row]], metric: str, published: Path | None, file: Path) -> None:
@@ -275,128 +287,74 @@ def plot(rows: dict[str, list[Row]], metric: str, published: Path | None, file: 
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    for name, found in rows.items():
-        rates, values = mean_curve(found, metric)
-        sign = -1 if metric.startswith("lpips") else 1
-        ours = name not in Other.__args__  # type: ignore[attr-defined]
-        axes.plot(rates, [sign * v for v in values], marker="o", ms=3.5, lw=2.4 if ours else 1.3, label=name)
-    axes.set_xlim(0, 1)
+    visible: list[float] = []
+    for name, own in rows.items():
+        rates, values = mean_curve(own, metric)
+        axes.plot(rates, values, marker="o", ms=3.5, lw=1.3 if name in PILLOW else 2.4, label=name)
+        visible += [v for r, v in zip(rates, values, strict=True) if 0.05 <= r <= 1.05] or values[:1]
     if published is not None and metric == "psnr":
         curves: dict[str, list[tuple[float, float]]] = {}
-        for line in published.read_text().splitlines()[1:]:
-            name, rate, value = line.split(",")[:3]
-            curves.setdefault(name, []).append((float(rate), float(value)))
+        for name, rate, value, *_ in list(csv.reader(published.read_text().splitlines()))[1:]:
+            if float(rate) <= 1:
+                curves.setdefault(name, []).append((float(rate), float(value)))
         for name, points in curves.items():
-            inside = [p for p in points if p[0] <= 1]
-            axes.plot(*zip(*inside, strict=True), ls=":", lw=1.2, label=f"{name} (published)")
-    low, high = zip(*((min(v), max(v)) for v in [visible_values(f, metric) for f in rows.values()]), strict=True)
-    axes.set_ylim(min(low), max(high))
-    axes.set_xlabel("bits per pixel, whole files")
-    axes.set_ylabel(METRICS[metric])
+            axes.plot(*zip(*points, strict=True), ls=":", lw=1.2, label=f"{name} (published)")
+    axes.set(xlim=(0, 1), ylim=(min(visible), max(visible)))
+    axes.set(xlabel="bits per pixel, whole files", ylabel=METRICS[metric])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 
 
-def visible_values(rows: list[Row], metric: str) -> list[float]:
-    rates, values = mean_curve(rows, metric)
-    sign = -1 if metric.startswith("lpips") else 1
-    return [sign * v for r, v in zip(rates, values, strict=True) if 0.05 <= r <= 1.05] or [sign * values[0]]
-
-
-def gallery(codecs: list[Codec], images: dict[str, Pixels], rows: dict[str, list[Row]], config: Config) -> Image.Image:
-    """256 x 256 cut from the middle of a few images, original and each codec at the setting nearest to a rate."""
-    shown = [images[n] for n in list(images)[:: max(len(images) // 4, 1)][:4]]
-
-    def cut(pixels: Pixels) -> Pixels:
-        y, x = (max((n - 256) // 2, 0) for n in pixels.shape[:2])
-        part = pixels[y : y + 256, x : x + 256]
-        return np.pad(part, ((0, 256 - part.shape[0]), (0, 256 - part.shape[1]), (0, 0)))
-
-    lines = [("original", np.stack([cut(p) for p in shown]))]
+def gallery(codecs: list[Codec], images: dict[str, Pixels], show: float) -> Image.Image:
+    """256 x 256 from the middle of four images: original, and each codec at the setting nearest to `show` bpp."""
+    shown = list(images.values())[:: max(len(images) // 4, 1)][:4]
+    lines = [("original", np.stack([middle(p, 256) for p in shown]))]
     for codec in codecs:
-        parts, rates = [], []
+        tiles, rates = [], []
         for pixels in shown:
             files = [codec.encode(pixels, s) for s in codec.settings]
-            sizes = [8 * len(f) / (pixels.shape[0] * pixels.shape[1]) for f in files]
-            best = int(np.argmin(np.abs(np.array(sizes) - config.show)))
-            parts.append(cut(codec.decode(files[best])))
-            rates.append(sizes[best])
-        lines.append((f"{codec.name}: " + ", ".join(f"{r:.2f}" for r in rates) + " bits per pixel", np.stack(parts)))
+            nearest = min(files, key=lambda data: abs(bits_per_pixel(data, pixels) - show))
+            tiles.append(middle(codec.decode(nearest), 256))
+            rates.append(f"{bits_per_pixel(nearest, pixels):.2f}")
+        lines.append((f"{codec.name}: {', '.join(rates)} bits per pixel", np.stack(tiles)))
     return labelled_rows(lines)
 
 
-def there_and_back(codec: Codec, pixels: Pixels) -> Pixels:
-    """At the middle setting."""
-    return codec.decode(codec.encode(pixels, codec.settings[len(codec.settings) // 2]))
-
-
-@cache
-def find_lpips() -> PerceptualLoss | None:
-    """LPIPS with its pretrained backbone, when that is at hand."""
-    try:
-        return PerceptualLoss("alex", pretrained=True)
-    except LdmVaeError as error:
-        if parent_process() is None:
-            print(f"without LPIPS: {' '.join(str(error).split())}")
-        return None
+def peak_memory(codec: Codec, pixels: Pixels) -> int | None:
+    """Of compressing and decompressing at the middle setting, in bytes."""
+    setting = codec.settings[len(codec.settings) // 2]
+    return peak_memory_of(lambda: codec.decode(codec.encode(pixels, setting)), device=torch.device("cpu"))
 
 
 def main(config: Config) -> None:
-    if not config.codec and not config.others:
-        raise ConfigError("no codec is given: add --codec, or --others")
+    check_ranges(config)
     check_writable(config.output)
-    paths = list(dict.fromkeys(config.codec))
-    codecs = [our_codec(path, config) for path in paths]
-    for name in dict.fromkeys(config.others):
-        codec = pillow_codec(name)
-        if codec is None:
-            print(f"left out: {name} is not installed")
-        else:
-            codecs.append(codec)
-    images = load_images(config)
-    find_lpips()  # says so when it is not there, or downloads it before several processes do
+    codecs, images = load_codecs(config), load_images(config)
+    find_lpips()  # says when it is not there, and downloads it before several processes do
     workers = min(len(images), default_workers() + 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         rows = {codec.name: measure(codec, images, pool) for codec in codecs}
-    largest = max(images.values(), key=lambda p: p.size)
-    memory = {c.name: peak_memory_of(partial(there_and_back, c, largest), device=torch.device("cpu")) for c in codecs}
-    every = [r for found in rows.values() for r in found]
-    by_metric = {m: usable(rows, m) for m in METRICS}
-    metrics = [m for m in METRICS if all(by_metric[m].values())]
-    for m in METRICS:
-        left_out = len(images) - len({r["image"] for found in by_metric[m].values() for r in found})
-        if left_out and any(m in r for r in every):
-            print(f"{METRICS[m]}: {left_out} of {len(images)} images have none, and are left out of it")
-    references: list[str] = [r for r in ("jpeg-420", "webp", "avif-420") if r in rows] or [codecs[0].name]
+    largest = max(images.values(), key=lambda pixels: pixels.size)
+    memory = {codec.name: peak_memory(codec, largest) for codec in codecs}
+    by_metric = {m: comparable(rows, m) for m in METRICS}
+    by_metric = {m: rows_of for m, rows_of in by_metric.items() if all(rows_of.values())}
+    references = [r for r in ("jpeg-420", "webp", "avif-420") if r in rows] or [codecs[0].name]
     differences = {
         name: {
-            r: {m: difference(by_metric[m][name], by_metric[m][r], m, config.between) for m in metrics}
-            for r in references
+            r: {m: difference(own[name], own[r], m, config.between) for m, own in by_metric.items()} for r in references
         }
         for name in rows
     }
-    text = table(rows, differences, memory)
-    write_csv(config.output / "per_image.csv", every)
-    write_json(
-        config.output / "results.json",
-        {
-            "config": as_json(config),
-            "machine": describe_machine(torch.device(config.device)),
-            "versions": versions(),
-            "git": git_revision(),
-            "images": len(images),
-            "differences": differences,
-            "curves": {n: {m: mean_curve(by_metric[m][n], m) for m in metrics} for n in rows},
-        },
-    )
-    with atomic(config.output / "table.md") as out:
-        out.write(text.encode())
-    for metric in metrics:
-        plot(by_metric[metric], metric, config.published, config.output / f"{metric}.png")
-    gallery(codecs, images, rows, config).save(config.output / "gallery.png")
-    print(text)
+    write_csv(config.output / "per_image.csv", [row for own in rows.values() for row in own])
+    curves = {name: {m: mean_curve(own[name], m) for m, own in by_metric.items()} for name in rows}
+    record = {"images": len(images), "differences": differences, "curves": curves}
+    origin = provenance(config, torch.device(config.device))
+    write_report(config.output, origin, record, table(rows, differences, memory))
+    for metric, own in by_metric.items():
+        plot(own, metric, config.published, config.output / f"{metric}.png")
+    gallery(codecs, images, config.show).save(config.output / "gallery.png")
     print(f"{len(images)} images; figures and plots are in {config.output}")
 
 

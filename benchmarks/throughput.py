@@ -2,21 +2,19 @@
 
 python benchmarks/throughput.py --output DIR [--mixed-precision bf16] [--compile] [--compare EARLIER.json]
 
-The stages take turns, several rounds long, so that a slow moment of the machine does not fall on one of them alone; all
-of a kind do the same work on the same random images. Figures are medians. A line of each run is kept in
-DIR/history.jsonl, and --compare says what got slower than in an earlier run, and ends with exit code 2 if anything did.
+The stages take turns for several rounds, so that a slow moment of the machine does not fall on one of them alone; all
+of a kind do the same work on the same random images. Figures are medians. Each run adds a line to DIR/history.jsonl.
+--compare names the stages that became slower than in an earlier run, and then ends with exit code 2.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,27 +41,23 @@ from ldm_vae.models.discriminator import PatchDiscriminator
 from ldm_vae.models.interface import encode_moments, latent_channels_of, stride_of
 from ldm_vae.models.reconstruction import encode_mean
 from ldm_vae.models.unet import make_denoiser
-from ldm_vae.objectives import denoising
-from ldm_vae.objectives.autoencoding import Objective, State, TrainableVAE, train_step
+from ldm_vae.objectives.autoencoding import TrainableVAE, adamw
+from ldm_vae.objectives.denoising import DenoiserConfig, DenoiserState, denoiser_step
 from ldm_vae.objectives.perceptual import PerceptualLoss
+from ldm_vae.objectives.vae import VAEObjective, VAEState, vae_step
 from ldm_vae.pipeline import LatentDiffusionPipeline
-from ldm_vae.runs.config import as_json, parse_flags
-from ldm_vae.runs.run import git_revision, versions
+from ldm_vae.report import markdown_table, provenance
+from ldm_vae.runs.config import Range, check_ranges, parse_flags
 from ldm_vae.sampling import make_scheduler
-from ldm_vae.timing import describe_machine, peak_flops, peak_memory_of, seconds_of
+from ldm_vae.timing import peak_flops, peak_memory_of, seconds_of
 
 SAMPLES, SAMPLING_STEPS = 8, 10
 CACHED = 64
 PHOTOS = 16
-MEASURES = {
-    "channels_last": {"memory_format": torch.contiguous_format},
-    "fused AdamW": {"fused": False},
-    "foreach EMA": {"foreach": False},
-}
-"""What a training step has, and how it is left out."""
 COMPARED = ("models", "resolution", "batch_size", "side", "losses", "mixed_precision", "compile")
 MARGIN = 0.1
-"""A stage got slower when it is by so much, beyond the spreads of both runs."""
+"""A stage became slower when it takes this share longer, beyond the spreads of both runs."""
+BASELINES = ("AutoencoderKL-small", "AutoencoderTiny")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,38 +65,39 @@ class Config:
     """Flags of the throughput benchmark."""
 
     output: Path
-    models: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ("f8c4", "AutoencoderKL-small", "AutoencoderTiny")
-    """Presets of train_vae.py, and those two of diffusers'. What is not an autoencoder's is measured with the first."""
+    models: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ("f8c4", *BASELINES)
+    """Presets of train_vae.py, and diffusers' autoencoders. Stages other than an autoencoder's use the first."""
     resolution: int = 64
     """Side of the training crops."""
     batch_size: int = 16
     side: int = 256
     """Of the images that are encoded and decoded."""
     losses: Literal["l1-kl", "all"] = "l1-kl"
-    """all adds LPIPS (vgg, random weights: they cost the same) and the adversarial loss."""
+    """all adds LPIPS (vgg, with random weights, which cost the same) and the adversarial loss."""
     mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False
-    rounds: int = 6
-    seconds: float = 1.0
+    rounds: Annotated[int, Range(at_least=1)] = 6
+    seconds: Annotated[float, Range(above=0)] = 1.0
     """Per stage, in each round."""
     compare: Path | None = None
-    """What an earlier run wrote, on the same machine."""
+    """The record of an earlier run on the same machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One call of it makes so many images."""
+    """Each call handles so many images."""
 
     call: Callable[[], Any]
     images: int
     on_device: bool = True
-    """Whether its operations are counted: where it is the network's, not files'."""
+    """Whether the work is the network's, whose operations are counted, and not that of files."""
 
 
 # Autoencoders ---------------------------------------------------------------------------------------------------------
 
 
 def build(name: str) -> Any:
+    """An autoencoder with random weights."""
     torch.manual_seed(0)
     if name == "AutoencoderKL-small":
         return diffusers.AutoencoderKL(
@@ -113,64 +108,44 @@ def build(name: str) -> Any:
         )
     if name == "AutoencoderTiny":
         return diffusers.AutoencoderTiny()
-    if name == "AutoencoderKL-SD":
-        return diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-        )
     if name not in ARCHITECTURES:
-        raise ConfigError(
-            f"no model {name}: try {', '.join([*ARCHITECTURES, 'AutoencoderKL-small', 'AutoencoderTiny'])}"
-        )
+        raise ConfigError(f"no model {name}: try {', '.join([*ARCHITECTURES, *BASELINES])}")
     return PatchAutoencoderKL(**ARCHITECTURES[name])
 
 
-def training_state(
-    vae: Any,
-    objective: Objective,
-    accelerator: Accelerator,
-    *,
-    memory_format: torch.memory_format = torch.channels_last,
-    fused: bool = True,
-    foreach: bool = True,
-) -> State:
-    bare = TrainableVAE(vae, learned_logvar=False).to(accelerator.device).to(memory_format=memory_format)
-    trained = [p for p in bare.parameters() if p.requires_grad]
-    optimizers: dict[str, torch.optim.Optimizer] = {"vae": torch.optim.AdamW(trained, 1e-4, fused=fused)}
-    discriminator = lpips = None
-    if objective.adversarial != "none":
-        discriminator = PatchDiscriminator().to(accelerator.device, memory_format=memory_format)
-        optimizers["discriminator"] = torch.optim.AdamW(discriminator.parameters(), 1e-4, fused=fused)
-        discriminator = accelerator.prepare(discriminator)
-    if objective.perceptual != "none":
-        lpips = PerceptualLoss("vgg", pretrained=False).to(accelerator.device).to(memory_format=memory_format)
-    return State(
-        vae=accelerator.prepare(bare),
-        discriminator=discriminator,
-        lpips=lpips,
-        ema=EMAModel(vae.parameters(), foreach=foreach),
-        optimizers=optimizers,
-        adaptive_weight=torch.ones((), device=accelerator.device),
-        kl_weight=torch.tensor(objective.kl_weight, device=accelerator.device),
-        bare=bare,
-    )
-
-
-def compiled(vae: Any) -> Any:
+def compile_blocks(vae: Any) -> None:
     if isinstance(vae, PatchAutoencoderKL):
         vae.compile_repeated_blocks()
     else:
         vae.encoder.compile()
         vae.decoder.compile()
-    return vae
+
+
+def training_state(vae: Any, objective: VAEObjective, accelerator: Accelerator) -> VAEState:
+    bare = TrainableVAE(vae).to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizers: dict[str, torch.optim.Optimizer] = {"vae": adamw(bare, 1e-4)}
+    discriminator = lpips = None
+    if objective.adversarial != "none":
+        discriminator = PatchDiscriminator().to(accelerator.device, memory_format=torch.channels_last)
+        optimizers["discriminator"] = adamw(discriminator, 1e-4)
+        discriminator = accelerator.prepare(discriminator)
+    if objective.perceptual != "none":
+        lpips = PerceptualLoss("vgg", pretrained=False).to(accelerator.device).to(memory_format=torch.channels_last)
+    return VAEState(
+        network=accelerator.prepare(bare),
+        bare=bare,
+        ema=EMAModel(vae.parameters(), foreach=True),
+        optimizers=optimizers,
+        discriminator=discriminator,
+        lpips=lpips,
+        adaptive_weight=torch.ones((), device=accelerator.device),
+    )
 
 
 def autoencoder_stages(config: Config, accelerator: Accelerator) -> dict[str, Stage]:
-    """A training step, encoding and decoding of each model; of the first also steps without each of MEASURES."""
+    """A training step, encoding and decoding of each model."""
     everything = config.losses == "all"
-    objective = Objective(
+    objective = VAEObjective(
         perceptual="random" if everything else "none", adversarial="hinge" if everything else "none", disc_start=0
     )
     images = torch.rand(config.batch_size, 3, config.resolution, config.resolution) * 2 - 1
@@ -178,11 +153,11 @@ def autoencoder_stages(config: Config, accelerator: Accelerator) -> dict[str, St
     batch = Batch(images=images, positions=list(range(config.batch_size)), bad_images={})
     large = (torch.rand(1, 3, config.side, config.side) * 2 - 1).to(accelerator.device)
     large = large.to(memory_format=torch.channels_last)
-    rates = {"vae": 1e-4, "discriminator": 1e-4}
+    rates = {"vae": 1e-4, "discriminator": 1e-4} if everything else {"vae": 1e-4}
 
-    def step(state: State) -> None:
+    def step(state: VAEState) -> None:
         state.bare.train()
-        train_step(itertools.repeat(batch), state, objective, step=0, learning_rates=rates, accelerator=accelerator)
+        vae_step(itertools.repeat(batch), state, objective, step=0, learning_rates=rates, accelerator=accelerator)
 
     @torch.inference_mode()
     def encode(vae: Any) -> torch.Tensor:
@@ -196,18 +171,13 @@ def autoencoder_stages(config: Config, accelerator: Accelerator) -> dict[str, St
 
     stages: dict[str, Stage] = {}
     for name in config.models:
-        vae = compiled(build(name)) if config.compile else build(name)
+        vae = build(name)
+        if config.compile:
+            compile_blocks(vae)
         state = training_state(vae, objective, accelerator)
         stages[f"{name}: step"] = Stage(call=partial(step, state), images=config.batch_size)
         stages[f"{name}: encode"] = Stage(call=partial(encode, vae), images=1)
         stages[f"{name}: decode"] = Stage(call=partial(decode, vae, encode(vae)), images=1)
-    first = config.models[0]
-    for measure, without in MEASURES.items():
-        state = training_state(build(first), objective, accelerator, **without)  # type: ignore[arg-type]
-        stages[f"{first}: step without {measure}"] = Stage(call=partial(step, state), images=config.batch_size)
-    if not config.compile:
-        state = training_state(compiled(build(first)), objective, accelerator)
-        stages[f"{first}: step, compiled"] = Stage(call=partial(step, state), images=config.batch_size)
     return stages
 
 
@@ -221,31 +191,30 @@ def diffusion_stages(config: Config, accelerator: Accelerator) -> dict[str, Stag
     torch.manual_seed(0)
     unet = make_denoiser("tiny", latent_channels=channels, sample_size=(side, side), num_classes=2)
     unet = unet.to(accelerator.device, memory_format=torch.channels_last)
-    state = denoising.State(
+    state = DenoiserState(
         unet=accelerator.prepare(unet),
         bare=unet,
         vae=vae,
-        encoded=True,
         ema=EMAModel(unet.parameters(), foreach=True),
         optimizer=torch.optim.AdamW(unet.parameters(), 1e-4, fused=True),
     )
     shape = (config.batch_size, channels, side, side)
     batch = DiffusionBatch(
         inputs=torch.randn(config.batch_size, 2 * channels, side, side),
+        encoded=True,
         labels=torch.zeros(config.batch_size, dtype=torch.long),
         timesteps=torch.rand(config.batch_size) * 999,
         noise=torch.randn(shape),
         posterior_noise=torch.randn(shape),
         bad_images={},
     )
-    objective = denoising.Objective()
+    objective = DenoiserConfig()
     sampler = LatentDiffusionPipeline(vae, unet, make_scheduler(objective.prediction))
     sampler.set_progress_bar_config(disable=True)
 
     def step() -> None:
         unet.train()
-        batches = itertools.repeat(batch)
-        denoising.train_step(batches, state, objective, learning_rate=1e-4, accelerator=accelerator)
+        denoiser_step(itertools.repeat(batch), state, objective, learning_rate=1e-4, accelerator=accelerator)
 
     def sample() -> None:
         unet.eval()
@@ -258,8 +227,8 @@ def diffusion_stages(config: Config, accelerator: Accelerator) -> dict[str, Stag
     }
 
 
-def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[str, Stage]:
-    """The cache's encoding and writing, the codec there and back, and the loader alone."""
+def cache_stage(config: Config, accelerator: Accelerator, work: Path) -> Stage:
+    """Encoding images and writing their latents to a cache."""
     vae = build(config.models[0]).to(accelerator.device).eval()
     images = torch.rand(CACHED, 3, config.resolution, config.resolution, device=accelerator.device) * 2 - 1
 
@@ -269,15 +238,21 @@ def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[st
         moments, indices = torch.cat(parts).float().cpu()[:, None], list(range(CACHED))
         write_shard(work, 0, moments=as_stored(moments).numpy(), indices=indices, labels=indices, bad_images={})
 
+    return Stage(call=cache, images=CACHED)
+
+
+def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[str, Stage]:
+    """Caching latents, the codec in both directions, and the loader alone."""
     source = open_source("procedural:dead-leaves", resolution=config.side)
     photos = [source[i].pixels for i in range(PHOTOS)]
     for i, pixels in enumerate(photos):
         Image.fromarray(pixels).save(work / f"{i}.png")
-    coder = build("f8c8-codec").to(accelerator.device)
+    torch.manual_seed(0)
+    coder = PatchAutoencoderKL(**ARCHITECTURES["f8c32"] | {"latent_channels": 8}).to(accelerator.device)
     with torch.no_grad():
-        coder.encoder.conv_out.bias[latent_channels_of(coder) :] = -5.0  # as narrow as a trained posterior, about
+        coder.encoder.conv_out.bias[latent_channels_of(coder) :] = -5.0  # about as narrow as a trained posterior
     codec = LatentCodec(coder, fit_tables(coder, source, num_images=4, qualities=(1,)))
-    packed = codec.compress(photos[0])
+    compressed = codec.compress(photos[0])
     crops = CropDataset(open_source(str(work)), seed=0, resolution=config.resolution, cache_bytes=0)
 
     def batches() -> Iterator[Batch[torch.Tensor]]:
@@ -288,9 +263,9 @@ def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[st
 
     loaded = batches()
     return {
-        "caching": Stage(call=cache, images=CACHED),
+        "caching": cache_stage(config, accelerator, work),
         "codec: compress": Stage(call=partial(codec.compress, photos[0]), images=1),
-        "codec: decompress": Stage(call=partial(codec.decompress, packed), images=1),
+        "codec: decompress": Stage(call=partial(codec.decompress, compressed), images=1),
         "loader, in one process": Stage(call=lambda: next(loaded), images=config.batch_size, on_device=False),
     }
 
@@ -298,50 +273,41 @@ def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[st
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def measured(
+def measure(
     stages: dict[str, Stage], config: Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, dict[str, Any]], float]:
-    """images/s, spread, GFLOP of a call, share of the peak and MiB of each stage; and the best round's peak."""
+    """images/s, spread, GFLOP of a call, share of the peak and MiB of each stage; and the peak of the best round."""
     results: dict[str, dict[str, Any]] = {}
     for name, stage in stages.items():
         stage.call()
         with FlopCounterMode(display=False) as counter:
             stage.call()
+        memory = peak_memory_of(stage.call, device=device)
         results[name] = {"gflop": counter.get_total_flops() / 1e9 if stage.on_device else 0.0}
-        results[name]["peak_memory_mib"] = mebibytes(peak_memory_of(stage.call, device=device))
+        results[name]["peak_memory_mib"] = None if memory is None else memory / 2**20
     durations: dict[str, list[float]] = {name: [] for name in stages}
-    peaks = []
+    peak = 0.0
     for _ in range(config.rounds):
-        peaks.append(peak_flops(device, dtype, seconds=config.seconds / 2))
+        peak = max(peak, peak_flops(device, dtype, seconds=config.seconds / 2))
         for name, stage in stages.items():
             durations[name] += seconds_of(stage.call, device=device, seconds=config.seconds)
     for name, result in results.items():
-        seconds = statistics.median(durations[name])
-        result["images_per_second"] = stages[name].images / seconds
-        result["spread"] = spread(durations[name])
-        result["share_of_peak"] = result["gflop"] * 1e9 / seconds / max(peaks)
-    return results, max(peaks)
+        low, median, high = statistics.quantiles(durations[name], n=4)
+        result["images_per_second"] = stages[name].images / median
+        result["spread"] = (high - low) / 2 / median  # half the interquartile range, as a share of the median
+        result["share_of_peak"] = result["gflop"] * 1e9 / median / peak
+    return results, peak
 
 
-def mebibytes(size: int | None) -> float | None:
-    return None if size is None else size / 2**20
-
-
-def spread(durations: list[float]) -> float:
-    """Half the distance between the quartiles, as a share of the median."""
-    low, middle, high = statistics.quantiles(durations, n=4)
-    return (high - low) / 2 / middle
-
-
-def earlier_run(file: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """The results of an earlier run. Raises ConfigError for what is none, or does not compare."""
+def earlier_results(file: Path, origin: dict[str, Any]) -> dict[str, Any]:
+    """Results of an earlier run. Raises ConfigError for another file, machine or setting."""
     try:
-        then = json.loads(file.read_text())
-        results = then["results"]
+        earlier = json.loads(file.read_text())
+        results = earlier["results"]
         for result in results.values():
             float(result["images_per_second"]), float(result["spread"])
-        differing = [k for k in COMPARED if now["config"].get(k) != then["config"].get(k)]
-        differing += ["machine"] if now["machine"] != then["machine"] else []
+        differing = [k for k in COMPARED if origin["config"].get(k) != earlier["config"].get(k)]
+        differing += ["machine"] if origin["machine"] != earlier["machine"] else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--compare {file} is no record of this benchmark: {type(error).__name__}: {error}") from None
     if differing:
@@ -349,59 +315,51 @@ def earlier_run(file: Path, now: dict[str, Any]) -> dict[str, Any]:
     return dict(results)
 
 
-def slower(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
-    """What got slower, in words."""
-    found = []
-    for name, result in now.items():
-        before = then.get(name)
-        if before is None:
-            continue
-        times = before["images_per_second"] / result["images_per_second"]
-        if times > 1 + MARGIN + before["spread"] + result["spread"]:
-            found.append(f"{name} takes {times:.2f} times as long")
-    return found
+def slower(results: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
+    """The stages that became slower, in words."""
+    messages = []
+    for name in results.keys() & earlier.keys():
+        now, before = results[name], earlier[name]
+        ratio = before["images_per_second"] / now["images_per_second"]
+        if ratio > 1 + MARGIN + before["spread"] + now["spread"]:
+            messages.append(f"{name} takes {ratio:.2f} times as long")
+    return sorted(messages)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    lines = ["| stage | images/s | spread | share of peak | MiB |", "| --- | --- | --- | --- | --- |"]
+    rows = []
     for name, r in results.items():
-        share = f"{100 * r['share_of_peak']:.0f} %" if r["gflop"] else ""
-        memory = "" if r["peak_memory_mib"] is None else f"{r['peak_memory_mib']:.0f}"
-        lines.append(f"| {name} | {r['images_per_second']:.4g} | {100 * r['spread']:.0f} % | {share} | {memory} |")
-    return "\n".join(lines)
+        row = {"stage": name, "images/s": f"{r['images_per_second']:.4g}", "spread": f"{100 * r['spread']:.0f} %"}
+        row |= {"share of peak": f"{100 * r['share_of_peak']:.0f} %" if r["gflop"] else ""}
+        memory = r["peak_memory_mib"]
+        rows.append(row | {"MiB": "" if memory is None else f"{memory:.0f}"})
+    return markdown_table(rows)
 
 
 def main(config: Config) -> None:
+    check_ranges(config)
     check_writable(config.output)
-    if config.rounds < 1 or not 0 < config.seconds < math.inf:
-        raise ConfigError("--rounds must be at least 1, and --seconds more than 0")
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     device = accelerator.device
-    facts = {"config": as_json(config), "machine": describe_machine(device)}
-    earlier = None if config.compare is None else earlier_run(config.compare, facts)  # before it may be written over
+    origin = provenance(config, device)
+    earlier = {} if config.compare is None else earlier_results(config.compare, origin)  # it may be overwritten below
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     with tempfile.TemporaryDirectory() as work:
         stages = autoencoder_stages(config, accelerator) | diffusion_stages(config, accelerator)
         stages |= file_stages(config, accelerator, Path(work))
-        results, peak = measured(stages, config, device, dtype)
-    record = facts | {
-        "versions": versions(),
-        "git": git_revision(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "peak_gflops": peak / 1e9,
-        "results": results,
-    }
+        results, peak = measure(stages, config, device, dtype)
     kind = f"{device.type}-{config.mixed_precision}-{config.losses}{'-compile' if config.compile else ''}"
-    write_json(config.output / f"throughput-{kind}.json", record)
+    file = config.output / f"throughput-{kind}.json"
+    write_json(file, {**origin, "peak_gflops": peak / 1e9, "results": results})
     rates = {name: round(r["images_per_second"], 3) for name, r in results.items()}
     with open(config.output / "history.jsonl", "a") as history:
-        line = {k: record[k] for k in ("date", "git", "machine")} | {"kind": kind, "images_per_second": rates}
+        line = {key: origin[key] for key in ("date", "git", "machine")} | {"kind": kind, "images_per_second": rates}
         history.write(json.dumps(line) + "\n")
     print(table(results))
-    print(f"{record['machine']}; {peak / 1e9:.0f} GFLOP/s at best; in {config.output / f'throughput-{kind}.json'}")
-    found = [] if earlier is None else slower(results, earlier)
-    if found:
-        raise RunError(f"slower than in {config.compare}: {'; '.join(found)}")
+    print(f"{origin['machine']}; {peak / 1e9:.0f} GFLOP/s at best; in {file}")
+    regressions = slower(results, earlier)
+    if regressions:
+        raise RunError(f"slower than in {config.compare}: {'; '.join(regressions)}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""Train a small classifier on labelled images: the features and the judge of `benchmarks/generation.py`.
+"""Train a small classifier on labelled images, with whose features `benchmarks/generation.py` judges generated ones.
 
 python benchmarks/train_classifier.py --data PATH --val-data PATH --output DIR
 
-The images are decoded once, as centred squares, and kept in memory. The folder holds the classifier in diffusers'
-layout, with the names of its classes, and results.json with its accuracy on the validation images. One process.
+The images are decoded once, as centred squares, and kept in memory. The output holds the classifier in diffusers'
+layout with the names of its classes, and results.json with its accuracy on the validation images. One process.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,17 +23,16 @@ from ldm_vae.data.images import Pixels
 from ldm_vae.data.order import index_at, positions_of
 from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.data.squares import shuffled_squares
-from ldm_vae.errors import ConfigError, DataError, nothing_usable, one_line_errors
-from ldm_vae.files import check_writable, write_json
-from ldm_vae.metrics import bootstrap_interval
+from ldm_vae.errors import DataError, nothing_usable, one_line_errors
+from ldm_vae.files import check_writable
+from ldm_vae.metrics import mean_with_interval
 from ldm_vae.models.classifier import ImageClassifier
-from ldm_vae.runs.config import as_json, parse_flags
-from ldm_vae.runs.run import versions
-from ldm_vae.runs.schedule import learning_rate_at
-from ldm_vae.timing import describe_machine
+from ldm_vae.report import provenance, with_interval, write_report
+from ldm_vae.runs.config import Range, check_ranges, parse_flags
+from ldm_vae.runs.step import learning_rate_at
 
 SHIFT_SHARE = 32
-"""Training images are moved by up to one pixel for so many of their side."""
+"""Training images are shifted by up to one pixel for each 32 pixels of their side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,39 +44,38 @@ class Config:
     val_data: str
     """Images of the same classes that the accuracy is measured on."""
     output: Path
-    epochs: int = 7
-    batch_size: int = 128
-    learning_rate: float = 3e-3
-    """At its peak: a tenth of the steps is warm-up, a cosine to zero follows."""
+    epochs: Annotated[int, Range(at_least=1)] = 7
+    batch_size: Annotated[int, Range(at_least=1)] = 128
+    learning_rate: Annotated[float, Range(above=0)] = 3e-3
+    """Peak: a tenth of the steps is warm-up, a cosine to zero follows."""
     weight_decay: float = 0.05
     flip: bool = True
     """Mirror half of the training images."""
-    erase: float = 0.0
-    """Make a square of half the side, anywhere, mid-grey in that share of the training images (DeVries & Taylor 2017,
-    "Cutout")."""
-    widths: tuple[int, ...] = (32, 64, 128)
+    erase: Annotated[float, Range(at_least=0, at_most=1)] = 0.0
+    """Share of the training images in which a square of half the side, anywhere, becomes mid-grey (DeVries & Taylor
+    2017, "Cutout")."""
+    widths: Annotated[tuple[int, ...], Range(at_least=1)] = (32, 64, 128)
     """Channels of the stages."""
-    resolution: int = 32
+    resolution: Annotated[int, Range(at_least=16)] = 32
     """Side of the squares."""
-    channels: int = 3
-    num_images: int | None = None
+    channels: Annotated[int, Range(at_least=1)] = 3
+    num_images: Annotated[int | None, Range(at_least=1)] = None
     """Only so many of the training images, and of the validation images."""
     seed: int = 0
 
 
 def read_labelled(source: Source, classes: tuple[str, ...], config: Config) -> tuple[Pixels, Tensor, int]:
-    """Pixels uint8 (N, R, R, C), labels (N,) by their place in `classes`, and how many images were bad.
+    """Pixels uint8 (N, R, R, C), labels (N,) by their place in `classes`, and the number of bad images.
 
     Raises:
         DataError: nothing usable, or images without a class.
     """
     bad_images: dict[str, str] = {}
     limit = min(len(source), config.num_images or len(source))
-    squares = shuffled_squares(
-        source, resolution=config.resolution, seed=config.seed, limit=limit, bad_images=bad_images
-    )
     pixels, labels = [], []
-    for sample in squares:
+    for sample in shuffled_squares(
+        source, resolution=config.resolution, seed=config.seed, limit=limit, bad_images=bad_images
+    ):
         if sample.label is None:
             raise DataError(f"{sample.name} has no class: put each image into the folder of its class")
         pixels.append(sample.pixels)
@@ -89,29 +86,29 @@ def read_labelled(source: Source, classes: tuple[str, ...], config: Config) -> t
 
 
 def augment(images: Tensor, generator: torch.Generator, *, flip: bool, erase: float = 0.0) -> Tensor:
-    """Images (B, C, R, R), half of them mirrored, all moved by the same few pixels; the edges are continued.
+    """Images (B, C, R, R), half of them mirrored, all shifted by the same few pixels; the edges are replicated.
 
-    A share `erase` of them then has a square of R / 2, or what is inside of it, of mid-grey.
+    A share `erase` of them then has a mid-grey square of side R / 2, cut off at the edges.
     """
     if flip:
-        chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-        images = torch.where(chosen, images.flip(3), images)
+        mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(mirrored, images.flip(3), images)
     side = images.shape[-1]
     reach = side // SHIFT_SHARE
     padded = nn.functional.pad(images, (reach,) * 4, mode="replicate")
     down, right = torch.randint(0, 2 * reach + 1, (2,), generator=generator).tolist()
-    moved = padded[:, :, down : down + side, right : right + side]
+    shifted = padded[:, :, down : down + side, right : right + side]
     if erase == 0:
-        return moved
-    chosen = torch.rand(len(images), 1, 1, generator=generator) < erase
-    y, x = (side * torch.rand(2, len(images), 1, generator=generator)).unsqueeze(-1)  # the middles, (B, 1, 1)
+        return shifted
+    erased = torch.rand(len(images), 1, 1, generator=generator) < erase
+    y, x = (side * torch.rand(2, len(images), 1, generator=generator)).unsqueeze(-1)  # centres, (B, 1, 1)
     places = torch.arange(side)
     inside = ((places[:, None] - y).abs() < side / 4) & ((places[None, :] - x).abs() < side / 4)  # (B, R, R)
-    return torch.where((inside & chosen)[:, None], 0.0, moved)
+    return torch.where((inside & erased)[:, None], 0.0, shifted)
 
 
 def train(classifier: ImageClassifier, pixels: Pixels, labels: Tensor, config: Config, device: torch.device) -> None:
-    """AdamW on the cross-entropy; which images are in which step is a pure function of the seed."""
+    """AdamW on the cross-entropy; the images of each step are a pure function of the seed."""
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=config.weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
     steps_an_epoch = max(1, round(len(pixels) / config.batch_size))
@@ -120,10 +117,10 @@ def train(classifier: ImageClassifier, pixels: Pixels, labels: Tensor, config: C
     loss_sum, began = 0.0, time.perf_counter()
     for step in range(steps):
         positions = positions_of(step, batch_size=config.batch_size)
-        chosen = [index_at(p, size=len(pixels), seed=config.seed) for p in positions]
-        images = augment(to_images(pixels[chosen]), generator, flip=config.flip, erase=config.erase)  # (B, C, R, R)
+        indices = [index_at(p, size=len(pixels), seed=config.seed) for p in positions]
+        images = augment(to_images(pixels[indices]), generator, flip=config.flip, erase=config.erase)  # (B, C, R, R)
         images = images.to(device, memory_format=torch.channels_last)
-        loss = nn.functional.cross_entropy(classifier(images), labels[chosen].to(device))
+        loss = nn.functional.cross_entropy(classifier(images), labels[indices].to(device))
         rate = learning_rate_at(step, config.learning_rate, steps=steps, warmup_steps=steps // 10)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -139,7 +136,7 @@ def train(classifier: ImageClassifier, pixels: Pixels, labels: Tensor, config: C
 
 @torch.inference_mode()
 def recognised(classifier: ImageClassifier, pixels: Pixels, labels: Tensor, device: torch.device) -> np.ndarray:
-    """Whether each image is given its own class: (N,) of bool."""
+    """Whether the classifier gives each image its own class: (N,) of bool."""
     classifier.eval()
     parts = [to_images(pixels[i : i + 256]) for i in range(0, len(pixels), 256)]
     classes = [classifier(p.to(device, memory_format=torch.channels_last)).argmax(dim=1).cpu() for p in parts]
@@ -147,20 +144,7 @@ def recognised(classifier: ImageClassifier, pixels: Pixels, labels: Tensor, devi
 
 
 def open_both(config: Config) -> tuple[Source, Source]:
-    """Raises ConfigError or DataError for data that cannot be learned from."""
-    numbers = {"epochs": config.epochs, "batch-size": config.batch_size, "channels": config.channels}
-    numbers |= {"num-images": 1 if config.num_images is None else config.num_images}
-    for name, value in numbers.items():
-        if value < 1:
-            raise ConfigError(f"--{name} is {value}: it must be at least 1")
-    if not 0 <= config.erase <= 1:
-        raise ConfigError(f"--erase is {config.erase}: it must be between 0 and 1")
-    if len(config.widths) < 1 or min(config.widths) < 1:
-        raise ConfigError(f"--widths are {config.widths}: each stage needs at least 1 channel")
-    if not 0 < config.learning_rate < math.inf:
-        raise ConfigError(f"--learning-rate is {config.learning_rate}: it must be more than 0")
-    if config.resolution < 16:
-        raise ConfigError(f"--resolution is {config.resolution}: it must be at least 16")
+    """Training and validation images. Raises DataError for too few classes, or for others in the validation images."""
     source, val_source = (
         open_source(path, channels=config.channels, resolution=config.resolution)
         for path in (config.data, config.val_data)
@@ -176,6 +160,7 @@ def open_both(config: Config) -> tuple[Source, Source]:
 
 
 def main(config: Config) -> dict[str, Any]:
+    check_ranges(config)
     source, val_source = open_both(config)
     check_writable(config.output)
     device = Accelerator().device
@@ -190,18 +175,17 @@ def main(config: Config) -> dict[str, Any]:
         widths=config.widths,
         class_names=source.classes,
         resolution=config.resolution,
-    )
-    classifier = classifier.to(device, memory_format=torch.channels_last)
+    ).to(device, memory_format=torch.channels_last)
     began = time.perf_counter()
     train(classifier, pixels, labels, config, device)
     train_seconds = time.perf_counter() - began
     right = recognised(classifier, val_pixels, val_labels, device)
-    low, high = bootstrap_interval(right.astype(float))
-    names = dict(enumerate(source.classes))
-    of_class = {names[k]: float(right[val_labels.numpy() == k].mean()) for k in sorted(set(val_labels.tolist()))}
+    accuracy = mean_with_interval(right)
     results: dict[str, Any] = {
-        "accuracy": {"mean": float(right.mean()), "low": low, "high": high, "images": len(right)},
-        "accuracy_of_class": of_class,
+        "accuracy": accuracy,
+        "accuracy_of_class": {
+            source.classes[k]: float(right[val_labels.numpy() == k].mean()) for k in val_labels.unique().tolist()
+        },
         "training_images": len(pixels),
         "bad_images": num_bad + num_bad_val,
         "parameters": sum(p.numel() for p in classifier.parameters()),
@@ -209,11 +193,8 @@ def main(config: Config) -> dict[str, Any]:
         "train_seconds": train_seconds,
     }
     classifier.to(memory_format=torch.contiguous_format).save_pretrained(config.output)
-    record = {"config": as_json(config), "machine": describe_machine(device), "versions": versions()}
-    write_json(config.output / "results.json", record | {"results": results})
-    print(
-        f"accuracy {right.mean():.2%} [{low:.2%}, {high:.2%}] on {len(right)} images, {train_seconds:.0f} s of training"
-    )
+    write_report(config.output, provenance(config, device), {"results": results})
+    print(f"accuracy {with_interval(accuracy, '.2%')} on {len(right)} images, {train_seconds:.0f} s of training")
     return results
 
 

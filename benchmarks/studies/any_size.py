@@ -1,14 +1,13 @@
-"""Send images of 2,048 to 16,384 pixels a side through the real commands: how long, and in how much memory.
+"""Seconds and memory of the commands on images of 2,048 to 16,384 pixels a side.
 
 python benchmarks/studies/any_size.py --model RUN_OR_MODEL --output DIR
 
-The model needs a codec's tables. Each size is one procedural picture, repeated; each command is a process of its own,
-of which /proc says how much of its memory was resident at most.
+The model needs a codec's tables. An image of any size is one procedural tile, repeated; each command is a process of
+its own, whose peak resident memory is read from /proc.
 """
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,38 +16,37 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyvips
-import torch
 
 from ldm_vae.data.large import write_large
 from ldm_vae.data.procedural import ProceduralSource
-from ldm_vae.errors import ConfigError, RunError, one_line_errors
-from ldm_vae.files import atomic, check_writable, write_json
-from ldm_vae.runs.config import as_json, parse_flags
-from ldm_vae.runs.run import git_revision, versions
-from ldm_vae.timing import describe_machine, resident
+from ldm_vae.errors import RunError, one_line_errors
+from ldm_vae.files import atomic, check_writable
+from ldm_vae.report import markdown_table, provenance, write_report
+from ldm_vae.runs.config import Range, check_ranges, parse_flags
+from ldm_vae.timing import ROOT, last_line, resident
 
-ROOT = Path(__file__).parent.parent.parent
+Row = dict[str, dict[str, float]]
 TILE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the measurement of sizes."""
+    """Flags of the study of image sizes."""
 
     model: str
     output: Path
-    sides: tuple[int, ...] = (2048, 4096, 8192, 16384)
+    sides: Annotated[tuple[int, ...], Range(at_least=1)] = (2048, 4096, 8192, 16384)
     """In pixels."""
 
 
-def write_picture(file: Path, side: int, *, transparent: bool = False) -> None:
-    """A picture of side x side pixels as PNG: dead leaves, turned and mirrored from tile to tile.
+def write_image(file: Path, side: int, *, transparent: bool = False) -> None:
+    """A PNG of side x side pixels: dead leaves, rotated and mirrored from tile to tile.
 
-    Where it is to be transparent, the darker leaves are cut out.
+    With transparency, the darker leaves are cut out.
     """
     tile = ProceduralSource("dead-leaves", seed=0, size=TILE, channels=3)[0].pixels
     if transparent:
@@ -65,80 +63,67 @@ def write_picture(file: Path, side: int, *, transparent: bool = False) -> None:
         write_large(out, rows(), (side, side, tile.shape[2]), folder=file.parent)
 
 
-def write_progressive(picture: Path, file: Path) -> None:
-    """The kind of JPEG that decoders hold as a whole."""
-    pyvips.Image.new_from_file(str(picture), access="sequential").jpegsave(str(file), Q=90, interlace=True)
+def write_progressive(image: Path, file: Path) -> None:
+    """A progressive JPEG, which decoders hold in memory as a whole."""
+    pyvips.Image.new_from_file(str(image), access="sequential").jpegsave(str(file), Q=90, interlace=True)
 
 
-def measured(words: list[str]) -> dict[str, float]:
-    """Seconds of a command, and the peak of its resident memory in MiB. Raises RunError."""
+def measure(words: list[str]) -> dict[str, float]:
+    """Seconds of a Python command, and its peak resident memory in MiB. Raises RunError."""
     began, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said)
-        while process.poll() is None:  # what the system says of it in the end is at least what this process has held
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr)
+        while process.poll() is None:  # the peak that wait4 reports would include this process before its fork
             with suppress(OSError):
                 peak = max(peak, resident("VmHWM", process.pid))
             time.sleep(0.02)
         seconds = time.perf_counter() - began
-        said.seek(0)
-        lines = said.read().decode(errors="replace").strip().splitlines()
-    if process.returncode:
-        raise RunError(f"{' '.join(words)}: {(lines or ['no reason given'])[-1]}")
+        stderr.seek(0)
+        if process.returncode:
+            raise RunError(f"{' '.join(words)}: {last_line(stderr.read().decode(errors='replace'))}")
     return {"seconds": seconds, "resident_mib": peak / 2**20}
 
 
-def table(results: dict[str, Any], sides: tuple[int, ...]) -> str:
-    lines = ["| side | pixels | " + " | ".join(f"{n}, s | MiB" for n in results[str(sides[0])]) + " |"]
-    lines.append("|" + " --- |" * (2 + 2 * len(results[str(sides[0])])))
-    for side in sides:
-        cells = [f"{r['seconds']:.1f} | {r['resident_mib']:.0f}" for r in results[str(side)].values()]
-        lines.append(f"| {side} | {side**2 / 1e6:.1f} M | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def measure_side(side: int, work: Path, model: str) -> Row:
+    """Every command on an image of this size, in an empty folder."""
+    (work / "in").mkdir()
+    image, compressed = work / "in" / "image.png", str(work / "image.ldi")
+    options = ["--model", model, "--workers", "1", "--overwrite"]
+    compress = ["-m", "ldm_vae.cli", "compress", str(image), compressed, *options]
+    decompress = ["-m", "ldm_vae.cli", "decompress", compressed, str(work / "back.png"), *options]
+    reconstruct = ["pipelines/reconstruct.py", "--vae", model, "--input", str(work / "in"), "--output"]
+    write_image(image, side)
+    row = {"compress": measure(compress), "decompress": measure(decompress)}
+    row["reconstruct"] = measure([*reconstruct, str(work / "reconstructed")])
+    write_progressive(image, image.with_suffix(".jpg"))
+    image.unlink()
+    row["reconstruct, from a progressive JPEG"] = measure([*reconstruct, str(work / "from-jpeg")])
+    write_image(image, side, transparent=True)
+    row["compress, with transparency"] = measure(compress)
+    return row | {"decompress, with transparency": measure(decompress)}
+
+
+def table(results: dict[str, Row]) -> str:
+    rows = []
+    for side, row in results.items():
+        cells = {"side": side, "pixels": f"{int(side) ** 2 / 1e6:.1f} M"}
+        for name, figures in row.items():
+            cells |= {f"{name}, s": f"{figures['seconds']:.1f}", f"{name}, MiB": f"{figures['resident_mib']:.0f}"}
+        rows.append(cells)
+    return markdown_table(rows)
 
 
 def main(config: Config) -> None:
+    check_ranges(config)
     check_writable(config.output)
-    if min(config.sides, default=0) < 1:
-        raise ConfigError("--sides must be at least 1")
-    results: dict[str, Any] = {}
+    results: dict[str, Row] = {}
     for side in config.sides:
-        work = Path(tempfile.mkdtemp(dir=config.output))
-        (work / "in").mkdir()
-        picture, packed = work / "in" / "picture.png", work / "picture.ldi"
-        write_picture(picture, side)
-        one = ["-m", "ldm_vae.cli"]
-        model = ["--model", config.model, "--workers", "1"]
-        again = ["--vae", config.model, "--input", str(work / "in"), "--output", str(work / "again")]
-        try:
-            results[str(side)] = {
-                "compress": measured([*one, "compress", str(picture), str(packed), *model]),
-                "decompress": measured([*one, "decompress", str(packed), str(work / "back.png"), *model]),
-                "reconstruct": measured(["pipelines/reconstruct.py", *again]),
-            }
-            write_progressive(picture, picture.with_suffix(".jpg"))
-            picture.unlink()
-            shutil.rmtree(work / "again")
-            results[str(side)]["reconstruct, from a progressive JPEG"] = measured(["pipelines/reconstruct.py", *again])
-            write_picture(picture, side, transparent=True)
-            there = [*one, "compress", str(picture), str(packed), "--overwrite", *model]
-            back = [*one, "decompress", str(packed), str(work / "back.png"), "--overwrite", *model]
-            results[str(side)] |= {f"{words[2]}, with transparency": measured(words) for words in (there, back)}
-        finally:
-            shutil.rmtree(work)
+        with tempfile.TemporaryDirectory(dir=config.output) as work:
+            results[str(side)] = measure_side(side, Path(work), config.model)
         print(side, results[str(side)], flush=True)
-    record = {
-        "config": as_json(config),
-        "machine": describe_machine(torch.device("cpu")),
-        "versions": versions(),
-        "git": git_revision(),
-        "results": results,
-    }
-    write_json(config.output / "results.json", record)
-    with atomic(config.output / "table.md") as out:
-        out.write(table(results, config.sides).encode())
-    print(table(results, config.sides))
+    write_report(config.output, provenance(config), {"results": results}, table(results))
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(parse_flags(Config, description="Images of many sizes through the commands: seconds and memory."))
+        main(parse_flags(Config, description="Seconds and memory of the commands on images of many sizes."))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import class_conditional
+from benchmarks.studies import class_conditional
 from benchmarks.studies.class_conditional import FASHION, PRESETS, halves, judge, main, write_fashion_mnist
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, DataError, RunError
@@ -82,7 +82,7 @@ def test_everything_is_trained_sampled_and_judged_and_a_second_time_nothing_is_l
         ran.append(Path(name).stem)
         return 1.0
 
-    monkeypatch.setattr(class_conditional, "script", in_this_process)
+    monkeypatch.setattr(class_conditional, "seconds_of_script", in_this_process)
     config = replace(SMALL, data=fashion, output=tmp_path / "run")
     main(config)
     assert ran == "train_vae cache_latents train_diffusion train_classifier reconstruct".split() + ["generate"] * 3 + [
@@ -139,7 +139,9 @@ def test_the_default_scheduler_is_not_judged_twice(
     fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(class_conditional, "script", lambda name, *words: float(ran.append((name, *words)) or 1.0))
+    monkeypatch.setattr(
+        class_conditional, "seconds_of_script", lambda name, *words: float(ran.append((name, *words)) or 1.0)
+    )
     config = replace(SMALL, data=fashion, output=tmp_path, scheduler="dpmsolver++", compared_steps=(2, 3))
     judge(config, "train.zip", write_fashion_mnist(config, "t10k"))
     assert [name for name, *_ in ran].count("pipelines/generate.py") == 3
@@ -149,4 +151,6 @@ def test_the_default_scheduler_is_not_judged_twice(
 
 def test_what_a_script_says_is_passed_on(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"cache_latents\.py: no such model: nothing"):
-        class_conditional.script("training/cache_latents.py", "--vae", "nothing", "--data", ".", "--output", tmp_path)
+        class_conditional.seconds_of_script(
+            "training/cache_latents.py", "--vae", "nothing", "--data", ".", "--output", tmp_path
+        )

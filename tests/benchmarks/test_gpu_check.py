@@ -54,7 +54,7 @@ def test_it_runs_what_there_is_reads_what_came_of_it_and_goes_on_where_it_was_cu
             (config.output / "guidance 2, 20 steps" / "contact_sheet.png").write_bytes(b"sheet")
         (config.output / "results.json").write_text(json.dumps(record))
 
-    monkeypatch.setattr(gpu_check, "script", stand_in)
+    monkeypatch.setattr(gpu_check, "seconds_of_script", stand_in)
     monkeypatch.setattr(gpu_check, "correctness", lambda device: {"largest": 0.0})
     monkeypatch.setattr(gpu_check, "peak_flops", lambda *_, **__: 1.0)
     data = {"photos": "a", "val_photos": "b", "fashion_mnist": "c", "flowers64": "d"}

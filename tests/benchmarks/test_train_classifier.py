@@ -108,7 +108,7 @@ def test_a_square_of_half_the_side_is_erased_in_a_share_of_the_images() -> None:
         (["--epochs", "0"], "--epochs is 0"),
         (["--resolution", "8"], "at least 16"),
         (["--erase", "2"], "--erase is 2"),
-        (["--widths", "0"], "at least 1 channel"),
+        (["--widths", "0"], "--widths is (0,): it must be at least 1"),
         (["--learning-rate", "nan"], "--learning-rate is nan"),
         (["--output", "{tmp}/bad/a/x.png/out"], "cannot write to"),
         (["--nonsense"], "nonsense"),

@@ -86,7 +86,7 @@ def test_denoisers_see_the_same_noise_and_their_figures_are_right(
     for told in (None, 25.0):
         values = []
         for i in good:
-            damaged = Corruption("gaussian", 25, 25)(source[i].pixels, generator_at(0, i, Stream.CORRUPTION))[0]
+            damaged = Corruption("gaussian", 25, 25)(source[i].pixels, generator_at(0, i, Stream.CORRUPTION)).input
             with torch.inference_mode():
                 made = to_pixels(denoise(vae, to_images(damaged)[None], sigma=told))[0]
             values.append(peak_signal_noise_ratio(source[i].pixels, made, data_range=255))
@@ -102,24 +102,17 @@ def test_photos_of_16_bits_are_denoised_as_those_of_8(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", pixels.astype(np.uint16) * 257, photometric="rgb")
     source = open_source(str(tmp_path))
     assert source[0].pixels.dtype == np.uint16
-    assert np.array_equal(denoising.eight_bits(source, 0), pixels)
+    assert np.array_equal(denoising.read_usable(source)[0], pixels)
     for count in (0, -1):
         with pytest.raises(ConfigError, match="num-images"):
             denoising.main(denoising.Config(vae="", data="", tune_on="", output=tmp_path, num_images=count))
-
-
-def test_a_map_of_vectors_that_are_not_made_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--map-of 3 is none of --lengths"):
-        embeddings.main(embeddings.Config(data=tmp_path, output=tmp_path, lengths=(2,), map_of=3))
 
 
 def test_embeddings_are_compared_at_equal_length(
     fashion: Path, tmp_path: Path, in_process: Callable[..., float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embeddings, "seconds_of_script", in_process)
-    config = embeddings.Config(
-        data=fashion, output=tmp_path, lengths=(2, 5), steps=1, batch_size=8, map_of=5, map_size=50
-    )
+    config = embeddings.Config(data=fashion, output=tmp_path, lengths=(2, 5), steps=1, batch_size=8)
     embeddings.main(config)
     rows = {(r["length"], r["method"]): r for r in json.loads((tmp_path / "results.json").read_text())["results"]}
     assert rows.keys() == {(n, m) for n in (2, 5) for m in ("ours", "PCA", "random projection")}
@@ -142,7 +135,6 @@ def test_embeddings_are_compared_at_equal_length(
             made = vae.decode(vae.encode(to_images(test)).latent_dist.mode()).sample.add(1).div(2).clamp(0, 1)
         error = np.square(made.flatten(1).numpy() - y).mean()
         assert rows[length, "ours"]["squared_error"] == pytest.approx(error, rel=1e-3)
-    assert Image.open(tmp_path / "map.png").size == (1600, 1600)
     assert labels.max() == 9
     with pytest.raises(DataError, match="idx"):
         embeddings.main(embeddings.Config(data=tmp_path / "no", output=tmp_path))
