@@ -146,7 +146,7 @@ def score(command: Score) -> None:
     from tqdm import tqdm
 
     from ldm_vae.analysis.anomaly import FOLDER, AnomalyDetector, images_of
-    from ldm_vae.commands.folders import distinct, files_of, stays_inside
+    from ldm_vae.commands.folders import numbered, result_names, stays_inside
     from ldm_vae.data.sources import check_finite, check_outside, open_source
     from ldm_vae.grids import heat_map
     from ldm_vae.models.interface import channels_of
@@ -164,8 +164,8 @@ def score(command: Score) -> None:
     check_finite(source, command.data, None)
     check_outside(command.output, command.data, flag="--data")
     check_writable(command.output)
-    names = distinct(source.name(i) for i in range(len(source)))
-    files = {index: file for file, index in files_of(names).items()}
+    names = numbered(source.name(i) for i in range(len(source)))
+    files = result_names(names, ".png")
     rows, bad = [], {}
     for index, (_, images) in enumerate(tqdm(images_of(source, vae), total=len(source), unit="image")):
         name = names[index]

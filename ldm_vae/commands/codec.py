@@ -1,33 +1,28 @@
-"""`ldm-vae compress | decompress | info | fit-codec`."""
+"""`ldm-vae compress | decompress | info`: one file, a folder of files, or standard input."""
 
 from __future__ import annotations
 
 import os
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from multiprocessing import get_context
+from functools import cache
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
-from tqdm import tqdm
 from tyro.conf import Positional
 
 from ldm_vae.codec import bitstream
-from ldm_vae.codec.bitstream import Limits
-from ldm_vae.errors import CompressedFileError, ConfigError, DataError, LdmVaeError
+from ldm_vae.codec.bitstream import EXTENSION, MODEL_VARIABLE, Limits
+from ldm_vae.commands.folders import result_names, run_jobs, totals
+from ldm_vae.data.image_files import files_below, is_image
+from ldm_vae.errors import CompressedFileError, ConfigError, DataError
 from ldm_vae.files import atomic, check_writable
-from ldm_vae.hub import is_hub_id
+from ldm_vae.runs.config import Range, check_ranges
 
-EXTENSION = ".ldi"
-MODEL_VARIABLE = "LDM_VAE_MODEL"
 STREAM = "-"
-Command = TypeVar("Command", "Compress", "Decompress")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +34,12 @@ class Transfer:
     model: str = os.environ.get(MODEL_VARIABLE, "")
     """Run directory, model folder or hub id with fitted tables; $LDM_VAE_MODEL unless given."""
     device: str = "cpu"
-    workers: int = 0
+    workers: Annotated[int, Range(at_least=0)] = 0
     """Processes for a folder's files, or for the tiles of one large image; 0: one a core."""
     overwrite: bool = False
     """Replace files that are there; without it, a folder's are skipped, and a single one is an error."""
-    max_pixels: int = Limits().max_pixels
-    max_side: int = Limits().max_side
+    max_pixels: Annotated[int, Range(at_least=1)] = Limits().max_pixels
+    max_side: Annotated[int, Range(at_least=1)] = Limits().max_side
 
     def limits(self) -> Limits:
         return Limits(max_pixels=self.max_pixels, max_side=self.max_side)
@@ -83,24 +78,6 @@ class Info:
     file: Positional[str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class FitCodec:
-    """Measure a VAE's posterior over images, fit the codec's tables, and write them beside the VAE (codec/)."""
-
-    vae: str
-    """Run directory, model folder or hub id."""
-    data: str
-    """Image folder, .zip, tar shards, Hugging Face dataset, or procedural:NAME."""
-    output: Path | None = None
-    """Folder for a copy of the VAE with its tables; beside --vae unless given."""
-    num_images: int = 400
-    qualities: tuple[float, ...] | None = None
-    """At which tables are fitted; 0.5 to 4 unless given."""
-    overwrite: bool = False
-    """Replace tables that are there: files that were written with them cannot be read any more."""
-    device: str = "cpu"
-
-
 # One file ------------------------------------------------------------------------------------------------------------
 
 
@@ -130,170 +107,104 @@ def write(name: str, data: bytes) -> None:
         out.write(data)
 
 
-def compress_file(command: Compress) -> str | None:
-    """The message for a warning, if any."""
-    from ldm_vae.codec.picture import read_picture
-    from ldm_vae.codec.search import compress_to
-    from ldm_vae.models.interface import channels_of
-
-    codec = load_codec(command.model, command.device, command.workers)
-    channels = channels_of(codec.vae)
-    scratch = scratch_of(command.output) if codec.exact else None
-    source = read(STREAM) if command.input == STREAM else Path(command.input)
-    given = read_picture(source, channels=channels, max_pixels=command.max_pixels, scratch=scratch)
-    command.limits().check(given.pixels.shape[1], given.pixels.shape[0])
-    if command.target_bpp is None and command.target_psnr is None:
-        data = codec.compress(given, quality=command.quality, strip=command.strip, limits=command.limits())
-    else:
-        targets = {"target_bpp": command.target_bpp, "target_psnr": command.target_psnr}
-        data = compress_to(codec, given, **targets, strip=command.strip, scratch=scratch)
-    write(command.output, data)
-    return None
-
-
 def scratch_of(name: str) -> Path:
     """A folder for images that are not to lie in memory as a whole: where the output goes."""
     return Path(tempfile.gettempdir()) if name == STREAM else Path(name).parent
 
 
-def write_parts(name: str, found: Any, parts: Iterator[Any]) -> None:
-    """A PNG of which the pixels come in parts."""
-    import numpy as np
+def compress_file(command: Compress) -> None:
+    from ldm_vae.codec.picture import read_picture
+    from ldm_vae.codec.search import compress_to
 
-    from ldm_vae.data.large import write_large
-
-    def with_alpha() -> Iterator[Any]:
-        row = 0
-        for part in parts:
-            below = row + len(part)
-            yield part if found.alpha is None else np.concatenate([part, found.alpha[row:below, :, None]], axis=2)
-            row = below
-
-    shape = (*found.pixels.shape[:2], found.pixels.shape[2] + (found.alpha is not None))
-    with nullcontext(sys.stdout.buffer) if name == STREAM else atomic(Path(name)) as out:
-        write_large(out, with_alpha(), shape, folder=scratch_of(name), icc=found.icc, exif=found.exif)
+    codec = load_codec(command.model, command.device, command.workers)
+    scratch = scratch_of(command.output) if codec.network.finite else None
+    file = read(STREAM) if command.input == STREAM else Path(command.input)
+    picture = read_picture(file, channels=codec.network.channels, max_pixels=command.max_pixels, scratch=scratch)
+    command.limits().check(picture.pixels.shape[1], picture.pixels.shape[0])
+    if command.target_bpp is None and command.target_psnr is None:
+        data = codec.compress(picture, quality=command.quality, strip=command.strip, limits=command.limits())
+    else:
+        data = compress_to(
+            codec,
+            picture,
+            target_bpp=command.target_bpp,
+            target_psnr=command.target_psnr,
+            strip=command.strip,
+            scratch=scratch,
+        )
+    write(command.output, data)
 
 
 def decompress_file(command: Decompress) -> str | None:
-    from ldm_vae.codec.codec import filled
-    from ldm_vae.codec.picture import check_extension, encode_picture
+    """What is damaged, if anything."""
+    from ldm_vae.codec.picture import check_extension, encode_picture, fill
     from ldm_vae.data.large import LARGE
 
     extension = command.extension if command.output == STREAM else Path(command.output).suffix.lower()
     check_extension(extension)
     codec = load_codec(command.model, command.device, command.workers)
     damage: list[str] | None = [] if command.salvage else None
-    data = read(command.input)
-    parts = codec.parts(data, region=command.region, limits=command.limits(), damage=damage)
-    found = next(parts)
-    if extension == ".png" and found.pixels[:, :, 0].size > LARGE and found.pixels.shape[2] in (1, 3):
-        write_parts(command.output, found, parts)
+    picture, bands = codec.decompress_bands(
+        read(command.input), region=command.region, limits=command.limits(), damage=damage
+    )
+    if extension == ".png" and picture.pixels[:, :, 0].size > LARGE and picture.pixels.shape[2] in (1, 3):
+        write_bands(command.output, picture, bands)
     else:
-        write(command.output, encode_picture(filled(found, parts), extension))
+        write(command.output, encode_picture(fill(picture, bands), extension))
     return "; ".join(damage) if damage else None
+
+
+def write_bands(name: str, picture: Any, bands: Iterator[Any]) -> None:
+    """A PNG of a picture whose pixels come in bands."""
+    from ldm_vae.codec.picture import with_alpha
+    from ldm_vae.data.large import write_large
+
+    shape = (*picture.pixels.shape[:2], picture.pixels.shape[2] + (picture.alpha is not None))
+    with nullcontext(sys.stdout.buffer) if name == STREAM else atomic(Path(name)) as out:
+        parts = with_alpha(bands, picture.alpha)
+        write_large(out, parts, shape, folder=scratch_of(name), icc=picture.icc, exif=picture.exif)
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
 
 
-def in_worker(act: Callable[[Any], str | None], command: Any) -> str | None:
-    """One file in a process of its own: errors come back as themselves, and torch keeps to one thread."""
-    import torch
-
-    torch.set_num_threads(1)
-    return act(command)
-
-
-def transfer_folder(act: Callable[[Any], str | None], command: Command, pairs: Sequence[tuple[Path, Path]]) -> None:
-    """Every pair of files on all workers, with progress. Raises DataError at the end when some could not be done."""
-    load_codec(command.model, command.device, 1)  # what is wrong with it is said once
-    jobs = []
-    for source, target in pairs:
-        if command.overwrite or not target.exists():
-            check_writable(target.parent)
-            jobs.append(replace(command, input=str(source), output=str(target), workers=1))
-    failed = 0
-    workers = min(command.workers or os.cpu_count() or 1, len(jobs))
-    with tqdm(total=len(jobs), unit="file") as bar:
-        for job, outcome in outcomes(act, jobs, workers):
-            bar.update()
-            if outcome is not None:
-                failed += 1
-                tqdm.write(f"{job.input}: {outcome}", file=sys.stderr)
-    skipped = f", {len(pairs) - len(jobs)} were there" if len(jobs) < len(pairs) else ""
-    print(f"{len(jobs) - failed} of {len(jobs)} files done{skipped}; they are in {command.output}", file=sys.stderr)
-    if failed:
-        raise DataError(f"{failed} of {len(jobs)} files could not be done, or not whole: see above")
-
-
-def outcomes(
-    act: Callable[[Any], str | None], jobs: Sequence[Command], workers: int
-) -> Iterator[tuple[Command, str | None]]:
-    """Each job with what went wrong, None for nothing, as they are done."""
-    if workers <= 1:
-        for job in jobs:
-            yield job, said_by(partial(act, job))
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        futures: dict[Future[str | None], Command] = {pool.submit(in_worker, act, job): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], said_by(future.result)
-    finally:
-        pool.shutdown(cancel_futures=True)  # what has not begun when somebody stops it does not begin
-
-
-def said_by(call: Callable[[], str | None]) -> str | None:
-    """What went wrong with one file, whatever it was: the others go on."""
-    try:
-        return call()
-    except (LdmVaeError, ValueError, OSError) as error:
-        return " ".join(str(error).split())
-    except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def pairs_of(source: Path, target: Path, *, inputs: Callable[[str], bool], extension: str) -> list[tuple[Path, Path]]:
-    """Every file below a folder with its counterpart below another, hidden files and folders left out.
-
-    Two that differ in their extension alone keep it: a.jpg.ldi beside a.png.ldi.
+def transfer_folder(
+    act: Callable[[Any], str | None], command: Transfer, *, inputs: Callable[[str], bool], extension: str
+) -> None:
+    """Every file below the input folder, to a file of the same name below the output.
 
     Raises:
-        DataError: no files, or two that would become one.
+        DataError: no files; and at the end, when some could not be done.
         ConfigError: an output within the input.
     """
-    from ldm_vae.data.file_sources import files_below
-
+    source, target = Path(command.input), Path(command.output)
     if target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"the output {target} is inside the input {source}: choose another one")
-    found = (source / name for name in files_below(source, lambda n: inputs(PurePath(n).suffix.lower())))
-    files = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
-    if not files:
+    names = sorted(name for name in files_below(source, inputs) if (source / name).is_file())
+    if not names:
         raise DataError(f"{source} has no such files")
-    short = [p.relative_to(source).with_suffix(extension) for p in files]
-    times = Counter(short)
-    names = [
-        s if times[s] == 1 else p.relative_to(source).with_name(p.name + extension)
-        for p, s in zip(files, short, strict=True)
-    ]
-    twice = [str(n) for n, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"two files of {source} would both become {twice[0]}: rename one of them")
-    return [(p, target / n) for p, n in zip(files, names, strict=True)]
+    load_codec(command.model, command.device, 1)  # what is wrong with it is said once
+    jobs = {}
+    for name, result in zip(names, result_names(names, extension), strict=True):
+        if command.overwrite or not (target / result).exists():
+            check_writable((target / result).parent)
+            jobs[name] = replace(command, input=str(source / name), output=str(target / result), workers=1)
+    workers = min(command.workers or os.cpu_count() or 1, len(jobs))
+    failures = run_jobs(act, jobs, workers=workers)
+    print(totals(len(jobs), failures, target, skipped=len(names) - len(jobs)), file=sys.stderr)
+    if failures:
+        raise DataError(f"{len(failures)} of {len(jobs)} files could not be done, or not whole: see above")
 
 
 def transfer(
-    act: Callable[[Any], str | None], command: Command, *, inputs: Callable[[str], bool], extension: str
+    act: Callable[[Any], str | None], command: Transfer, *, inputs: Callable[[str], bool], extension: str
 ) -> None:
-    if command.workers < 0:
-        raise ConfigError(f"--workers is {command.workers}: it must not be negative")
-    if min(command.max_pixels, command.max_side) < 1:
-        raise ConfigError("--max-pixels and --max-side must be at least 1")
+    """A folder by `transfer_folder`; a file, or standard input, by act(command), which may return a warning."""
+    check_ranges(command)
     if command.input != STREAM and Path(command.input).is_dir():
         if command.output == STREAM:
             raise ConfigError("a folder cannot go to standard output")
-        pairs = pairs_of(Path(command.input), Path(command.output), inputs=inputs, extension=extension)
-        return transfer_folder(act, command, pairs)
+        return transfer_folder(act, command, inputs=inputs, extension=extension)
     if command.output != STREAM:
         target = Path(command.output)
         if target.is_dir():
@@ -311,20 +222,23 @@ def transfer(
 # Commands ------------------------------------------------------------------------------------------------------------
 
 
-def compress(command: Compress) -> None:
-    from ldm_vae.data.image_files import EXTENSIONS
+def is_compressed(name: str) -> bool:
+    """By its extension; hidden files are not."""
+    path = PurePath(name)
+    return path.suffix.lower() == EXTENSION and not path.name.startswith(".")
 
-    given = [command.target_bpp is not None, command.target_psnr is not None, command.quality != 1.0]
-    if sum(given) > 1:
+
+def compress(command: Compress) -> None:
+    if sum([command.target_bpp is not None, command.target_psnr is not None, command.quality != 1.0]) > 1:
         raise ConfigError("give one of --quality, --target-bpp and --target-psnr")
-    transfer(compress_file, command, inputs=lambda e: e in EXTENSIONS, extension=EXTENSION)
+    transfer(compress_file, command, inputs=is_image, extension=EXTENSION)
 
 
 def decompress(command: Decompress) -> None:
     from ldm_vae.codec.picture import check_extension
 
     check_extension(command.extension)
-    transfer(decompress_file, command, inputs=lambda e: e == EXTENSION, extension=command.extension)
+    transfer(decompress_file, command, inputs=is_compressed, extension=command.extension)
 
 
 def info(command: Info) -> None:
@@ -334,7 +248,7 @@ def info(command: Info) -> None:
         try:
             contents.read(part)
         except CompressedFileError as error:
-            raise type(error)(f"{part.name}: {error}") from None
+            bitstream.report(error, part.name, None)
     header = contents.header
     facts = {
         "size": f"{header.width} x {header.height} pixels, {header.colours} channels of {header.depth} bits",
@@ -348,37 +262,3 @@ def info(command: Info) -> None:
     }
     for name, fact in facts.items():
         print(f"{name:15} {fact}")
-
-
-def fit_codec(command: FitCodec) -> None:
-    from ldm_vae.codec.fit_tables import QUALITIES, fit_tables
-    from ldm_vae.data.sources import check_finite, open_source
-    from ldm_vae.files import staged_directory
-    from ldm_vae.models.interface import channels_of
-    from ldm_vae.models.loading import check_device, load_autoencoder
-
-    if command.num_images < 1:
-        raise ConfigError(f"--num-images is {command.num_images}: it must be at least 1")
-    if command.output is None and is_hub_id(command.vae) and not Path(command.vae).is_dir():
-        raise ConfigError(f"{command.vae} is on the hub: add --output, a folder for a copy of it with its tables")
-    target = command.output or Path(command.vae)
-    for folder in (target / "codec", *([target / "vae"] if command.output is not None else [])):
-        if folder.exists() and not command.overwrite:
-            raise ConfigError(
-                f"{folder} is there: files that were compressed with it need it. Add --overwrite to replace it, or "
-                "choose another --output"
-            )
-    check_device(command.device)
-    vae = load_autoencoder(command.vae).to(command.device)
-    check_writable(target)
-    source = open_source(command.data, channels=channels_of(vae))
-    check_finite(source, command.data, command.num_images)
-    tables = fit_tables(
-        vae, source, num_images=command.num_images, qualities=command.qualities or QUALITIES, progress=True
-    )
-    if command.output is not None:
-        with staged_directory(target / "vae") as staging:
-            vae.cpu().save_pretrained(staging)
-    with staged_directory(target / "codec") as staging:
-        tables.save(staging)
-    print(f"{len(tables.channels)} of {len(tables.sigma)} channels are coded; tables are in {target / 'codec'}")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from ldm_vae.data.image_files import MAX_FILE_BYTES, UNREADABLE, digest_of, is_image, patiently
+from ldm_vae.data.image_files import MAX_FILE_BYTES, UNREADABLE, digest_of, files_below, is_image, patiently
 from ldm_vae.data.images import Sample, large_pixels, read_pixels
 from ldm_vae.errors import BadImageError, DataError
 
@@ -75,42 +73,6 @@ def class_of(name: str) -> str | None:
     """The first folder of a name; None for a file at the top."""
     parts = PurePosixPath(name).parts
     return parts[0] if len(parts) > 1 else None
-
-
-def listed(folder: Path) -> list[os.DirEntry[str]]:
-    return list(os.scandir(folder))
-
-
-def files_below(root: Path, wanted: Callable[[str], bool]) -> list[str]:
-    """Names of the files below a folder, but for hidden folders. Links to folders are followed, each real one once on
-    a path.
-
-    Raises:
-        DataError: it cannot be listed.
-    """
-    names = []
-    pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
-    while pending:
-        prefix, above = pending.pop()
-        try:
-            entries = patiently(partial(listed, root / prefix), str(root / prefix))
-        except OSError as error:
-            if not prefix:
-                raise DataError(f"cannot list {root}: {error.strerror}") from None
-            continue
-        for entry in entries:
-            name = prefix + entry.name
-            try:
-                is_folder = entry.is_dir()
-            except OSError:  # a link to itself, for instance
-                is_folder = False
-            if is_folder:
-                real = os.path.realpath(entry.path)
-                if real not in above and not entry.name.startswith("."):
-                    pending.append((name + "/", (*above, real)))
-            elif wanted(name):
-                names.append(name)
-    return names
 
 
 def folder_source(root: Path, *, channels: int, max_pixels: int, scratch: Path | None) -> FileSource:

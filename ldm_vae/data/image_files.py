@@ -1,16 +1,18 @@
-"""Which files are images, what reading one raises, and what tells a collection of them from another."""
+"""Files of images: which they are, listing them, reading past what goes wrong for a moment, and their fingerprint."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import lzma
+import os
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from ldm_vae.errors import DataError
@@ -69,3 +71,40 @@ def is_image(name: str) -> bool:
     parts = PurePosixPath(name).parts
     hidden = any(p.startswith(".") or p == "__MACOSX" for p in parts)
     return not hidden and PurePosixPath(name).suffix.lower() in EXTENSIONS
+
+
+def listed(folder: Path) -> list[os.DirEntry[str]]:
+    return list(os.scandir(folder))
+
+
+def files_below(root: Path, accept: Callable[[str], bool]) -> list[str]:
+    """Names of the files below a folder that `accept` takes, but for hidden folders.
+
+    Links to folders are followed, each real folder once on a path.
+
+    Raises:
+        DataError: it cannot be listed.
+    """
+    names = []
+    pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
+    while pending:
+        prefix, above = pending.pop()
+        try:
+            entries = patiently(partial(listed, root / prefix), str(root / prefix))
+        except OSError as error:
+            if not prefix:
+                raise DataError(f"cannot list {root}: {error.strerror}") from None
+            continue
+        for entry in entries:
+            name = prefix + entry.name
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link to itself, for instance
+                is_folder = False
+            if is_folder:
+                real = os.path.realpath(entry.path)
+                if real not in above and not entry.name.startswith("."):
+                    pending.append((name + "/", (*above, real)))
+            elif accept(name):
+                names.append(name)
+    return names

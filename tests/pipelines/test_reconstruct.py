@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_vae.commands import folders
-from ldm_vae.commands.folders import distinct, files_of
+from ldm_vae.commands import convert
+from ldm_vae.commands.convert import ConvertConfig as Config
+from ldm_vae.commands.folders import numbered, result_names
 from ldm_vae.data import large
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.images import read_pixels
@@ -22,7 +23,7 @@ from ldm_vae.models.interface import fingerprint
 from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.reconstruction import reconstruct
 from ldm_vae.runs.config import parse_flags
-from pipelines.reconstruct import Config, main
+from pipelines.reconstruct import main
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +131,11 @@ def test_a_name_in_an_archive_leads_nowhere_else(vae: str, tmp_path: Path) -> No
 
 def test_names_that_differ_by_their_extension_alone_keep_it() -> None:
     names = ["a.jpg", "b.jpg", "b.tif", "c/a.png"]
-    assert distinct(["x/a.png", "x/a.png", "b", "x/a (2).png", "x/a.png"]) == [
+    assert numbered(["x/a.png", "x/a.png", "b", "x/a (2).png", "x/a.png"]) == [
         *("x/a.png", "x/a (2).png", "b", "x/a (2) (2).png", "x/a (3).png")
     ]
-    assert list(files_of(names)) == ["a.png", "b.jpg.png", "b.tif.png", "c/a.png"]
-    assert list(files_of(["b.jpg", "b.jpg.png", "b.tif"])) == ["b.jpg.png", "b.jpg.png.png", "b.tif.png"]
+    assert result_names(names, ".png") == ["a.png", "b.jpg.png", "b.tif.png", "c/a.png"]
+    assert result_names(["b.jpg", "b.jpg.png", "b.tif"], ".png") == ["b.jpg.png", "b.jpg.png.png", "b.tif.png"]
 
 
 def test_autoencoders_of_diffusers_reconstruct_too(photos: Path, tmp_path: Path) -> None:
@@ -184,8 +185,8 @@ def test_large_images_go_through_in_parts(
     words = {"vae": vae, "input": str(tmp_path / "images"), "tile": tile}
     main(Config(**words, output=tmp_path / "whole"))
     monkeypatch.setattr(large, "LARGE", 10_000)
-    monkeypatch.setattr(folders, "SIDE", 64)
-    monkeypatch.setattr(folders, "IN_ONE", 10_000)
+    monkeypatch.setattr(convert, "SIDE", 64)
+    monkeypatch.setattr(convert, "IN_ONE", 10_000)
     for _ in range(2):  # the second time there is nothing to do
         main(Config(**words, output=tmp_path / "parts"))
     whole, parts = (made(tmp_path / name)["large.png"].astype(int) for name in ("whole", "parts"))

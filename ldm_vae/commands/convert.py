@@ -1,0 +1,154 @@
+"""Every image of a source through an autoencoder, as PNG files of the same names: on all processes of a launch.
+
+Run again, a command makes what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers.utils import logging
+from torch import Tensor
+
+from ldm_vae.commands.folders import numbered, result_names, run_jobs, stays_inside, totals
+from ldm_vae.commands.png import finished, own_share, write_png
+from ldm_vae.data.conversion import check_viewable, to_images, to_pixels
+from ldm_vae.data.images import Pixels
+from ldm_vae.data.large import MAX_LARGE_PIXELS, let_go, write_large
+from ldm_vae.data.sources import check_finite, check_outside, open_source
+from ldm_vae.errors import BadImageError, nothing_usable
+from ldm_vae.files import atomic, check_writable, write_csv
+from ldm_vae.models.interface import channels_of, fingerprint
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.models.reconstruction import exact_float32, reach_of, turn_on_tiling
+from ldm_vae.models.tiles import spans
+from ldm_vae.runs.config import Range, check_ranges
+from ldm_vae.runs.processes import PATIENCE
+
+SIDE = 1024
+"""Of the tiles in which a large image goes through an autoencoder that sees only so far, in pixels."""
+IN_ONE = 4 * SIDE**2
+"""Pixels of the largest image that goes through as a whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Flags of scripts that send images through an autoencoder."""
+
+    vae: str
+    """Run directory, diffusers folder or hub id."""
+    input: str
+    """Folder or other source of images."""
+    output: Path
+    tile: bool = False
+    """Work on tiles, in the memory of one tile."""
+    max_pixels: Annotated[int, Range(at_least=1)] = MAX_LARGE_PIXELS
+    """Larger images are listed as bad ones. From some 33 million pixels on they go by way of the disk, if the
+    autoencoder sees only so far."""
+
+
+def prepare(config: ConvertConfig) -> tuple[Any, Accelerator, dict[str, str]]:
+    """The autoencoder on this process's device, and the settings that results depend on."""
+    check_ranges(config)
+    logging.disable_progress_bar()
+    exact_float32()
+    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
+    vae = load_autoencoder(config.vae).to(accelerator.device)
+    tiles = "none, or exact" if not config.tile or turn_on_tiling(vae) else "blended"
+    return vae, accelerator, {"model": fingerprint(vae), "tiles": tiles}
+
+
+def convert_images(
+    config: ConvertConfig,
+    vae: Any,
+    function: Callable[[Tensor], Tensor],
+    *,
+    settings: Mapping[str, str],
+    accelerator: Accelerator,
+) -> None:
+    """Each image (1, C, H, W) in [-1, 1] of a source -> function(image), as an 8-bit PNG.
+
+    What is there and whole is left as it is. `bad_images.csv` lists what could not be used.
+
+    Args:
+        function: a way through `vae` that gives images of the same size; called without gradients, on the process's
+            device. Where the autoencoder sees only so far, large images go through in tiles, and never lie in memory
+            as a whole.
+        settings: what the results depend on beside the images; files of others are not mixed with these.
+
+    Raises:
+        ConfigError: an output within the input, or a source without end.
+        DataError: nothing that can be used.
+        RunError: files of other settings are there.
+    """
+    share = {"part": accelerator.process_index, "parts": accelerator.num_processes}
+    channels, reach = channels_of(vae), reach_of(vae)
+    check_viewable(channels)
+    scratch = None if reach is None else config.output
+    source = open_source(config.input, channels=channels, max_pixels=config.max_pixels, scratch=scratch)
+    check_finite(source, config.input, None)
+    check_outside(config.output, config.input, flag="--input")
+    check_writable(config.output)
+    names = numbered(source.name(i) for i in range(len(source)))
+    files = result_names(names, ".png")
+    index_of = {file: index for index, file in enumerate(files)}
+    settings = {**settings, "images": source.fingerprint()}
+    done = finished(config.output, index_of, settings, **share)
+
+    def convert(index: int) -> None:
+        target = config.output / files[index]
+        if not stays_inside(files[index]):
+            raise BadImageError("its name leads out of the output's folder")
+        pixels = source[index].pixels
+        facts = {"image": names[index], **settings}
+        if reach is None or pixels[:, :, 0].size <= IN_ONE:
+            write_png(target, through(function, pixels, accelerator.device), facts)
+            return
+        strips = strips_through(function, pixels, *reach, device=accelerator.device)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(target) as out:
+            write_large(out, strips, pixels.shape, folder=config.output, text=facts)
+
+    jobs = {names[index_of[file]]: index_of[file] for file in own_share(index_of, done, **share)}
+    failures = run_jobs(convert, jobs, errors=(BadImageError,), show=accelerator.is_main_process)
+    for part in gather_object([failures]):
+        failures |= part
+    if accelerator.is_main_process:
+        write_csv(config.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(failures.items())])
+        if len(failures) == len(files):
+            raise nothing_usable(failures)
+        print(totals(len(files) - len(done), failures, config.output, skipped=len(done)))
+    accelerator.end_training()
+
+
+@torch.inference_mode()
+def through(function: Callable[[Tensor], Tensor], pixels: Pixels, device: torch.device) -> Pixels:
+    """Pixels (H, W, C) -> those of function(image), 8 bits."""
+    return to_pixels(function(to_images(pixels)[None].to(device))[0])
+
+
+def strips_through(
+    function: Callable[[Tensor], Tensor], pixels: Pixels, reach: int, unit: int, *, device: torch.device
+) -> Iterator[Pixels]:
+    """What `through` gives, in strips of the whole width from top to bottom, made tile by tile.
+
+    Args:
+        reach: pixels around a tile on which it depends.
+        unit: tiles begin at multiples of so many pixels.
+    """
+    side = -(-SIDE // unit) * unit
+    height, width = pixels.shape[:2]
+    for top, bottom, above, below in spans(height, side, reach):
+        strip = np.empty((bottom - top, *pixels.shape[1:]), np.uint8)
+        for left, right, before, behind in spans(width, side, reach):
+            tile = through(function, pixels[above:below, before:behind], device)
+            strip[:, left:right] = tile[top - above : bottom - above, left - before : right - before]
+        let_go(pixels)
+        yield strip
