@@ -84,3 +84,10 @@ def labelled_rows(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
         for c, tile in enumerate(pixels):
             sheet.paste(Image.fromarray(tile), (GAP + c * (width + GAP), top + LABEL_HEIGHT))
     return sheet
+
+
+def middle(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The middle side x side of pixels (H, W, C), continued with black where the image is smaller."""
+    y, x = (max((n - side) // 2, 0) for n in pixels.shape[:2])
+    part = pixels[y : y + side, x : x + side]
+    return np.pad(part, ((0, side - part.shape[0]), (0, side - part.shape[1]), (0, 0)))
