@@ -19,7 +19,7 @@ SMALLER = {
     "train_vae": "--steps 2 --batch-size 2 --resolution 64 --lpips-backbone squeeze --perceptual random",
     "train_codec": "--steps 2 --batch-size 2 --resolution 64",
     "train_autoencoder": "--steps 2 --batch-size 2 --resolution 64",
-    "cache_latents": "--resolution 64 --num-workers 0",
+    "cache_latents": "--num-workers 0",
     "train_diffusion": "--steps 2 --batch-size 2 --num-workers 0",
     "generate": "--steps 2",
     "fit-codec": "--num-images 12 --qualities 1",
