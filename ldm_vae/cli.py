@@ -8,8 +8,9 @@ from typing import Any
 import tyro
 
 from ldm_vae.commands.anomaly import Anomaly, find_anomalies
-from ldm_vae.commands.codec import Compress, Decompress, FitCodec, Info, compress, decompress, fit_codec, info
+from ldm_vae.commands.codec import Compress, Decompress, Info, compress, decompress, info
 from ldm_vae.commands.embed import Embed, embed_images
+from ldm_vae.commands.fit_codec import FitCodec, fit_codec
 from ldm_vae.commands.shards import Shards, work_on_shards
 from ldm_vae.errors import one_line_errors
 from ldm_vae.runs.config import tyro_errors

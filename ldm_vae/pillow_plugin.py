@@ -12,11 +12,11 @@ from typing import IO, Any
 from PIL import Image, ImageFile
 
 from ldm_vae.codec import bitstream
-from ldm_vae.codec.codec import MAX_METADATA, LatentCodec
-from ldm_vae.codec.picture import EXIF_PREFIX, as_picture, inflate, without_layout
-from ldm_vae.commands.codec import EXTENSION, MODEL_VARIABLE
+from ldm_vae.codec.bitstream import EXTENSION, MODEL_VARIABLE
+from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.picture import EXIF_PREFIX, as_picture, without_layout
+from ldm_vae.codec.sections import MAX_METADATA, inflate
 from ldm_vae.errors import ConfigError
-from ldm_vae.models.interface import channels_of
 
 FORMAT = "LDI"
 MODES = {(1, 8, False): "L", (1, 8, True): "LA", (3, 8, False): "RGB", (3, 8, True): "RGBA", (1, 16, False): "I;16"}
@@ -73,24 +73,23 @@ class LdiImageFile(ImageFile.ImageFile):
 def metadata_in(contents: bitstream.Contents) -> dict[str, bytes]:
     """ICC profile and EXIF, as Pillow names them; no model is needed for these."""
     names = {bitstream.ICC: ("icc_profile", b""), bitstream.EXIF: ("exif", EXIF_PREFIX)}
-    found = {}
+    metadata = {}
     for kind, (name, prefix) in names.items():
         if kind in contents.sections:
-            found[name] = prefix + inflate(contents.read(contents.sections[kind]), limit=MAX_METADATA)
-    return found
+            metadata[name] = prefix + inflate(contents.read(contents.sections[kind]), limit=MAX_METADATA)
+    return metadata
 
 
 def save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     """`image.save(file, quality=1.0, strip=False, icc_profile=..., exif=...)`; quality is a step, not a percentage."""
-    given = image.encoderinfo
-    picture = as_picture(image, channels=channels_of(codec().vae))
-    if "icc_profile" in given:
-        picture = replace(picture, icc=given["icc_profile"] or b"")
-    if "exif" in given:
-        exif = given["exif"].tobytes() if isinstance(given["exif"], Image.Exif) else given["exif"] or b""
+    flags = image.encoderinfo
+    picture = as_picture(image, channels=codec().network.channels)
+    if "icc_profile" in flags:
+        picture = replace(picture, icc=flags["icc_profile"] or b"")
+    if "exif" in flags:
+        exif = flags["exif"].tobytes() if isinstance(flags["exif"], Image.Exif) else flags["exif"] or b""
         picture = replace(picture, exif=without_layout(exif))  # the pixels are upright already
-    options = {k: v for k, v in given.items() if k in ("quality", "strip")}
-    file.write(codec().compress(picture, **options))
+    file.write(codec().compress(picture, quality=flags.get("quality", 1.0), strip=flags.get("strip", False)))
 
 
 def accepts(prefix: bytes) -> bool:

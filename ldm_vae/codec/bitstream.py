@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from zlib import crc32
 
 from ldm_vae.errors import (
+    CompressedFileError,
     CorruptError,
     LimitExceededError,
     NotThisFormatError,
@@ -17,6 +19,9 @@ from ldm_vae.errors import (
     UnsupportedVersionError,
 )
 
+EXTENSION = ".ldi"
+MODEL_VARIABLE = "LDM_VAE_MODEL"
+"""Of the environment: the model where none is named."""
 MAGIC = b"\x89LDI\r\n\x1a\n"
 """As PNG's: it shows when a transfer changed line ends, cut the eighth bit, or stopped at an end of file."""
 VERSION = 1
@@ -28,6 +33,8 @@ MAX_LOG2_SYMBOLS = 17
 """Of a tile's symbols, for each lane: a lane's symbols are decoded one after the other."""
 MAX_VARINT = 6
 """Bytes: 42 bits."""
+Box = tuple[int, int, int, int]
+"""Top, left, bottom, right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +93,15 @@ class Header:
         side = 1 << self.log2_tile
         return -(-height // side), -(-width // side)
 
-    def tile_box(self, index: int) -> tuple[int, int, int, int]:
-        """Top, left, bottom and right of tile `index`, in latents; tiles are counted along rows."""
+    @cached_property
+    def tile_boxes(self) -> list[Box]:
+        """Of each tile, in latents; tiles are counted along rows."""
         side, (height, width) = 1 << self.log2_tile, self.latent_size
-        row, column = divmod(index, self.grid[1])
-        top, left = row * side, column * side
-        return top, left, min(top + side, height), min(left + side, width)
+        return [
+            (top, left, min(top + side, height), min(left + side, width))
+            for top in range(0, height, side)
+            for left in range(0, width, side)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +127,21 @@ class Contents:
         """The bytes of a part. Raises TruncatedError or CorruptError, which leave its name to the caller."""
         if part.end > len(self.data):
             raise TruncatedError("the file ends within it")
-        found = self.data[part.begin : part.end]
-        if crc32(found) != part.crc:
+        content = self.data[part.begin : part.end]
+        if crc32(content) != part.crc:
             raise CorruptError("it is damaged: its CRC-32 differs")
-        return found
+        return content
+
+
+def report(error: CompressedFileError, name: str, damage: list[str] | None) -> None:
+    """Adds what is wrong with a part of a file to `damage`, or raises it where that is None."""
+    if damage is None:
+        raise type(error)(f"{name}: {error}") from None
+    damage.append(f"{name}: {error}")
 
 
 def pack(header: Header, sections: dict[int, bytes], tiles: list[bytes]) -> bytes:
-    """A whole file. `tiles` are in the order of `Header.tile_box`, sections keyed by ALPHA, ICC or EXIF."""
+    """A whole file. `tiles` are in the order of `Header.tile_boxes`, sections keyed by ALPHA, ICC or EXIF."""
     head = FIXED.pack(
         *(MAGIC, VERSION, header.colours, header.depth, header.width, header.height, header.log2_stride),
         *(header.channels, header.log2_tile, header.log2_lanes, header.quality, header.tables, header.weights),
@@ -159,15 +176,23 @@ def unpack(data: bytes, *, limits: Limits | None = None, salvage: bool = False) 
     if version != VERSION:
         raise UnsupportedVersionError(f"format version {version}: this ldm-vae reads version {VERSION}")
     header = Header(
-        **{"width": width, "height": height, "colours": colours, "depth": depth, "log2_stride": stride},
-        **{"channels": channels, "log2_tile": tile, "log2_lanes": lanes, "quality": quality},
-        **{"tables": tables, "weights": weights},
+        width=width,
+        height=height,
+        colours=colours,
+        depth=depth,
+        log2_stride=stride,
+        channels=channels,
+        log2_tile=tile,
+        log2_lanes=lanes,
+        quality=quality,
+        tables=tables,
+        weights=weights,
     )
     check_fields(header)
     (limits or Limits()).check(width, height)
     rows, columns = header.grid
-    top, left, bottom, right = header.tile_box(0)
-    if channels * (bottom - top) * (right - left) > header.lanes << MAX_LOG2_SYMBOLS:
+    height_in_latents, width_in_latents = (min(side, 1 << tile) for side in header.latent_size)
+    if channels * height_in_latents * width_in_latents > header.lanes << MAX_LOG2_SYMBOLS:
         raise CorruptError(f"the header is damaged: {header.lanes} lanes are too few for tiles of this size")
     if rows * columns * (1 + CRC.size) > len(data):
         raise TruncatedError(f"{len(data)} bytes cannot hold the contents of {rows * columns} tiles")
@@ -196,8 +221,8 @@ def check_fields(header: Header) -> None:
         "number of lanes": header.log2_lanes > 10,
         "quality": header.quality < 1,
     }
-    for name, found in wrong.items():
-        if found:
+    for name, is_wrong in wrong.items():
+        if is_wrong:
             raise CorruptError(f"the header is damaged: its {name} cannot be")
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from ldm_vae.codec.codec import Floats, fixed_point
 from ldm_vae.codec.fit_contexts import fit_contexts
-from ldm_vae.codec.tables import QUALITY_ONE, Tables
+from ldm_vae.codec.tables import Floats, Tables, fixed_point
 from ldm_vae.data.conversion import to_images
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import Source
@@ -57,29 +56,21 @@ def fit_tables(
     latents_mean = np.concatenate([m.reshape(len(m), -1) for m in means], axis=1).mean(axis=1, dtype=np.float64)
     step_of_1 = np.allclose(sigma, 12**-0.5)  # as codec training has it: rounded to multiples of the quality itself
     centres = np.zeros(len(sigma)) if step_of_1 else latents_mean
-
-    def symbols(channels: Sequence[int], quality: int) -> list[np.ndarray[Any, Any]]:
-        steps = quality / QUALITY_ONE * math.sqrt(12) * sigma[list(channels)]
-        centre = centres[list(channels)]
-        return [
-            np.rint((m[list(channels)] - centre[:, None, None]) / steps[:, None, None]).astype(np.int32) for m in means
-        ]
-
-    every = range(len(sigma))
-    used = np.concatenate([s.reshape(len(s), -1) != 0 for s in symbols(every, fixed[0])], axis=1).mean(axis=1)
-    channels = tuple(c for c in every if used[c] >= RAREST) or (0,)  # in the order that a causal prior trained them in
-    coded = np.isin(np.arange(len(sigma)), channels)
-    return Tables(
+    tables = Tables(
         vae=fingerprint(vae),
         sigma=sigma,
-        means=np.where(coded, centres, latents_mean),
-        channels=channels,
+        means=centres,
+        channels=tuple(range(len(sigma))),
         qualities=tuple(fixed),
-        contexts=tuple(
-            fit_contexts(symbols(channels, q), taps=contexts)
-            for q in tqdm(fixed, desc="fitting", unit="quality", disable=not progress)
-        ),
+        contexts=(),
     )
+    used = np.concatenate([tables.quantise(m, fixed[0]).reshape(len(m), -1) != 0 for m in means], axis=1).mean(axis=1)
+    channels = tuple(c for c in tables.channels if used[c] >= RAREST) or (0,)  # in the order of the prior's training
+    coded = np.isin(np.arange(len(sigma)), channels)
+    tables = replace(tables, channels=channels, means=np.where(coded, centres, latents_mean))
+    bar = tqdm(fixed, desc="fitting", unit="quality", disable=not progress)
+    fitted = tuple(fit_contexts([tables.quantise(m, q) for m in means], taps=contexts) for q in bar)
+    return replace(tables, contexts=fitted)
 
 
 @torch.inference_mode()

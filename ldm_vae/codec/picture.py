@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import struct
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import imagecodecs
 import numpy as np
 from PIL import Image
 
+from ldm_vae.codec.bitstream import EXTENSION
 from ldm_vae.data import large
 from ldm_vae.data.images import (
     MAX_PIXELS,
@@ -24,7 +25,7 @@ from ldm_vae.data.images import (
     pil_pixels,
     read_pixels,
 )
-from ldm_vae.errors import BadImageError, ConfigError, CorruptError
+from ldm_vae.errors import BadImageError, ConfigError
 
 EXIF_PREFIX = b"Exif\0\0"
 """Before EXIF in JPEG, and where PIL hands it over; PNG and our files go without."""
@@ -104,6 +105,23 @@ def from_pixels(values: Pixels, *, channels: int = 3, icc: bytes = b"", exif: by
     if values.ndim == 3 and values.shape[2] in (2, 4) and values.shape[2] != channels:
         return Picture(pixels=values[:, :, :-1], alpha=last_channel(values), icc=icc, exif=exif)
     return Picture(pixels=values, icc=icc, exif=exif)
+
+
+def fill(picture: Picture, bands: Iterable[Pixels]) -> Picture:
+    """The picture, its pixels filled by bands (h, W, C) from top to bottom."""
+    row = 0
+    for band in bands:
+        picture.pixels[row : row + len(band)] = band
+        row += len(band)
+    return picture
+
+
+def with_alpha(bands: Iterable[Pixels], alpha: Pixels | None) -> Iterator[Pixels]:
+    """Bands (h, W, C) from top to bottom with the rows of alpha (H, W), where there is one, as their last channel."""
+    row = 0
+    for band in bands:
+        row += len(band)
+        yield band if alpha is None else np.concatenate([band, alpha[row - len(band) : row, :, None]], axis=2)
 
 
 def last_channel(values: Pixels) -> Pixels:
@@ -207,35 +225,5 @@ def encode_picture(picture: Picture, extension: str) -> bytes:
 
 def check_extension(extension: str) -> None:
     """Raises ConfigError for one that no picture can be written as."""
-    if extension not in {*Image.registered_extensions(), ".png", ".npy"} or extension == ".ldi":
+    if extension not in {*Image.registered_extensions(), ".png", ".npy"} or extension == EXTENSION:
         raise ConfigError(f"{extension or 'no extension'}: name an image file, such as .png")
-
-
-def pack_alpha(alpha: Pixels) -> bytes:
-    """Losslessly, as a grey PNG."""
-    return bytes(imagecodecs.png_encode(alpha, level=9))
-
-
-def unpack_alpha(data: bytes, height: int, width: int, dtype: np.dtype) -> Pixels:
-    """What `pack_alpha` made. Raises CorruptError, before anything is allocated where the size is another one."""
-    if data[:8] != large.PNG_SIGNATURE or struct.unpack_from(">II", data.ljust(24, b"\0"), 16) != (width, height):
-        raise CorruptError("it is no PNG of the image's size")
-    try:
-        alpha = imagecodecs.png_decode(data)
-    except Exception as error:  # the decoder raises its own kinds
-        raise CorruptError(f"it is damaged: {error}") from None
-    if alpha.shape != (height, width) or alpha.dtype != dtype:
-        raise CorruptError("it has another size or depth than the image")
-    return alpha
-
-
-def inflate(data: bytes, *, limit: int) -> bytes:
-    """What zlib made smaller, up to a limit. Raises CorruptError."""
-    decompressor = zlib.decompressobj()
-    try:
-        found = decompressor.decompress(data, limit)
-    except zlib.error as error:
-        raise CorruptError(f"it is damaged: {error}") from None
-    if not decompressor.eof or decompressor.unused_data:
-        raise CorruptError(f"it is damaged, or has more than {limit} bytes")
-    return found

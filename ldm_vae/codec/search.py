@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ldm_vae.codec.codec import Floats, LatentCodec, cut
+from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.picture import Picture
+from ldm_vae.codec.tables import Floats
+from ldm_vae.codec.tiles import window
 from ldm_vae.data import large
 from ldm_vae.data.large import Pixels, let_go
 from ldm_vae.errors import ConfigError
@@ -21,7 +21,7 @@ from ldm_vae.models.tiles import spans
 
 def compress_to(
     codec: LatentCodec,
-    given: Picture,
+    picture: Picture,
     *,
     target_bpp: float | None = None,
     target_psnr: float | None = None,
@@ -41,40 +41,44 @@ def compress_to(
     if (target_bpp is None) == (target_psnr is None):
         raise ConfigError("give one target: bits per pixel, or PSNR")
     target = target_psnr if target_bpp is None else target_bpp
-    if not 0 < target < math.inf:  # type: ignore[operator]
+    if target is None or not 0 < target < math.inf:
         raise ConfigError(f"the target is {target}: it must be a number above 0")
-    latents = latents_for(codec, given, scratch)
+    latents = latents_of(codec, picture, scratch)
     finest, coarsest = codec.tables.qualities[0], codec.tables.qualities[-1]
-
-    def made(quality: int) -> bytes:
-        return codec.pack(given, partial(cut, latents), quality, strip=strip)
-
     if target_bpp is not None:
-        quality = first(lambda q: bits_per_pixel(made(q), given) <= target_bpp, finest, coarsest)
+        quality = first(
+            lambda q: bits_per_pixel(file_at(codec, picture, latents, q, strip), picture) <= target_bpp,
+            finest,
+            coarsest,
+        )
         if quality is None:
-            least = bits_per_pixel(made(coarsest), given)
+            least = bits_per_pixel(file_at(codec, picture, latents, coarsest, strip), picture)
             raise ConfigError(f"{target_bpp:g} bits per pixel cannot be reached: the coarsest file has {least:.3f}")
-        return made(quality)
+        return file_at(codec, picture, latents, quality, strip)
+    best = psnr_at(codec, picture, latents, finest)
+    if best < target:
+        raise ConfigError(f"{target:g} dB cannot be reached: the finest file has {best:.2f}")
+    too_coarse = first(lambda q: psnr_at(codec, picture, latents, q) < target, finest, coarsest)
+    return file_at(codec, picture, latents, coarsest if too_coarse is None else too_coarse - 1, strip)
 
-    finest_header = codec.header_of(given, finest)
-    height, width = given.pixels.shape[:2]
 
-    def fidelity(quality: int) -> float:
-        header, error = replace(finest_header, quality=quality), 0.0
-        for top, bottom in codec.rows_of_tiles(header, 0, height):
-            cells = (top // codec.stride, 0, -(-bottom // codec.stride), header.latent_size[1])
-            box = codec.latents_for(header, cells)
-            symbols = codec.quantise(cut(latents, box), quality)
-            decoded = codec.pixels_of(symbols, header, box, cells if codec.exact else box)[: bottom - top, :width]
-            error += squared_error(given.pixels[top:bottom], decoded)
-            let_go(given.pixels)
-            let_go(latents)
-        return decibels(error / given.pixels.size, given.pixels.dtype)
+def file_at(codec: LatentCodec, picture: Picture, latents: Floats, quality: int, strip: bool) -> bytes:
+    """The file of a picture at a fixed-point quality, from all its latents (c, h, w)."""
+    header, whole = codec.header_of(picture, quality), codec.network.box_of(picture.pixels)
+    return codec.pack(picture, (window(latents, whole, box) for box in header.tile_boxes), header, strip=strip)
 
-    if fidelity(finest) < target_psnr:  # type: ignore[operator]
-        raise ConfigError(f"{target_psnr:g} dB cannot be reached: the finest file has {fidelity(finest):.2f}")
-    too_coarse = first(lambda q: fidelity(q) < target_psnr, finest, coarsest)  # type: ignore[operator]
-    return made(coarsest if too_coarse is None else too_coarse - 1)
+
+def psnr_at(codec: LatentCodec, picture: Picture, latents: Floats, quality: int) -> float:
+    """In dB, of the colours at a fixed-point quality."""
+    header, whole = codec.header_of(picture, quality), codec.network.box_of(picture.pixels)
+    error = 0.0
+    for band in codec.network.bands(header, (0, 0, header.height, header.width)):
+        symbols = codec.tables.quantise(window(latents, whole, band.latents), quality)
+        decoded = codec.network.decode(codec.tables.dequantise(symbols, quality), band, header)
+        error += squared_error(picture.pixels[band.pixels[0] : band.pixels[2]], decoded)
+        let_go(picture.pixels)
+        let_go(latents)
+    return decibels(error / picture.pixels.size, picture.pixels.dtype)
 
 
 def first(holds: Callable[[int], bool], low: int, high: int) -> int | None:
@@ -87,21 +91,21 @@ def first(holds: Callable[[int], bool], low: int, high: int) -> int | None:
     return low
 
 
-def bits_per_pixel(data: bytes, given: Picture) -> float:
+def bits_per_pixel(data: bytes, picture: Picture) -> float:
     """Of a whole file."""
-    return 8 * len(data) / (given.pixels.shape[0] * given.pixels.shape[1])
+    return 8 * len(data) / (picture.pixels.shape[0] * picture.pixels.shape[1])
 
 
-def latents_for(codec: LatentCodec, given: Picture, scratch: Path | None) -> Floats:
-    """(c, h, w); of a large picture in a file without a name, where there is a folder for it and a codec of tiles."""
-    if scratch is None or not codec.exact or given.pixels[:, :, 0].size <= large.LARGE:
-        return codec.latents_of(given)
-    height, width = codec.size_in_latents(given)
-    latents = large.on_disk((len(codec.tables.sigma), height, width), np.float32, scratch)
-    for top, bottom, _, _ in spans(height, 1 << codec.log2_tile, 0):
-        latents[:, top:bottom] = codec.latents_in(given, (top, 0, bottom, width))
+def latents_of(codec: LatentCodec, picture: Picture, scratch: Path | None) -> Floats:
+    """All latents (c, h, w); those of a large picture in a nameless file in `scratch`, for a finite receptive field."""
+    pixels, whole = picture.pixels, codec.network.box_of(picture.pixels)
+    if scratch is None or not codec.network.finite or pixels[:, :, 0].size <= large.LARGE:
+        return next(codec.network.latents(pixels, [whole]))
+    latents = large.on_disk((len(codec.tables.sigma), *whole[2:]), np.float32, scratch)
+    rows = [(top, 0, bottom, whole[3]) for top, bottom, _, _ in spans(whole[2], 1 << codec.log2_tile, 0)]
+    for row, values in zip(rows, codec.network.latents(pixels, rows), strict=True):
+        window(latents, whole, row)[:] = values
         let_go(latents)
-        let_go(given.pixels)
     return latents
 
 

@@ -17,15 +17,18 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ldm_vae.codec.contexts import Contexts
+from ldm_vae.codec.contexts import INT32, Contexts, Integers
 from ldm_vae.codec.rans import Frequencies
-from ldm_vae.errors import ModelError
+from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.files import write_json
 
 QUALITY_ONE = 256
 """Quality 1 in a file: qualities are fixed-point numbers with 8 bits behind the point."""
 ARRAYS = ("taps", "mean_weights", "activity_weights", "thresholds", "frequencies")
 DIGEST_BYTES = 8
+FARTHEST = 8
+"""A quality by so much finer or coarser than any that tables were fitted at is a mistake."""
+Floats = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +45,54 @@ class Tables:
     """
 
     vae: str
-    sigma: np.ndarray[Any, Any]
-    means: np.ndarray[Any, Any]
+    sigma: Floats
+    means: Floats
     channels: tuple[int, ...]
     qualities: tuple[int, ...]
     contexts: tuple[Contexts, ...]
 
-    def steps(self, quality: int) -> np.ndarray[Any, Any]:
+    def steps(self, quality: int) -> Floats:
         """The quantiser's step of each coded channel (C,) in float64: quality * sqrt(12) * sigma.
 
         Uniform noise of that width has quality^2 times the variance that the decoder met in training.
         """
-        steps: np.ndarray[Any, Any] = quality / QUALITY_ONE * math.sqrt(12) * self.sigma[list(self.channels)]
+        steps: Floats = quality / QUALITY_ONE * math.sqrt(12) * self.sigma[list(self.channels)]
         return steps
+
+    def quantise(self, latents: Floats, quality: int) -> Integers:
+        """float (c, h, w) -> int32 symbols (C, h, w) of the coded channels: the nearest multiple of each one's step.
+
+        Raises:
+            ModelError: latents that are not finite.
+        """
+        steps = self.steps(quality)
+        symbols = np.empty((len(steps), *latents.shape[1:]), np.int32)
+        for i, c in enumerate(self.channels):
+            exact = np.rint((latents[c].astype(np.float64) - self.means[c]) / steps[i])
+            if not np.isfinite(exact).all():
+                raise ModelError("the autoencoder's latents are not finite")
+            symbols[i] = np.clip(exact, *INT32)
+        return symbols
+
+    def dequantise(self, symbols: Integers, quality: int) -> Floats:
+        """Back to float32 latents (c, h, w); a channel that is not coded is its mean everywhere."""
+        steps = self.steps(quality)
+        latents = np.empty((len(self.means), *symbols.shape[1:]), np.float32)
+        latents[:] = self.means[:, None, None]
+        for i, c in enumerate(self.channels):
+            latents[c] = self.means[c] + symbols[i] * steps[i]
+        return latents
+
+    def fixed_quality(self, quality: float) -> int:
+        """As files hold it. Raises ConfigError for one far from those that the tables were fitted at."""
+        fixed = fixed_point(quality)
+        low, high = self.qualities[0], self.qualities[-1]
+        if not low / FARTHEST <= fixed <= high * FARTHEST:
+            raise ConfigError(
+                f"quality {quality:g} is a step in units of the posterior's deviation, and far from those that the "
+                f"tables were fitted at, {low / QUALITY_ONE:g} to {high / QUALITY_ONE:g}: more is coarser"
+            )
+        return fixed
 
     def contexts_of(self, quality: int) -> Contexts:
         """Those fitted at the nearest quality by ratio; of two equally near, the lower."""
@@ -88,12 +126,12 @@ class Tables:
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         types = {"taps": np.int8, "mean_weights": np.int16, "activity_weights": np.int16, "frequencies": np.uint16}
-        found = {}
+        arrays = {}
         for quality, contexts in zip(self.qualities, self.contexts, strict=True):
             for name in ARRAYS:
                 array = contexts.frequencies.frequency if name == "frequencies" else getattr(contexts, name)
-                found[f"{quality}.{name}"] = np.ascontiguousarray(array.astype(types.get(name, np.int64)))
-        return found
+                arrays[f"{quality}.{name}"] = np.ascontiguousarray(array.astype(types.get(name, np.int64)))
+        return arrays
 
     def save(self, folder: Path) -> None:
         """Writes config.json and tables.safetensors into an existing folder."""
@@ -122,9 +160,18 @@ def load_tables(folder: Path) -> Tables:
 def tables_from(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> Tables:
     contexts = []
     for quality in config["qualities"]:
-        given = {name: arrays[f"{quality}.{name}"].astype(np.int64) for name in ARRAYS}
-        frequencies = Frequencies(given.pop("frequencies"))
-        contexts.append(Contexts(**given, frequencies=frequencies))
+        taps, means, activities, thresholds, frequencies = (
+            arrays[f"{quality}.{name}"].astype(np.int64) for name in ARRAYS
+        )
+        contexts.append(
+            Contexts(
+                taps=taps,
+                mean_weights=means,
+                activity_weights=activities,
+                thresholds=thresholds,
+                frequencies=Frequencies(frequencies),
+            )
+        )
     return Tables(
         vae=config["vae"],
         sigma=np.array(config["sigma"]),
@@ -133,3 +180,11 @@ def tables_from(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, 
         qualities=tuple(config["qualities"]),
         contexts=tuple(contexts),
     )
+
+
+def fixed_point(quality: float) -> int:
+    """A quality as files hold it, 1/256 to 255. Raises ConfigError."""
+    fixed = round(quality * QUALITY_ONE) if 0 < quality < 256 else 0
+    if not 0 < fixed < 1 << 16:
+        raise ConfigError(f"quality {quality} cannot be: it goes from 1/256 to 255, and 1 is the training's own")
+    return fixed

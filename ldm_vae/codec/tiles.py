@@ -1,73 +1,134 @@
-"""Tiles coded and decoded, in one process or several. Nothing here imports torch, so that processes start fast."""
+"""A picture's latents in tiles: their symbols coded and decoded, in one process or several.
+
+Nothing here imports torch, so that processes start fast.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
-from typing import Any
 
+import numpy as np
+
+from ldm_vae.codec.bitstream import Box, Contents, report
 from ldm_vae.codec.contexts import Contexts, Integers, decode_symbols, encode_symbols
 from ldm_vae.errors import CompressedFileError
 
+BATCH = 16
+"""Tiles whose symbols are in memory together."""
 TILES_A_PROCESS = 2
 """Fewer are not worth starting a process for."""
 _contexts: list[Contexts] = []
 """Those of this process, where it is one of several: sent once, not with every tile."""
 
 
+def window(values: Integers, box: Box, inner: Box) -> Integers:
+    """The part within `inner` of values (C, h, w) that lie at `box`: a view."""
+    top, left = box[:2]
+    return values[:, inner[0] - top : inner[2] - top, inner[1] - left : inner[3] - left]
+
+
+def intersection(a: Box, b: Box) -> Box | None:
+    """None where they do not overlap."""
+    top, left, bottom, right = max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+    return (top, left, bottom, right) if top < bottom and left < right else None
+
+
+@contextmanager
+def pool_for(count: int, contexts: Contexts, workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """At most so many processes for a number of tiles; None where this one suffices."""
+    workers = min(workers, count // TILES_A_PROCESS)
+    if workers <= 1:
+        yield None
+        return
+    spawn = get_context("spawn")  # a process with torch's threads must not be forked
+    pool = ProcessPoolExecutor(workers, spawn, initializer=receive, initargs=(contexts,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def encode_tiles(tiles: Iterable[Integers], contexts: Contexts, *, count: int, lanes: int, workers: int) -> list[bytes]:
+    """int32 symbols (C, h, w) of each of `count` tiles -> its bytes."""
+    with pool_for(count, contexts, workers) as pool:
+        if pool is None:
+            return [encode_symbols(tile, contexts, lanes=lanes) for tile in tiles]
+        payloads: list[bytes] = []
+        tiles = iter(tiles)
+        while batch := list(islice(tiles, BATCH)):
+            payloads += pool.map(partial(encode_here, lanes=lanes), batch)
+        return payloads
+
+
+class TileReader:
+    """Decodes each tile of a file once, as boxes of latents ask for them.
+
+    Args:
+        damage: takes a message for each damaged tile; None: the first one is raised.
+
+    Attributes:
+        damaged: where the damaged tiles lie that were met so far.
+    """
+
+    def __init__(self, contents: Contents, contexts: Contexts, *, workers: int, damage: list[str] | None) -> None:
+        self.contents, self.contexts, self.workers, self.damage = contents, contexts, workers, damage
+        self.damaged: list[Box] = []
+
+    def symbols(self, boxes: Sequence[Box]) -> Iterator[Integers]:
+        """int32 symbols (C, h, w) of each box of latents, from top to bottom; 0 in the tiles that are damaged."""
+        tiles = self.contents.header.tile_boxes
+        count = sum(any(intersection(tile, box) for box in boxes) for tile in tiles)
+        decoded: dict[int, Integers] = {}
+        with pool_for(count, self.contexts, self.workers) as pool:
+            for box in boxes:
+                shared = {i: area for i, tile in enumerate(tiles) if (area := intersection(tile, box))}
+                decoded = {i: s for i, s in decoded.items() if tiles[i][2] > box[0]}  # none above is needed again
+                decoded |= self.decode([i for i in shared if i not in decoded], pool)
+                symbols = np.zeros((self.contents.header.channels, box[2] - box[0], box[3] - box[1]), np.int32)
+                for i, area in shared.items():
+                    window(symbols, box, area)[:] = window(decoded[i], tiles[i], area)
+                yield symbols
+
+    def decode(self, indices: list[int], pool: ProcessPoolExecutor | None) -> dict[int, Integers]:
+        coded = [self.coded(i) for i in indices]
+        results = (decode_tile(t, self.contexts) for t in coded) if pool is None else pool.map(decode_here, coded)
+        decoded = {}
+        for i, tile, result in zip(indices, coded, results, strict=True):
+            if isinstance(result, CompressedFileError):
+                report(result, self.contents.tiles[i].name, self.damage)
+                self.damaged.append(self.contents.header.tile_boxes[i])
+            decoded[i] = np.zeros(tile.shape, np.int32) if isinstance(result, CompressedFileError) else result
+        return decoded
+
+    def coded(self, index: int) -> CodedTile:
+        header = self.contents.header
+        top, left, bottom, right = header.tile_boxes[index]
+        payload: bytes | CompressedFileError
+        try:
+            payload = self.contents.read(self.contents.tiles[index])
+        except CompressedFileError as error:
+            payload = error
+        return CodedTile(payload=payload, shape=(header.channels, bottom - top, right - left), lanes=header.lanes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CodedTile:
-    """What is needed to decode a tile: its bytes, the shape of its symbols, and the number of lanes."""
+    """What is needed to decode a tile: its bytes, or why they cannot be read; the symbols' shape; number of lanes."""
 
-    payload: bytes
+    payload: bytes | CompressedFileError
     shape: tuple[int, int, int]
     lanes: int
 
 
-class TileCoder:
-    """Codes tiles here or, where there are several, in processes that stay for the next ones.
-
-    ```
-    with TileCoder(contexts, workers) as coder:
-        payloads = coder.encode(tiles, lanes=8)
-    ```
-    """
-
-    def __init__(self, contexts: Contexts, workers: int) -> None:
-        self.contexts, self.workers = contexts, workers
-        self.pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> TileCoder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-
-    def pool_for(self, count: int) -> ProcessPoolExecutor | None:
-        workers = min(self.workers, count // TILES_A_PROCESS)
-        if self.pool is None and workers > 1:  # spawned, as a process with torch's threads must not be forked
-            ways: dict[str, Any] = {"initializer": receive, "initargs": (self.contexts,)}
-            self.pool = ProcessPoolExecutor(workers, get_context("spawn"), **ways)
-        return self.pool if workers > 1 else None
-
-    def encode(self, tiles: Sequence[Integers], *, lanes: int) -> list[bytes]:
-        """int32 symbols (C, h, w) of each tile -> its bytes."""
-        pool = self.pool_for(len(tiles))
-        if pool is None:
-            return [encode_symbols(t, self.contexts, lanes=lanes) for t in tiles]
-        return list(pool.map(partial(encode_here, lanes=lanes), tiles))
-
-    def decode(self, tiles: Sequence[CodedTile]) -> Iterator[Integers | CompressedFileError]:
-        """The symbols of each tile, or what is wrong with it, in order."""
-        pool = self.pool_for(len(tiles))
-        yield from (attempt(t, self.contexts) for t in tiles) if pool is None else pool.map(decode_here, tiles)
-
-
-def attempt(tile: CodedTile, contexts: Contexts) -> Integers | CompressedFileError:
+def decode_tile(tile: CodedTile, contexts: Contexts) -> Integers | CompressedFileError:
+    if isinstance(tile.payload, CompressedFileError):
+        return tile.payload
     try:
         return decode_symbols(tile.payload, tile.shape, contexts, lanes=tile.lanes)
     except CompressedFileError as error:
@@ -83,4 +144,4 @@ def encode_here(tile: Integers, lanes: int) -> bytes:
 
 
 def decode_here(tile: CodedTile) -> Integers | CompressedFileError:
-    return attempt(tile, _contexts[0])
+    return decode_tile(tile, _contexts[0])

@@ -29,7 +29,8 @@ def fingerprint(model: Any) -> str:
     defaults = {name: p.default for name, p in inspect.signature(type(model).__init__).parameters.items()}
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k not in SCALE}
     changed = {k: v for k, v in config.items() if as_text(v) != as_text(defaults.get(k))}
-    digest = hashlib.sha256((type(model).__name__ + as_text(changed)).encode())
+    name = model.config.get("_class_name", type(model).__name__)
+    digest = hashlib.sha256((name + as_text(changed)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

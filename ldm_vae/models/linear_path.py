@@ -42,7 +42,8 @@ class LinearEncoder(nn.Module):
         super().__init__()
         self.stride = stride
         self.conv = nn.Conv2d(in_channels * stride**2, 2 * latent_channels, 1)
-        start_at(self.conv, GAIN * cosine_basis(in_channels, stride, latent_channels))
+        if not self.conv.weight.is_meta:  # else its weights are loaded
+            start_at(self.conv, GAIN * cosine_basis(in_channels, stride, latent_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return exactly(self.conv, functional.pixel_unshuffle(x, self.stride))
@@ -55,7 +56,8 @@ class LinearDecoder(nn.Module):
         super().__init__()
         self.stride = stride
         self.conv = nn.Conv2d(latent_channels, out_channels * stride**2, 1)
-        start_at(self.conv, cosine_basis(out_channels, stride, latent_channels).T / GAIN)
+        if not self.conv.weight.is_meta:
+            start_at(self.conv, cosine_basis(out_channels, stride, latent_channels).T / GAIN)
 
     def forward(self, z: Tensor) -> Tensor:
         return functional.pixel_shuffle(exactly(self.conv, z), self.stride)

@@ -89,7 +89,27 @@ def load_network(name: str) -> Any:
 
 def load_autoencoder(name: str) -> Any:
     """The autoencoder at RUN_OR_MODEL: as `load_network`, and it must give images."""
-    vae = load_network(name)
+    return giving_images(load_network(name), name)
+
+
+def load_for_inference(name: str) -> Any:
+    """As `load_autoencoder`, to encode and decode alone: a PatchAutoencoderKL comes as its `PatchNetwork`.
+
+    That saves the import of diffusers, which takes seconds.
+    """
+    folder, class_name = find_saved(name, "vae")
+    if class_name != "PatchAutoencoderKL" or not (folder / WEIGHTS[1]).is_file():
+        return load_autoencoder(name)
+    from ldm_vae.models.patch_network import PatchNetwork
+
+    try:
+        network = PatchNetwork.load(folder)
+    except Exception as error:  # damaged files raise many kinds
+        raise ModelError(f"cannot load {class_name} from {name}: {type(error).__name__}: {error}") from None
+    return giving_images(network, name)
+
+
+def giving_images(vae: Any, name: str) -> Any:
     if vae.config.get("finds_blemishes"):
         raise ModelError(f"{name} finds blemishes and gives no images: it is for `ldm-vae anomaly`")
     return vae

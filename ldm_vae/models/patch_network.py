@@ -28,8 +28,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 """Of the posterior's mean: sparse latents are 0 where they are not active, or between 0 and 1."""
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-"""diffusers' name of a model's weights."""
 
 
 class ResidualBlock(nn.Module):
@@ -223,8 +221,8 @@ class PatchNetwork(nn.Module):
         arguments = {p.name: saved.get(p.name, p.default) for p in parameters}
         with torch.device("meta"):  # no weights to begin with
             network = cls(**arguments)
-        weights = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}
-        network.load_state_dict(weights, assign=True)
+        weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+        network.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
         network.config = Config(arguments, _class_name=saved["_class_name"])
         return network.requires_grad_(False).eval()
 

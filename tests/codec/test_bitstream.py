@@ -61,8 +61,7 @@ def test_the_fields_lie_where_the_specification_says() -> None:
 
 def test_tiles_cover_the_latents_once() -> None:
     covered = np.zeros(HEADER.latent_size, int)
-    for i in range(18):
-        top, left, bottom, right = HEADER.tile_box(i)
+    for top, left, bottom, right in HEADER.tile_boxes:
         covered[top:bottom, left:right] += 1
     assert (covered == 1).all()
 

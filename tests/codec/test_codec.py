@@ -13,8 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from small_vae import make_vae
 
-from ldm_vae.codec import bitstream
-from ldm_vae.codec import codec as codec_module
+from ldm_vae.codec import bitstream, network
 from ldm_vae.codec.bitstream import Limits
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.contexts import decode_symbols
@@ -326,10 +325,13 @@ def test_targets_of_large_pictures_are_met_by_way_of_the_disk(
     given = Picture(pixels=photo)
     monkeypatch.setattr(codec, "log2_tile", 3)
     whole = compress_to(codec, given, **target)
-    monkeypatch.setattr(codec_module, "AT_ONCE", 1)
+    monkeypatch.setattr(network, "BATCH", 1)
     monkeypatch.setattr(by_disk, "LARGE", 100)
-    monkeypatch.setattr(codec, "latents_of", None)  # all of them in memory
+    boxes = []
+    encode = codec.network.encode
+    monkeypatch.setattr(codec.network, "encode", lambda pixels, box: boxes.append(box) or encode(pixels, box))
     assert compress_to(codec, given, **target, scratch=tmp_path) == whole
+    assert max(bottom - top for top, _, bottom, _ in boxes) == 8  # never all latents in memory
     assert list(tmp_path.iterdir()) == []
 
 

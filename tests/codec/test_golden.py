@@ -24,8 +24,7 @@ def test_a_golden_file_decodes_to_its_symbols(name: str) -> None:
     header = contents.header
     assert header.tables == tables.digest
     symbols = np.zeros((header.channels, *header.latent_size), "<i4")
-    for i, part in enumerate(contents.tiles):
-        top, left, bottom, right = header.tile_box(i)
+    for (top, left, bottom, right), part in zip(header.tile_boxes, contents.tiles, strict=True):
         shape = (header.channels, bottom - top, right - left)
         contexts = tables.contexts_of(header.quality)
         symbols[:, top:bottom, left:right] = decode_symbols(contents.read(part), shape, contexts, lanes=header.lanes)

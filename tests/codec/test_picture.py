@@ -7,16 +7,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from ldm_vae.codec.picture import (
-    Picture,
-    as_picture,
-    encode_picture,
-    inflate,
-    pack_alpha,
-    png_bytes,
-    read_picture,
-    unpack_alpha,
-)
+from ldm_vae.codec.picture import Picture, as_picture, encode_picture, png_bytes, read_picture
+from ldm_vae.codec.sections import inflate, pack_alpha, unpack_alpha
 from ldm_vae.errors import BadImageError, ConfigError, CorruptError
 
 

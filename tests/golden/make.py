@@ -51,13 +51,20 @@ def main() -> None:
         symbols = symbols_of(name)
         _, height, width = symbols.shape
         header = Header(
-            **{"width": 8 * width - 3, "height": 8 * height - 5, "colours": 3, "depth": 8, "log2_stride": 3},
-            **{"channels": 3, "log2_tile": 4, "log2_lanes": number, "quality": 128 if number % 2 else 300},
-            **{"tables": tables.digest, "weights": b"\0" * 8},
+            width=8 * width - 3,
+            height=8 * height - 5,
+            colours=3,
+            depth=8,
+            log2_stride=3,
+            channels=3,
+            log2_tile=4,
+            log2_lanes=number,
+            quality=128 if number % 2 else 300,
+            tables=tables.digest,
+            weights=b"\0" * 8,
         )
         tiles = []
-        for i in range(header.grid[0] * header.grid[1]):
-            top, left, bottom, right = header.tile_box(i)
+        for top, left, bottom, right in header.tile_boxes:
             part = symbols[:, top:bottom, left:right]
             tiles.append(encode_symbols(part, tables.contexts_of(header.quality), lanes=header.lanes))
         (HERE / f"{name}.ldi").write_bytes(bitstream.pack(header, {}, tiles))
