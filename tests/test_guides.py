@@ -47,6 +47,14 @@ def test_every_flag_that_the_guides_name_is_a_field_of_some_configuration() -> N
             assert flag.removeprefix("no-").replace("-", "_") in fields, f"{page.name} names --{flag}"
 
 
+def test_every_file_of_the_repository_that_the_guides_name_is_there() -> None:
+    for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
+        for file in re.findall(
+            r"`((?:ldm_vae|training|pipelines|benchmarks|tests|configs)/[\w/]+\.\w+)`", page.read_text()
+        ):
+            assert (ROOT / file).exists(), f"{page.name} names {file}"
+
+
 def test_the_commands_of_the_guides_to_training_and_generation_run(here: Path) -> None:
     """A page uses what the pages before it have made."""
     for name, count in (("data", 2), ("training", 4), ("reconstruction", 3), ("diffusion", 3), ("generation", 2)):
