@@ -17,24 +17,11 @@ import ldm_vae.models.autoencoder  # noqa: F401  # of a saved pipeline, diffuser
 from ldm_vae.data.conversion import check_output_type, images_from, images_to, mask_from
 from ldm_vae.errors import ModelError
 from ldm_vae.latents.scaling import mean_and_std, scale_latents, unscale_latents
-from ldm_vae.latents.timesteps import NUM_TIMESTEPS
 from ldm_vae.models.interface import channels_of, fingerprint, latent_channels_of, stride_of
 from ldm_vae.models.loading import find_saved, load_saved
 from ldm_vae.models.reconstruction import encode_mean, turn_on_tiling
-from ldm_vae.models.unet import multiple_of, num_classes_of, predict
-from ldm_vae.sampling import (
-    Sampling,
-    Seed,
-    adds_noise,
-    check_interpolation,
-    check_scheduler,
-    common_count,
-    generators_for,
-    noise_levels,
-    prediction_of,
-    set_timesteps,
-    slerp,
-)
+from ldm_vae.models.unet import num_classes_of
+from ldm_vae.sampling import Sampling, Seed, adds_noise, generators_for, prediction_of, sample_latents, slerp
 
 AT_ONCE = 8
 """Images that go through the autoencoder together, however many are asked for."""
@@ -137,6 +124,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             ValueError: what cannot be, with what could.
         """
         check_output_type(output_type)
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(f"callbacks can be given {', '.join(self._callback_tensor_inputs)}, not {sorted(unknown)}")
         sampling = Sampling(
             num_inference_steps=num_inference_steps,
             strength=strength,
@@ -150,31 +140,37 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         images = None if image is None else self.images_for(image)
         mask = None if mask_image is None else self.mask_for(images, mask_image)
         labels = self.labels_for(class_labels)
-        several = {"class_labels": labels, "generator": generator, "latents": latents}
-        count = common_count(num_images, **several, image=images, mask_image=mask)
+        count = common_count(
+            num_images, class_labels=labels, generator=generator, latents=latents, image=images, mask_image=mask
+        )
         known = None if images is None else spread(self.encode(images), count)
         size = self.latent_size(height, width, latents) if known is None else tuple(known.shape[-2:])
-        own = generators_for(generator, count)
-        noise = self.noise_for(own, count, size) if latents is None else self.check_noise(latents, count, size)
-        made = self.denoise(
+        generators = generators_for(generator, count)
+        noise = self.noise_for(generators, count, size) if latents is None else self.check_noise(latents, count, size)
+
+        def on_step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
+            assert callback_on_step_end is not None
+            inputs = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
+            return (callback_on_step_end(self, step, timestep, inputs) or {}).get("latents", latents)
+
+        scaled_latents = sample_latents(
+            self.unet,
+            self.scheduler,
             noise,
             spread(labels, count),
             sampling,
-            generators=own,
+            generators=generators,
             known=known,
             mask=None if mask is None else self.mask_of_latents(mask),
-            callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs,
+            progress_bar=self.progress_bar,
+            on_step_end=None if callback_on_step_end is None else on_step_end,
         )
-        if output_type != "latent":
-            result = self.decode(made)
-            if images is not None:
-                result = cut(result, images)
-            if mask is not None:
-                result = torch.where(mask, result, cut(self.decode(known), result))
-            made = images_to(result, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=made) if return_dict else (made,)
+        if output_type == "latent":
+            return self.output(scaled_latents, return_dict)
+        decoded = self.decode(scaled_latents, like=images)
+        if mask is not None:
+            decoded = torch.where(mask, decoded, self.decode(known, like=images))
+        return self.output(images_to(decoded, output_type), return_dict)
 
     def interpolate(self, seed_a: Seed, seed_b: Seed, num_images: int = 8, **options: Any) -> Any:
         """Images whose noise goes from seed a's to seed b's along the great circle (Shoemake 1985, section 3.3).
@@ -195,19 +191,26 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         num_images: int = 8,
         *,
         class_labels: Any = None,
+        num_inference_steps: int = 50,
+        strength: float = 0.5,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         generator: Seed | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        **options: Any,
     ) -> Any:
         """Images between two of one size: both noised alike, mixed linearly, denoised (Ho et al. 2020, section 4.3).
 
-        The first and last are what image-to-image makes of the two; at strength 0 it is the latents that are mixed.
-        `options` are those of `sampling.Sampling`, with a strength of 0.5 unless given.
+        The first and last are what image-to-image makes of the two; at strength 0 only their latents are mixed.
         """
         check_output_type(output_type)
         check_interpolation(num_images, self.scheduler)
-        sampling = Sampling(**{"strength": 0.5, **options})
+        sampling = Sampling(
+            num_inference_steps=num_inference_steps,
+            strength=strength,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+        )
         pair = self.images_for([image_a, image_b])
         if len(pair) != 2:
             raise ValueError(f"{len(pair)} images were given to interpolate between: give two")
@@ -216,84 +219,33 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         a, b = self.encode(pair).chunk(2)
         mixed = torch.cat([torch.lerp(a, b, i / (num_images - 1)) for i in range(num_images)])
         noise = spread(self.noise_for(generator, 1, mixed.shape[-2:]), num_images)
-        made = self.denoise(noise, spread(labels, num_images), sampling, known=mixed)
-        if output_type != "latent":
-            made = images_to(cut(self.decode(made), pair), output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=made) if return_dict else (made,)
-
-    # The networks -----------------------------------------------------------------------------------------------------
+        scaled_latents = sample_latents(
+            self.unet,
+            self.scheduler,
+            noise,
+            spread(labels, num_images),
+            sampling,
+            known=mixed,
+            progress_bar=self.progress_bar,
+        )
+        if output_type == "latent":
+            return self.output(scaled_latents, return_dict)
+        return self.output(images_to(self.decode(scaled_latents, like=pair), output_type), return_dict)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in [-1, 1] of any size -> scaled latents of the posterior's mean, float32."""
         parts = images.to(self.vae.dtype).split(AT_ONCE)
         return torch.cat([scale_latents(self.vae, encode_mean(self.vae, p).float()) for p in parts])
 
-    def decode(self, scaled_latents: Any) -> Tensor:
-        """Scaled latents (N, c, h, w) -> images (N, C, h*f, w*f), float32, about [-1, 1]."""
+    def decode(self, scaled_latents: Any, like: Tensor | None = None) -> Tensor:
+        """Scaled latents (N, c, h, w) -> images (N, C, h*f, w*f), float32, about [-1, 1]; cut to the size of `like`."""
         parts = unscale_latents(self.vae, scaled_latents).to(self.vae.dtype).split(AT_ONCE)
-        return torch.cat([self.vae.decode(p).sample.float() for p in parts])
+        images = torch.cat([self.vae.decode(p).sample.float() for p in parts])
+        return images if like is None else images[..., : like.shape[-2], : like.shape[-1]]
 
-    def denoise(
-        self,
-        noise: Tensor,
-        labels: Tensor | None,
-        sampling: Sampling,
-        *,
-        generators: list[torch.Generator] | None = None,
-        known: Tensor | None = None,
-        mask: Tensor | None = None,
-        callback: Callback | None = None,
-        callback_inputs: Sequence[str] = ("latents",),
-    ) -> Any:
-        """Noise (N, c, h, w) and labels (N,), None for no class -> scaled latents (N, c, h, w).
-
-        Args:
-            generators: one an image, for the noise of a scheduler that adds some in each step.
-            known: scaled latents of images to start from, noised as far as the strength says.
-            mask: bool (N, 1, h, w); where it is False, the latents after each step are the known ones with the noise
-                of that time (Lugmayr et al. 2022, equation 8, without resampling, and one noise for all times).
-        """
-        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(f"callbacks can be given {', '.join(self._callback_tensor_inputs)}, not {sorted(unknown)}")
-        check_scheduler(self.scheduler)
-        set_timesteps(self.scheduler, sampling.num_inference_steps, noise.device)
-        levels = noise_levels(self.scheduler)
-        begin, latents = 0, noise
-        if known is not None:
-            begin = min(sampling.skipped_steps * self.scheduler.order, len(levels) - 1)
-            latents = levels[begin].noised(known, noise)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(begin)
-        timesteps = self.scheduler.timesteps[begin:]
-        draws = {"generator": generators} if adds_noise(self.scheduler) else {}
-        with self.progress_bar(total=len(timesteps)) as bar:
-            for i, timestep in enumerate(timesteps):
-                now, then = levels[begin + i : begin + i + 2]
-                output = self.predict(latents, now.time, labels, sampling.guidance_at(now.time))
-                latents = self.scheduler.step(output, timestep, latents, **draws, return_dict=False)[0]
-                if mask is not None and known is not None:
-                    latents = torch.where(mask, latents, then.noised(known, noise))
-                if callback is not None:
-                    shown = {"latents": latents} if callback_inputs else {}
-                    latents = (callback(self, i, timestep, shown) or {}).get("latents", latents)
-                bar.update()
-        return latents
-
-    def predict(self, noisy: Tensor, time: float, labels: Tensor | None, guidance_scale: float) -> Tensor:
-        """The denoiser's output (N, c, h, w); with guidance, of one forward pass of 2N. Time 1 is pure noise."""
-        none = torch.full((len(noisy),), self.num_classes, device=noisy.device) if self.num_classes else None
-        rows, classes = noisy, none if labels is None else labels
-        guided = labels is not None and none is not None and guidance_scale != 1
-        if labels is not None and none is not None and guided:
-            rows, classes = torch.cat([noisy, noisy]), torch.cat([labels, none])
-        timesteps = torch.full((len(rows),), time * NUM_TIMESTEPS, device=noisy.device)
-        output = predict(self.unet, rows.to(self.unet.dtype), timesteps, classes, multiple=multiple_of(self.unet))
-        if not guided:
-            return output
-        with_class, without = output.chunk(2)
-        return without + guidance_scale * (with_class - without)
+    def output(self, images: Any, return_dict: bool) -> Any:
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     # What was given ---------------------------------------------------------------------------------------------------
 
@@ -372,9 +324,29 @@ def spread(values: Any, count: int) -> Any:
     return None if values is None else values.expand(count, *values.shape[1:])
 
 
-def cut(images: Tensor, like: Tensor) -> Tensor:
-    """Without the rows and columns that padding added."""
-    return images[..., : like.shape[-2], : like.shape[-1]]
+def common_count(num_images: int, **options: Any) -> int:
+    """How many images: the length of the options that have several values, which must agree. Raises ValueError."""
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}: it must be at least 1")
+    lengths = {name: len(o) for name, o in options.items() if isinstance(o, (list, tuple, range, Tensor))}
+    count = max([num_images, *lengths.values()])
+    for name, length in lengths.items():
+        if length not in (1, count) or (name == "generator" and length != count):
+            raise ValueError(f"{length} of {name} for {count} images: give one for each")
+    if num_images not in (1, count):
+        raise ValueError(f"num_images is {num_images}, but {count} were described: leave num_images out")
+    return count
+
+
+def check_interpolation(num_images: int, scheduler: Any) -> None:
+    """Raises ValueError."""
+    if num_images < 2:
+        raise ValueError(f"num_images is {num_images}: an interpolation has at least its two ends")
+    if adds_noise(scheduler):
+        raise ValueError(
+            f"this {type(scheduler).__name__} adds noise in each step, in which frames would differ at random: "
+            "set algorithm_type to dpmsolver++"
+        )
 
 
 def fingerprint_of(pipeline: LatentDiffusionPipeline) -> str:

@@ -1,8 +1,9 @@
-"""How samples are drawn: diffusers' schedulers, their noise levels, and the options of a sampling run."""
+"""How samples are drawn: diffusers' schedulers and their noise levels, and the loop from noise to latents."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_vae.latents.timesteps import FIRST_BETA, LAST_BETA, NUM_TIMESTEPS, Prediction
+from ldm_vae.models.unet import denoiser_output, multiple_of, num_classes_of
 
 Seed = int | torch.Generator
 
@@ -26,10 +28,19 @@ DISCRETE: dict[str, Any] = {
 }
 PREDICTION_TYPES = {"flow": "flow_prediction", "v": "v_prediction", "epsilon": "epsilon"}
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
-V = {**DISCRETE, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-EPSILON = {**DISCRETE, "prediction_type": "epsilon"}
-NO_CLIPPING = {"clip_sample": False}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
+
+
+def discrete_time(settings: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The schedulers of v and epsilon."""
+    return {
+        "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, settings),
+        "sde-dpmsolver++": (diffusers.DPMSolverMultistepScheduler, settings | SDE),
+        "ddim": (diffusers.DDIMScheduler, settings | {"clip_sample": False}),
+        "unipc": (diffusers.UniPCMultistepScheduler, settings),
+    }
+
+
 SCHEDULERS: dict[Prediction, dict[str, tuple[Any, dict[str, Any]]]] = {
     "flow": {
         "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, FLOW),
@@ -38,18 +49,8 @@ SCHEDULERS: dict[Prediction, dict[str, tuple[Any, dict[str, Any]]]] = {
         "heun": (diffusers.FlowMatchHeunDiscreteScheduler, {}),
         "unipc": (diffusers.UniPCMultistepScheduler, FLOW),
     },
-    "v": {
-        "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, V),
-        "sde-dpmsolver++": (diffusers.DPMSolverMultistepScheduler, V | SDE),
-        "ddim": (diffusers.DDIMScheduler, V | NO_CLIPPING),
-        "unipc": (diffusers.UniPCMultistepScheduler, V),
-    },
-    "epsilon": {
-        "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, EPSILON),
-        "sde-dpmsolver++": (diffusers.DPMSolverMultistepScheduler, EPSILON | SDE),
-        "ddim": (diffusers.DDIMScheduler, EPSILON | NO_CLIPPING),
-        "unipc": (diffusers.UniPCMultistepScheduler, EPSILON),
-    },
+    "v": discrete_time(DISCRETE | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+    "epsilon": discrete_time(DISCRETE | {"prediction_type": "epsilon"}),
 }
 """The diffusers schedulers that fit each prediction, and their settings; the first of each is the default."""
 
@@ -107,40 +108,6 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device
             scheduler.sigmas = torch.cat([scheduler.sigmas[:-2], scheduler.sigmas[-1:]])
 
 
-# One sample -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How latents are made. Raises ValueError for what cannot be."""
-
-    num_inference_steps: int = 50
-    strength: float = 0.8
-    """Of image-to-image: the share of the way that is noised and made anew."""
-    guidance_scale: float = 1.0
-    """g of `none + g * (class - none)` (Ho & Salimans 2022, equation 6, g = 1 + w); 1: no guidance, half the cost."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times in which guidance is applied, with both ends; 1 is pure noise, 0 the image (Kynkaanniemi et al. 2024)."""
-
-    def __post_init__(self) -> None:
-        low, high = self.guidance_interval
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {self.num_inference_steps}: it must be at least 1")
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"strength is {self.strength}: it must be in 0 to 1")
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"guidance_interval is {low} to {high}: both must be in 0 to 1, the lower one first")
-
-    @property
-    def skipped_steps(self) -> int:
-        """Of image-to-image, as diffusers counts: the last int(steps * strength) are done."""
-        return self.num_inference_steps - int(self.num_inference_steps * self.strength + 1e-6)
-
-    def guidance_at(self, time: float) -> float:
-        low, high = self.guidance_interval
-        return self.guidance_scale if low <= time <= high else 1.0
-
-
 @dataclass(frozen=True, kw_only=True)
 class NoiseLevel:
     """A sample on its way: alpha * x + sigma * noise, at a time in [0, 1] of which 1 is pure noise."""
@@ -189,6 +156,106 @@ def noise_levels(scheduler: Any) -> list[NoiseLevel]:
     return [NoiseLevel(time=t / NUM_TIMESTEPS, alpha=a, sigma=s) for t, (a, s) in zip(timesteps, pairs, strict=True)]
 
 
+# The loop -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The options of a sampling run. Raises ValueError for values that are out of range."""
+
+    num_inference_steps: int = 50
+    strength: float = 0.8
+    """Of image-to-image: the share of the way from noise that is noised and sampled anew."""
+    guidance_scale: float = 1.0
+    """g of `none + g * (class - none)` (Ho & Salimans 2022, equation 6, g = 1 + w); 1: no guidance, half the cost."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times in which guidance is applied, with both ends; 1 is pure noise, 0 the image (Kynkaanniemi et al. 2024)."""
+
+    def __post_init__(self) -> None:
+        low, high = self.guidance_interval
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {self.num_inference_steps}: it must be at least 1")
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}: it must be in 0 to 1")
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval is {low} to {high}: both must be in 0 to 1, the lower one first")
+
+    @property
+    def skipped_steps(self) -> int:
+        """Of image-to-image, as diffusers counts: the last int(steps * strength) are done."""
+        return self.num_inference_steps - int(self.num_inference_steps * self.strength + 1e-6)
+
+    def guidance_at(self, time: float) -> float:
+        low, high = self.guidance_interval
+        return self.guidance_scale if low <= time <= high else 1.0
+
+
+def sample_latents(
+    unet: Any,
+    scheduler: Any,
+    noise: Tensor,
+    labels: Tensor | None,
+    sampling: Sampling,
+    *,
+    generators: list[torch.Generator] | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    progress_bar: Callable[[Any], Iterable[Any]] = iter,
+    on_step_end: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Noise (N, c, h, w) and labels (N,), None for no class -> scaled latents (N, c, h, w).
+
+    Args:
+        generators: one per image, for a scheduler that adds noise in each step.
+        known: scaled latents of images to start from, noised as far as the strength says.
+        mask: bool (N, 1, h, w); where it is False, the latents after each step are the known ones with the noise of
+            that time (Lugmayr et al. 2022, equation 8, without resampling, and one noise for all times).
+        progress_bar: wraps the timesteps.
+        on_step_end: (step, timestep, latents) -> the latents to go on with.
+    """
+    check_scheduler(scheduler)
+    set_timesteps(scheduler, sampling.num_inference_steps, noise.device)
+    levels = noise_levels(scheduler)
+    first, latents = 0, noise
+    if known is not None:
+        first = min(sampling.skipped_steps * scheduler.order, len(levels) - 1)
+        latents = levels[first].noised(known, noise)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    for i, timestep in enumerate(progress_bar(scheduler.timesteps[first:])):
+        now, then = levels[first + i : first + i + 2]
+        output = guided_output(unet, latents, now.time, labels, sampling.guidance_at(now.time))
+        if adds_noise(scheduler):
+            latents = scheduler.step(output, timestep, latents, generator=generators, return_dict=False)[0]
+        else:
+            latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+        if mask is not None and known is not None:
+            latents = torch.where(mask, latents, then.noised(known, noise))
+        if on_step_end is not None:
+            latents = on_step_end(i, timestep, latents)
+    return latents
+
+
+def guided_output(unet: Any, noisy: Tensor, time: float, labels: Tensor | None, guidance_scale: float) -> Tensor:
+    """The denoiser's output (N, c, h, w); with guidance, from one forward pass of 2N. Time 1 is pure noise."""
+    no_class = num_classes_of(unet)
+    none = torch.full((len(noisy),), no_class, device=noisy.device) if no_class else None
+    if labels is None or none is None or guidance_scale == 1:
+        return output_at(unet, noisy, time, none if labels is None else labels)
+    output = output_at(unet, torch.cat([noisy, noisy]), time, torch.cat([labels, none]))
+    with_class, without = output.chunk(2)
+    return without + guidance_scale * (with_class - without)
+
+
+def output_at(unet: Any, noisy: Tensor, time: float, labels: Tensor | None) -> Tensor:
+    """The denoiser's output for images that all are at one time."""
+    timesteps = torch.full((len(noisy),), time * NUM_TIMESTEPS, device=noisy.device)
+    return denoiser_output(unet, noisy.to(unet.dtype), timesteps, labels, multiple=multiple_of(unet))
+
+
+# Noise ----------------------------------------------------------------------------------------------------------------
+
+
 def generators_for(generator: Any, count: int) -> list[torch.Generator]:
     """A generator for each image: those given, or new ones with seeds drawn from the one given (None: from torch's)."""
     if isinstance(generator, (list, tuple, range)):
@@ -213,28 +280,3 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
         return torch.lerp(a, b, weight)
     shares = [float(((1 - weight) * angle).sin() / angle.sin()), float((weight * angle).sin() / angle.sin())]
     return shares[0] * a + shares[1] * b
-
-
-def common_count(num_images: int, **given: Any) -> int:
-    """How many images: the length of what was given as several, which must agree. Raises ValueError."""
-    if num_images < 1:
-        raise ValueError(f"num_images is {num_images}: it must be at least 1")
-    lengths = {k: len(v) for k, v in given.items() if isinstance(v, (list, tuple, range, Tensor))}
-    count = max([num_images, *lengths.values()])
-    for name, length in lengths.items():
-        if length not in (1, count) or (name == "generator" and length != count):
-            raise ValueError(f"{length} of {name} for {count} images: give one for each")
-    if num_images not in (1, count):
-        raise ValueError(f"num_images is {num_images}, but {count} were described: leave num_images out")
-    return count
-
-
-def check_interpolation(num_images: int, scheduler: Any) -> None:
-    """Raises ValueError."""
-    if num_images < 2:
-        raise ValueError(f"num_images is {num_images}: an interpolation has at least its two ends")
-    if adds_noise(scheduler):
-        raise ValueError(
-            f"this {type(scheduler).__name__} adds noise in each step, in which frames would differ at random: "
-            "set algorithm_type to dpmsolver++"
-        )

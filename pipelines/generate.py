@@ -2,8 +2,8 @@
 
 python pipelines/generate.py --model RUN --output DIR --num-images N
 
-Image i has seed S + i and depends on nothing else, however many processes and however large batches make it. Each is a
-PNG that says how it was made; run again, the command makes what is missing.
+Image i comes from seed S + i alone, whatever the number of processes and the batch size. Each is a PNG that says how it
+was made; run again, the command makes those that are missing.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.utils import logging
 from PIL import Image
-from tqdm import tqdm
 
-from ldm_vae.commands.png import SHEET, finished, own_share, read_png, write_png
+from ldm_vae.commands.resumable import CONTACT_SHEET, read_png, share_work, write_png
 from ldm_vae.data.conversion import check_viewable, to_images, to_pixels
 from ldm_vae.data.file_sources import FileSource, FolderReader
 from ldm_vae.data.image_files import is_image
-from ldm_vae.data.images import MAX_PIXELS, Pixels, centre_square, formats, resize
+from ldm_vae.data.images import Pixels, centre_square, resize
+from ldm_vae.data.reader import MAX_PIXELS, formats
 from ldm_vae.data.sources import Source, check_finite, check_outside, open_source
 from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, sha256, write_csv
@@ -33,11 +33,13 @@ from ldm_vae.grids import labelled_rows, visible
 from ldm_vae.models.interface import channels_of, stride_of
 from ldm_vae.models.reconstruction import exact_float32
 from ldm_vae.pipeline import LatentDiffusionPipeline, fingerprint_of, load_pipeline
-from ldm_vae.runs.config import parse_flags
+from ldm_vae.progress import progress
+from ldm_vae.runs.config import Range, check_ranges, parse_flags
 from ldm_vae.runs.processes import PATIENCE
-from ldm_vae.sampling import Sampling, adds_noise, make_scheduler, prediction_of
+from ldm_vae.sampling import adds_noise, make_scheduler, prediction_of
 
-SHEET_SIDE, SHEET_CELLS = 256, 10
+TILE_SIDE, TILES = 256, 10
+"""Of the contact sheet: pixels of a tile, and tiles each way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Config:
     model: str
     """Run directory, pipeline folder or hub id."""
     output: Path
-    num_images: int | None = None
+    num_images: Annotated[int | None, Range(at_least=1)] = None
     """With --image, one for each of them unless given."""
     class_label: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Name or number of a class; given several times, the images take turns. Unless given: all classes in turn, or,
@@ -55,55 +57,51 @@ class Config:
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times in which guidance is applied: 1 is pure noise."""
-    steps: int = 50
+    steps: Annotated[int, Range(at_least=1)] = 50
     scheduler: str | None = None
     """dpmsolver++, sde-dpmsolver++, euler, heun, unipc or ddim, what fits the model; the model's own unless given."""
     height: int | None = None
     width: int | None = None
-    seed: int = 0
-    batch_size: int = 16
+    seed: Annotated[int, Range(at_least=0)] = 0
+    batch_size: Annotated[int, Range(at_least=1)] = 16
     image: str | None = None
     """A file, or a folder or other source of images: image-to-image, image i from the i-th of them."""
     mask: Path | None = None
-    """White is made anew, the rest of --image is kept."""
-    strength: float = 0.8
+    """White is generated, the rest of --image is kept."""
+    strength: Annotated[float, Range(at_least=0, at_most=1)] = 0.8
     mixed_precision: Literal["no", "bf16"] = "no"
+
+    def check(self) -> None:
+        """Raises ConfigError for flags that cannot work, alone or together."""
+        check_ranges(self)
+        if self.image is None and self.num_images is None:
+            raise ConfigError("how many images? add --num-images 16, say")
+        if self.mask is not None and self.image is None:
+            raise ConfigError("--mask needs the --image that it is for")
+        if self.image is not None and (self.height or self.width):
+            raise ConfigError("--height and --width are the image's own with --image")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One image to make."""
 
-    name: str
+    file: str
+    """Below the output."""
     seed: int
     label: int | None
     facts: dict[str, str]
     position: int
-    """Which of the images given it starts from."""
+    """In --image, of the image that it starts from."""
 
 
-def validate(config: Config, pipeline: LatentDiffusionPipeline) -> None:
-    """Raises ValueError or ConfigError for what can be seen to be wrong before anything is made."""
-    for flag, value in (("--num-images", config.num_images), ("--batch-size", config.batch_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{flag} is {value}: it must be at least 1")
-    if config.seed < 0:
-        raise ConfigError(f"--seed is {config.seed}: it must be at least 0")
-    if config.image is None and config.num_images is None:
-        raise ConfigError("how many images? add --num-images 16, say")
-    if config.mask is not None and config.image is None:
-        raise ConfigError("--mask needs the --image that it is for")
-    if config.image is not None and (config.height or config.width):
-        raise ConfigError("--height and --width are the image's own with --image")
-    if config.image is None:
-        pipeline.latent_size(config.height, config.width, None)
+def open_pipeline(config: Config) -> LatentDiffusionPipeline:
+    pipeline = load_pipeline(config.model)
     check_viewable(channels_of(pipeline.vae))
-    Sampling(
-        num_inference_steps=config.steps,
-        strength=config.strength,
-        guidance_scale=config.guidance_scale,
-        guidance_interval=config.guidance_interval,
-    )
+    pipeline.set_progress_bar_config(disable=True)
+    if config.scheduler:
+        pipeline.scheduler = make_scheduler(prediction_of(pipeline.scheduler), config.scheduler)
+    return pipeline
 
 
 def open_images(config: Config, channels: int) -> Source | None:
@@ -120,7 +118,7 @@ def open_images(config: Config, channels: int) -> Source | None:
 
 
 def settings_of(config: Config, pipeline: LatentDiffusionPipeline, images: Source | None) -> dict[str, str]:
-    """What decides an image besides its seed and class, as text for its PNG."""
+    """What an image depends on besides its seed and class, as text for its PNG."""
     settings = {
         "model": fingerprint_of(pipeline),
         "steps": str(config.steps),
@@ -132,30 +130,35 @@ def settings_of(config: Config, pipeline: LatentDiffusionPipeline, images: Sourc
     if images is None:
         height, width = (n * stride_of(pipeline.vae) for n in pipeline.latent_size(config.height, config.width, None))
         return settings | {"size": f"{height}x{width}"}
-    mask = "none" if config.mask is None else sha256(config.mask)
-    given = {"images": images.fingerprint(), "first_seed": str(config.seed), "mask": mask}
-    return settings | given | {"strength": f"{config.strength:g}"}
+    return settings | {
+        "images": images.fingerprint(),
+        "first_seed": str(config.seed),
+        "mask": "none" if config.mask is None else sha256(config.mask),
+        "strength": f"{config.strength:g}",
+    }
 
 
 def jobs_of(
     config: Config, pipeline: LatentDiffusionPipeline, images: Source | None, settings: dict[str, str]
 ) -> dict[str, Job]:
-    """All images of the command, by the names of their files."""
-    given = [pipeline.label_of(c) for c in config.class_label] if pipeline.num_classes else []
-    if config.class_label and not given:
-        pipeline.labels_for(config.class_label)  # says that there are none
-    labels: Sequence[int | None] = given or (range(pipeline.num_classes) if images is None else ()) or [None]
+    """All images of the command, by their files."""
+    labels: Sequence[int | None] = [None]
+    chosen = pipeline.labels_for(config.class_label or None)
+    if chosen is not None:
+        labels = chosen.tolist()
+    elif images is None and pipeline.num_classes:
+        labels = range(pipeline.num_classes)
     jobs = {}
     for i in range(config.num_images or len(images or ())):
         label, seed = labels[i % len(labels)], config.seed + i
         name = class_name(pipeline, label)
-        own = {"seed": str(seed), "class": name or "none"}
+        facts = {"seed": str(seed), "class": name or "none"}
         position = 0
         if images is not None:
             position = i % len(images)
-            own["image"] = images.name(position)
+            facts["image"] = images.name(position)
         file = f"{folder_of(name)}/{seed:08d}.png" if name else f"{seed:08d}.png"
-        jobs[file] = Job(name=file, seed=seed, label=label, facts=own | settings, position=position)
+        jobs[file] = Job(file=file, seed=seed, label=label, facts=facts | settings, position=position)
     return jobs
 
 
@@ -167,7 +170,7 @@ def class_name(pipeline: LatentDiffusionPipeline, label: int | None) -> str | No
 
 
 def folder_of(name: str) -> str:
-    """A class's name as that of a folder: what would lead elsewhere, or hide it, is written as in a URL."""
+    """A class's name as a folder's: characters that would lead elsewhere, or hide it, are escaped as in a URL."""
     safe = "".join(f"%{ord(c):02X}" if c in "%/\\\0" else c for c in name)
     return f"%2E{safe[1:]}" if safe.startswith(".") else safe
 
@@ -175,105 +178,119 @@ def folder_of(name: str) -> str:
 def batches_of(
     jobs: Sequence[Job], images: Source | None, batch_size: int, bad_images: dict[str, str]
 ) -> Iterator[tuple[list[Job], list[Pixels] | None]]:
-    """Jobs that go together, with the images that they start from, of one size; bad images are noted and left out."""
+    """Jobs to do together, with the images that they start from, of one size; bad images are noted and left out."""
     for start in range(0, len(jobs), batch_size):
         batch = list(jobs[start : start + batch_size])
         if images is None:
             yield batch, None
             continue
-        ready: dict[tuple[int, ...], list[tuple[Job, Pixels]]] = {}
+        by_size: dict[tuple[int, ...], list[tuple[Job, Pixels]]] = {}
         for job in batch:
             try:
-                given = images[job.position].pixels
+                pixels = images[job.position].pixels
             except BadImageError as error:
                 bad_images[images.name(job.position)] = str(error)
                 continue
-            ready.setdefault(tuple(given.shape), []).append((job, given))
-        for group in ready.values():
-            yield [job for job, _ in group], [given for _, given in group]
+            by_size.setdefault(tuple(pixels.shape), []).append((job, pixels))
+        for pairs in by_size.values():
+            yield [job for job, _ in pairs], [pixels for _, pixels in pairs]
+
+
+def generate(
+    pipeline: LatentDiffusionPipeline,
+    jobs: list[Job],
+    images: list[Pixels] | None,
+    mask: Image.Image | None,
+    config: Config,
+) -> Pixels:
+    """The images of some jobs, uint8 (N, H, W, C)."""
+    generated = pipeline(
+        [job.label for job in jobs if job.label is not None] or None,
+        num_images=len(jobs),
+        height=config.height,
+        width=config.width,
+        num_inference_steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        guidance_interval=config.guidance_interval,
+        generator=[job.seed for job in jobs],
+        image=images,
+        mask_image=mask,
+        strength=config.strength,
+        output_type="pt",
+    ).images
+    return to_pixels(generated * 2 - 1)
 
 
 def contact_sheet(output: Path, jobs: Sequence[Job]) -> Image.Image:
-    """Up to 10 x 10 of the images: a row a class or, without classes, in the order of their seeds."""
-    groups: dict[str, list[Job]] = {}
+    """Up to 10 x 10 of the images: a row per class or, without classes, in the order of their seeds."""
+    rows: dict[str, list[Pixels]] = {}
     for i, job in enumerate(jobs):
-        in_order = f"seeds from {jobs[i - i % SHEET_CELLS].seed}"
-        groups.setdefault(in_order if job.label is None else job.facts["class"], []).append(job)
-    rows = {k: [read_png(output / j.name) for j in v[:SHEET_CELLS]] for k, v in list(groups.items())[:SHEET_CELLS]}
-    sizes = {p.shape[:2] for row in rows.values() for p in row}
-    columns = max(len(row) for row in rows.values())
-    drawn = []
-    for label, row in rows.items():
-        tiles = [tile_of(p, sizes) for p in row]
+        seeds = f"seeds from {jobs[i - i % TILES].seed}"
+        row = rows.setdefault(seeds if job.label is None else job.facts["class"], [])
+        if len(rows) <= TILES and len(row) < TILES:
+            row.append(read_png(output / job.file))
+    shown = {label: row for label, row in rows.items() if row}
+    same_size = len({pixels.shape[:2] for row in shown.values() for pixels in row}) == 1
+    columns = max(len(row) for row in shown.values())
+    labelled = []
+    for label, row in shown.items():
+        tiles = [tile_of(pixels, whole=same_size) for pixels in row]
         blank = [np.full_like(tiles[0], 255)] * (columns - len(tiles))
-        drawn.append((label, np.stack(tiles + blank)))
-    return labelled_rows(drawn)
+        labelled.append((label, np.stack(tiles + blank)))
+    return labelled_rows(labelled)
 
 
-def tile_of(pixels: Pixels, sizes: set[tuple[int, ...]]) -> Pixels:
-    """At most SHEET_SIDE pixels high and wide; when the images have different sizes, the centred square."""
+def tile_of(pixels: Pixels, *, whole: bool) -> Pixels:
+    """The image, at most TILE_SIDE pixels high and wide; unless `whole`, its centred square."""
     height, width = pixels.shape[:2]
-    longer = max(height, width)
-    if len(sizes) > 1:
-        pixels = centre_square(pixels, SHEET_SIDE // 2)
-    elif longer > SHEET_SIDE:
-        scaled = [max(round(n * SHEET_SIDE / longer), 1) for n in (height, width)]
-        pixels = resize(pixels, (scaled[0], scaled[1]))
+    scale = TILE_SIDE / max(height, width)
+    if not whole:
+        pixels = centre_square(pixels, TILE_SIDE // 2)
+    elif scale < 1:
+        pixels = resize(pixels, (max(round(height * scale), 1), max(round(width * scale), 1)))
     return visible(to_images(pixels)[None])[0]
 
 
+def report(output: Path, jobs: dict[str, Job], bad_images: dict[str, str]) -> None:
+    """Writes the contact sheet and the list of bad images. Raises DataError when there is no image at all."""
+    if bad_images:
+        write_csv(output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(bad_images.items())])
+    finished = [job for job in jobs.values() if (output / job.file).exists()]
+    if not finished:
+        raise nothing_usable(bad_images)
+    with atomic(output / CONTACT_SHEET) as out:
+        contact_sheet(output, finished).save(out, "PNG")
+    left_out = f", {len(bad_images)} left out: see {output / 'bad_images.csv'}" if bad_images else ""
+    print(f"{len(finished)} images are there{left_out}; look at {output / CONTACT_SHEET}")
+
+
 def main(config: Config) -> None:
+    config.check()
     logging.disable_progress_bar()
     exact_float32()
     accelerator = Accelerator(kwargs_handlers=[PATIENCE], mixed_precision=config.mixed_precision)
-    share = {"part": accelerator.process_index, "parts": accelerator.num_processes}
-    pipeline = load_pipeline(config.model)
-    if config.scheduler:
-        pipeline.scheduler = make_scheduler(prediction_of(pipeline.scheduler), config.scheduler)
-    validate(config, pipeline)
+    pipeline = open_pipeline(config)
     images = open_images(config, channels_of(pipeline.vae))
     mask = None if config.mask is None else Image.open(config.mask, formats=formats())
     settings = settings_of(config, pipeline, images)
     jobs = jobs_of(config, pipeline, images, settings)
     check_writable(config.output)
-    done = finished(config.output, jobs, settings, **share)
-    mine = [jobs[name] for name in own_share(jobs, done, **share)]
-    accelerator.print(f"{len(jobs)} images in {config.output}, {len(done)} of them there already")
+    files, num_finished = share_work(config.output, jobs, settings, accelerator)
+    accelerator.print(f"{len(jobs)} images in {config.output}, {num_finished} of them there already")
     pipeline.to(accelerator.device)
-    pipeline.set_progress_bar_config(disable=True)
-    bad: dict[str, str] = {}
-    with tqdm(total=len(mine), unit="image", disable=not accelerator.is_main_process) as bar:
-        for batch, given in batches_of(mine, images, config.batch_size, bad):
+    bad_images: dict[str, str] = {}
+    with progress(total=len(files), unit="image", show=accelerator.is_main_process) as bar:
+        batches = batches_of([jobs[file] for file in files], images, config.batch_size, bad_images)
+        for batch, start_images in batches:
             with accelerator.autocast():
-                made = pipeline(
-                    [job.label for job in batch if job.label is not None] or None,
-                    num_images=len(batch),
-                    height=config.height,
-                    width=config.width,
-                    num_inference_steps=config.steps,
-                    guidance_scale=config.guidance_scale,
-                    guidance_interval=config.guidance_interval,
-                    generator=[job.seed for job in batch],
-                    image=given,
-                    mask_image=mask,
-                    strength=config.strength,
-                    output_type="pt",
-                ).images
-            for job, pixels in zip(batch, to_pixels(made * 2 - 1), strict=True):
-                write_png(config.output / job.name, pixels, job.facts)
+                pixels = generate(pipeline, batch, start_images, mask, config)
+            for job, image in zip(batch, pixels, strict=True):
+                write_png(config.output / job.file, image, job.facts)
             bar.update(len(batch))
-    for part in gather_object([bad]):
-        bad |= part
+    for part in gather_object([bad_images]):
+        bad_images |= part
     if accelerator.is_main_process:
-        if bad:
-            write_csv(config.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(bad.items())])
-        there = [job for job in jobs.values() if (config.output / job.name).exists()]
-        if not there:
-            raise nothing_usable(bad)
-        with atomic(config.output / SHEET) as out:
-            contact_sheet(config.output, there).save(out, "PNG")
-        worse = f", {len(bad)} left out: see {config.output / 'bad_images.csv'}" if bad else ""
-        print(f"{len(there)} images are there{worse}; look at {config.output / SHEET}")
+        report(config.output, jobs, bad_images)
     accelerator.end_training()
 
 

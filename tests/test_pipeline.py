@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DModel
 from PIL import Image
 from torch import Tensor
 
-import ldm_vae.pipeline as home
+from ldm_vae import sampling
 from ldm_vae.errors import ModelError
 from ldm_vae.latents.scaling import scale_latents, unscale_latents
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
@@ -98,7 +98,7 @@ def shown(images: Tensor) -> Tensor:
 
 
 def exact_denoiser(prediction: Any, s: float) -> Any:
-    """In place of `predict`: the best output for data that is normal with deviation s."""
+    """In place of `denoiser_output`: the best output for data that is normal with deviation s."""
 
     def exact(_: Any, noisy: Tensor, timesteps: Tensor, labels: Any, *, multiple: int) -> Tensor:
         alpha, sigma = alpha_and_sigma(prediction, timesteps)
@@ -119,7 +119,7 @@ def test_every_solver_takes_noise_to_gaussian_data_whose_exact_denoiser_it_is_gi
     The denoiser goes by the timesteps that it is given, as in training, so these must be those of the sample.
     """
     s, rtol = 0.5, 0.06 if scheduler in ("euler", "ddim") else 0.005  # those two are of first order
-    monkeypatch.setattr(home, "predict", exact_denoiser(prediction, s))
+    monkeypatch.setattr(sampling, "denoiser_output", exact_denoiser(prediction, s))
     pipeline = pipeline_of(prediction, scheduler)
     if scheduler == "ddim" and steps == 61:
         with pytest.raises(ValueError, match="divides 1000, and 61 does not: try 50 or 40, or another scheduler"):
@@ -143,7 +143,7 @@ def test_a_solver_of_the_sde_ends_at_the_same_data_and_forgets_its_first_noise(
     prediction: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s = 0.5
-    monkeypatch.setattr(home, "predict", exact_denoiser(prediction, s))
+    monkeypatch.setattr(sampling, "denoiser_output", exact_denoiser(prediction, s))
     pipeline = pipeline_of(prediction, "sde-dpmsolver++")
     noise = torch.randn(64, 4, 6, 4, generator=torch.Generator().manual_seed(3))
     options: dict[str, Any] = {"generator": range(64), "num_inference_steps": 50, "output_type": "latent"}
@@ -229,13 +229,13 @@ def test_guidance_is_applied_and_paid_for_within_its_interval_alone(
     flow: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[tuple[int, float]] = []
-    real = home.predict
+    real = sampling.denoiser_output
 
     def count(unet: Any, noisy: Tensor, timesteps: Tensor, labels: Any, *, multiple: int) -> Tensor:
         passes.append((len(noisy), timesteps[0].item()))
         return real(unet, noisy, timesteps, labels, multiple=multiple)
 
-    monkeypatch.setattr(home, "predict", count)
+    monkeypatch.setattr(sampling, "denoiser_output", count)
     images = made(flow, [0, 2], generator=[1, 2], guidance_scale=3.0, guidance_interval=(0.4, 0.75))
     assert passes == [(2, 1000.0), (4, 750.0), (4, 500.0), (2, 250.0)]
     everywhere = made(flow, [0, 2], generator=[1, 2], guidance_scale=3.0)
@@ -418,9 +418,9 @@ def test_an_interpolation_begins_and_ends_with_the_images_of_its_seeds(flow: Lat
     torch.testing.assert_close(frames[[0, -1]], ends, rtol=0, atol=1e-5)
     assert all((frames[i] - frames[i + 1]).abs().max() > 1e-3 for i in range(4))
     a, b = (torch.randn(1, 4, 6, 4, generator=torch.Generator().manual_seed(s)) for s in (3, 4))
-    middle = home.slerp(a, b, 0.5)
+    middle = sampling.slerp(a, b, 0.5)
     assert middle.norm() == pytest.approx((a.norm() + b.norm()).item() / 2, rel=0.02)  # a straight line: 0.7 of it
-    assert torch.allclose(home.slerp(a, a, 0.3), a)
+    assert torch.allclose(sampling.slerp(a, a, 0.3), a)
 
 
 def test_an_interpolation_of_images_begins_and_ends_with_their_variations(flow: LatentDiffusionPipeline) -> None:

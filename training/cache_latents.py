@@ -2,7 +2,7 @@
 
 accelerate launch training/cache_latents.py --vae RUN_OR_MODEL --data PATH --output CACHE
 
-The same command goes on with a cache that was not finished, on any number of processes.
+The same command continues an unfinished cache, on any number of processes.
 """
 
 from __future__ import annotations
@@ -11,32 +11,26 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress, islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm_vae.data.loader import with_tensors
-from ldm_vae.data.sources import Source, check_finite, open_source
+from ldm_vae.data.sources import check_finite, open_source
 from ldm_vae.data.workers import default_workers, made_ahead
-from ldm_vae.errors import ConfigError, one_line_errors
+from ldm_vae.errors import one_line_errors
 from ldm_vae.files import check_writable, lock, staged_directory, write_csv
 from ldm_vae.latents.cache import Plan, begin, summarise, unfinished, write_index, write_shard
+from ldm_vae.latents.resolution import encoding_resolution
 from ldm_vae.latents.rows import EncoderBatch, Squares, squares_of
 from ldm_vae.latents.scaling import as_stored, put_statistics
-from ldm_vae.models.interface import (
-    channels_of,
-    check_resolution,
-    encode_moments,
-    fingerprint,
-    latent_channels_of,
-    stride_of,
-)
+from ldm_vae.models.interface import channels_of, encode_moments, fingerprint, latent_channels_of, stride_of
 from ldm_vae.models.loading import load_autoencoder
-from ldm_vae.runs.config import parse_flags
+from ldm_vae.progress import progress
+from ldm_vae.runs.config import Range, check_ranges, parse_flags
 from ldm_vae.runs.processes import PATIENCE
 
 
@@ -50,36 +44,28 @@ class Config:
     """Image folder, .zip, tar shards, Hugging Face dataset, or procedural:NAME."""
     output: Path
     """The cache."""
-    resolution: int = 256
-    """The centred square of each image is resized to this side."""
+    resolution: Annotated[int | None, Range(at_least=1)] = None
+    """The centred square of each image is resized to this side; the one that the VAE's run was trained on unless
+    given."""
     flip: bool = False
     """Encode the mirrored images, too."""
-    num_images: int | None = None
+    num_images: Annotated[int | None, Range(at_least=1)] = None
     """Only the first so many."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Range(at_least=1)] = 32
     """Images that each process encodes at once; changes nothing but the speed."""
-    num_workers: int | None = None
+    num_workers: Annotated[int | None, Range(at_least=0)] = None
     """Processes that decode images, for each process; up to 8, as the cores allow, unless given."""
-    shard_size: int = 1024
+    shard_size: Annotated[int, Range(at_least=1)] = 1024
     """Images a file."""
 
 
-def plan_of(config: Config, vae: Any, source: Source) -> Plan:
-    """Raises ConfigError for flags that cannot work."""
-    for name in ("resolution", "batch_size", "shard_size", "num_images"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-    if config.num_workers is not None and config.num_workers < 0:
-        raise ConfigError(f"--num-workers is {config.num_workers}: it must be at least 0")
-    check_resolution(config.resolution, vae)
-    check_finite(source, config.data, config.num_images)
-    side = config.resolution // stride_of(vae)
+def plan_of(config: Config, vae: Any, squares: Squares) -> Plan:
+    source, side = squares.source, squares.resolution // stride_of(vae)
     return Plan(
         vae=fingerprint(vae),
         data=source.fingerprint(),
         num_images=min(len(source), config.num_images or len(source)),
-        resolution=config.resolution,
+        resolution=squares.resolution,
         flip=config.flip,
         latent_shape=(latent_channels_of(vae), side, side),
         classes=source.classes,
@@ -89,7 +75,7 @@ def plan_of(config: Config, vae: Any, source: Source) -> Plan:
 
 @torch.inference_mode()
 def encode(batch: EncoderBatch[Tensor], vae: Any, squares: Squares, *, flip: bool) -> EncoderBatch[Tensor]:
-    """The moments of a batch, in which an image whose moments are not finite is a bad one."""
+    """The moments of a batch; an image whose moments are not finite counts as bad."""
     if not len(batch.tensors):
         return batch
     images = batch.tensors.to(vae.device, memory_format=torch.channels_last, non_blocking=True)
@@ -106,24 +92,24 @@ def encode(batch: EncoderBatch[Tensor], vae: Any, squares: Squares, *, flip: boo
 
 
 def make_shards(shards: list[int], plan: Plan, vae: Any, squares: Squares, config: Config, *, show: bool) -> None:
-    """Encodes and writes these shards, one after the other, with one set of workers for all of them."""
+    """Encodes and writes these shards, one after the other, with the same workers for all of them."""
     batches = {shard: batches_of(plan.indices(shard), config.batch_size) for shard in shards}
     order = [batch for shard in shards for batch in batches[shard]]
     num_workers = default_workers() if config.num_workers is None else config.num_workers
-    made = made_ahead(partial(squares_of, squares), order, num_workers=num_workers)
-    loaded = (with_tensors(batch, pin_memory=vae.device.type == "cuda") for batch in made)
-    for shard in tqdm(shards, unit="shard", disable=not show):
-        done = [encode(batch, vae, squares, flip=config.flip) for batch in islice(loaded, len(batches[shard]))]
-        moments = [batch.tensors for batch in done if len(batch.tensors)]
+    images = made_ahead(partial(squares_of, squares), order, num_workers=num_workers)
+    loaded = (with_tensors(batch, pin_memory=vae.device.type == "cuda") for batch in images)
+    for shard in progress(shards, unit="shard", show=show):
+        encoded = [encode(batch, vae, squares, flip=config.flip) for batch in islice(loaded, len(batches[shard]))]
+        moments = [batch.tensors for batch in encoded if len(batch.tensors)]
         bad_images: dict[str, str] = {}
-        for batch in done:
+        for batch in encoded:
             bad_images |= batch.bad_images
         write_shard(
             config.output,
             shard,
             moments=as_stored(torch.cat(moments)).numpy() if moments else np.empty(0),
-            indices=[i for batch in done for i in batch.indices],
-            labels=[label for batch in done for label in batch.labels],
+            indices=[i for batch in encoded for i in batch.indices],
+            labels=[label for batch in encoded for label in batch.labels],
             bad_images=bad_images,
         )
 
@@ -133,32 +119,35 @@ def batches_of(indices: range, size: int) -> list[range]:
 
 
 def main(config: Config) -> None:
+    check_ranges(config)
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     vae = load_autoencoder(config.vae).to(accelerator.device)
-    source = open_source(config.data, channels=channels_of(vae), resolution=config.resolution)
-    plan = plan_of(config, vae, source)
+    resolution = encoding_resolution(config.resolution, vae, config.vae)
+    accelerator.print(f"images of {resolution} x {resolution} pixels")
+    source = open_source(config.data, channels=channels_of(vae), resolution=resolution)
+    check_finite(source, config.data, config.num_images)
+    squares = Squares(source, resolution)
     check_writable(config.output)
-    held = lock(config.output) if accelerator.is_main_process else None
+    output_lock = lock(config.output) if accelerator.is_main_process else None
     with accelerator.main_process_first():
-        plan = begin(config.output, plan)
+        plan = begin(config.output, plan_of(config, vae, squares))
     todo = unfinished(config.output, plan)
-    accelerator.wait_for_everyone()  # before any shard is finished: all must have seen the same list
+    accelerator.wait_for_everyone()  # before a shard is finished: all must have seen the same list
     if accelerator.is_main_process:
         clear(config.output, index=bool(todo))
     accelerator.wait_for_everyone()
     mine = todo[accelerator.process_index :: accelerator.num_processes]
-    squares = Squares(source, config.resolution)
     make_shards(mine, plan, vae, squares, config, show=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not (config.output / "index.json").exists():
         complete(config, plan, vae)
-    if held is not None:
-        held.close()
+    if output_lock is not None:
+        output_lock.close()
     accelerator.end_training()
 
 
 def clear(folder: Path, *, index: bool) -> None:
-    """Removes what a killed job left half written and, when shards are to be made, the index of those before."""
+    """Removes the half-written files of a killed job and, when shards are to be made, the index of the earlier ones."""
     for left in folder.glob(".shard-*"):
         left.unlink()
     if index:
@@ -166,7 +155,7 @@ def clear(folder: Path, *, index: bool) -> None:
 
 
 def complete(config: Config, plan: Plan, vae: Any) -> None:
-    """The VAE with its statistics beside the shards, and then the index that makes them a cache."""
+    """Writes the VAE with its statistics beside the shards, and then the index that makes them a cache."""
     summary = summarise(config.output, plan)
     statistics, bad_images = summary.statistics, summary.bad_images
     put_statistics(vae, statistics)

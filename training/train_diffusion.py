@@ -8,9 +8,8 @@ The same command resumes a run, on any number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,39 +18,26 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
-from torch import Tensor
 
-from ldm_vae.data.loader import MicroBatches, load_batches
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import check_outside, open_source
-from ldm_vae.data.workers import default_workers
 from ldm_vae.errors import ConfigError, DataError, ModelError, one_line_errors
 from ldm_vae.files import staged_directory
 from ldm_vae.grids import labelled_rows, visible
 from ldm_vae.latents.cache import LatentCache
-from ldm_vae.latents.rows import CachedMoments, DiffusionBatch, DiffusionRows, Inputs, Squares, collate_rows
+from ldm_vae.latents.resolution import encoding_resolution
+from ldm_vae.latents.rows import CachedMoments, DiffusionRows, Inputs, Squares, collate_rows
 from ldm_vae.latents.scaling import has_scale, put_statistics, scale_of
 from ldm_vae.latents.statistics import Statistics
-from ldm_vae.latents.timesteps import NUM_TIMESTEPS
-from ldm_vae.models.interface import (
-    channels_of,
-    check_resolution,
-    encode_moments,
-    fingerprint,
-    latent_channels_of,
-    stride_of,
-)
+from ldm_vae.models.interface import channels_of, encode_moments, fingerprint, latent_channels_of, stride_of
 from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.unet import make_denoiser
 from ldm_vae.objectives.denoising import (
-    VALIDATION_TIMES,
-    Objective,
-    State,
-    check_objective,
-    losses_of,
-    scaled_latents_of,
-    train_step,
+    DenoiserConfig,
+    DenoiserState,
+    denoiser_step,
     validation_batches,
+    validation_loss,
 )
 from ldm_vae.pipeline import LatentDiffusionPipeline
 from ldm_vae.runs.config import Range, parse_config
@@ -69,7 +55,7 @@ MEASURED_IMAGES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Objective):
+class Config(DenoiserConfig):
     """Flags of the diffusion model's trainer."""
 
     latents: Path | None = None
@@ -78,8 +64,9 @@ class Config(Objective):
     """Image folder, .zip, tar shards, Hugging Face dataset, or procedural:NAME."""
     vae: str | None = None
     """Run directory, diffusers folder or hub id; the cache's own unless given."""
-    resolution: Annotated[int, Range(at_least=1)] = 256
-    """Of --data: the centred square of each image is resized to this side. A cache knows its own."""
+    resolution: Annotated[int | None, Range(at_least=1)] = None
+    """Of --data: the centred square of each image is resized to this side; the one that the VAE was trained on unless
+    given."""
     flip: bool = False
     """Half of the images mirrored; a cache must hold them."""
     class_conditional: bool = True
@@ -89,6 +76,13 @@ class Config(Objective):
     denoiser: tyro.conf.Suppress[str] = "tiny"
     guidance_scale: Annotated[float, Range(at_least=0)] = 1.5
     """Of the sample grid."""
+
+    def check(self, num_processes: int) -> None:
+        super().check(num_processes)
+        if (self.latents is None) == (self.data is None):
+            raise ConfigError("give either --latents, a cache, or --data with --vae")
+        if self.data is not None and self.vae is None:
+            raise ConfigError("--data needs --vae, the autoencoder that encodes it")
 
 
 PRESETS = {
@@ -117,17 +111,7 @@ PRESETS = {
 }
 
 
-def validate(config: Config, num_processes: int) -> None:
-    """Raises ConfigError for flags that cannot work."""
-    config.check(num_processes)
-    check_objective(config)
-    if (config.latents is None) == (config.data is None):
-        raise ConfigError("give either --latents, a cache, or --data with --vae")
-    if config.data is not None and config.vae is None:
-        raise ConfigError("--data needs --vae, the autoencoder that encodes it")
-
-
-# Main -----------------------------------------------------------------------------------------------------------------
+# Data -----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +120,45 @@ class Data:
 
     vae: Any
     images: Inputs
-    encoded: bool
+    fingerprint: str
     latent_shape: tuple[int, int, int]
-    classes: tuple[str, ...]
-    val_images: Inputs
-    made_from: dict[str, Any]
-    """What a resumed run must find unchanged."""
+    """(c, h, w)."""
+    classes_of_data: tuple[str, ...]
+    class_conditional: bool
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Those that are learned."""
+        return self.classes_of_data if self.class_conditional else ()
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between resumptions."""
+        return {
+            "vae": fingerprint(self.vae),
+            "data": self.fingerprint,
+            "number of images": len(self.images),
+            "scale": scale_of(self.vae),
+            "classes": list(self.classes_of_data),
+            "size": list(self.latent_shape),
+        }
+
+
+def open_images(config: Config, path: str, vae_name: str, accelerator: Accelerator) -> Data:
+    """Images, to be encoded as they come."""
+    vae = load_autoencoder(vae_name).to(accelerator.device)
+    check_outside(config.output, path, flag="--data")
+    resolution = encoding_resolution(config.resolution, vae, vae_name)
+    accelerator.print(f"images of {resolution} x {resolution} pixels")
+    source = open_source(path, channels=channels_of(vae), resolution=resolution)
+    side = resolution // stride_of(vae)
+    return Data(
+        vae=vae,
+        images=Squares(source, resolution),
+        fingerprint=source.fingerprint(),
+        latent_shape=(latent_channels_of(vae), side, side),
+        classes_of_data=source.classes,
+        class_conditional=config.class_conditional,
+    )
 
 
 def open_cache(folder: Path, accelerator: Accelerator) -> LatentCache:
@@ -150,108 +167,70 @@ def open_cache(folder: Path, accelerator: Accelerator) -> LatentCache:
     return LatentCache(folder, shards_to_verify=lambda shard: shard % count == rank)
 
 
-def open_data(config: Config, accelerator: Accelerator) -> Data:
-    """Raises LdmVaeError for data, caches and VAEs that are not there or do not belong together."""
-    images: Inputs
-    if config.latents is None:
-        assert config.vae is not None
-        assert config.data is not None
-        vae = load_autoencoder(config.vae)
-        check_resolution(config.resolution, vae)
-        check_outside(config.output, config.data, flag="--data")
-        source = open_source(config.data, channels=channels_of(vae), resolution=config.resolution)
-        side = config.resolution // stride_of(vae)
-        shape, fingerprint_of_data = (latent_channels_of(vae), side, side), source.fingerprint()
-        classes, images = source.classes, Squares(source, config.resolution)
-    else:
-        cache = open_cache(config.latents, accelerator)
-        vae = load_autoencoder(config.vae or str(config.latents))
-        if fingerprint(vae) != cache.plan.vae:
-            raise ModelError(
-                f"{config.latents} holds latents of another VAE than {config.vae or config.latents}: "
-                "make the cache anew with this one, or leave out --vae"
-            )
-        if config.flip and not cache.plan.flip:
-            raise ConfigError(
-                f"{config.latents} has no mirrored images: make the cache with --flip, or leave it out here"
-            )
-        shape, classes, images = cache.plan.latent_shape, cache.plan.classes, CachedMoments(cache)
-        fingerprint_of_data = cache.plan.data
-        put_statistics(vae, cache.statistics)  # whatever scale a --vae says: these are its latents
-    val_images = images
-    if config.val_latents is not None:
-        val_cache = open_cache(config.val_latents, accelerator)
-        if val_cache.plan.vae != fingerprint(vae) or val_cache.plan.latent_shape != shape:
-            raise ModelError(f"{config.val_latents} holds latents of another VAE or size than the training data")
-        if config.class_conditional and val_cache.plan.classes != classes:
-            raise DataError(
-                f"{config.val_latents} has other classes ({', '.join(val_cache.plan.classes) or 'none'}) than the "
-                f"training data ({', '.join(classes) or 'none'}): labels are their places in these lists"
-            )
-        val_images = CachedMoments(val_cache)
+def open_latents(config: Config, folder: Path, accelerator: Accelerator) -> Data:
+    """Latents that were encoded before."""
+    cache = open_cache(folder, accelerator)
+    vae = load_autoencoder(config.vae or str(folder)).to(accelerator.device)
+    if fingerprint(vae) != cache.plan.vae:
+        raise ModelError(
+            f"{folder} holds latents of another VAE than {config.vae or folder}: "
+            "make the cache anew with this one, or leave out --vae"
+        )
+    if config.flip and not cache.plan.flip:
+        raise ConfigError(f"{folder} has no mirrored images: make the cache with --flip, or leave it out here")
+    put_statistics(vae, cache.statistics)  # whatever scale a --vae says: these are its latents
     return Data(
-        vae=vae.to(accelerator.device),
-        images=images,
-        encoded=config.latents is not None,
-        latent_shape=shape,
-        classes=classes if config.class_conditional else (),
-        val_images=val_images,
-        made_from={
-            "vae": fingerprint(vae),
-            "data": fingerprint_of_data,
-            "number of images": len(images),
-            "scale": scale_of(vae),
-            "classes": list(classes),
-            "size": list(shape),
-        },
+        vae=vae,
+        images=CachedMoments(cache),
+        fingerprint=cache.plan.data,
+        latent_shape=cache.plan.latent_shape,
+        classes_of_data=cache.plan.classes,
+        class_conditional=config.class_conditional,
     )
 
 
+def open_data(config: Config, accelerator: Accelerator) -> Data:
+    """Raises LdmVaeError for data, caches and VAEs that are missing or do not belong together."""
+    if config.latents is not None:
+        return open_latents(config, config.latents, accelerator)
+    assert config.data is not None
+    assert config.vae is not None
+    return open_images(config, config.data, config.vae, accelerator)
+
+
+def open_validation_images(config: Config, data: Data, accelerator: Accelerator) -> Inputs:
+    """Raises ModelError and DataError for a cache that does not fit the training data."""
+    if config.val_latents is None:
+        return data.images
+    cache = open_cache(config.val_latents, accelerator)
+    if cache.plan.vae != fingerprint(data.vae) or cache.plan.latent_shape != data.latent_shape:
+        raise ModelError(f"{config.val_latents} holds latents of another VAE or size than the training data")
+    if config.class_conditional and cache.plan.classes != data.classes:
+        raise DataError(
+            f"{config.val_latents} has other classes ({', '.join(cache.plan.classes) or 'none'}) than the "
+            f"training data ({', '.join(data.classes) or 'none'}): labels are their places in these lists"
+        )
+    return CachedMoments(cache)
+
+
 @torch.inference_mode()
-def measured(vae: Any, images: Inputs, seed: int) -> Statistics:
-    """The statistics of some images, in the order of training, where there is no cache that has those of all."""
+def measure_statistics(data: Data, seed: int) -> Statistics:
+    """Of the first images in the order of training, for a VAE that says nothing of its scale."""
     statistics = Statistics()
-    for position in range(min(len(images), MEASURED_IMAGES)):
-        image = images.load(index_at(position, size=len(images), seed=seed), False)[0]
+    for position in range(min(len(data.images), MEASURED_IMAGES)):
+        image = data.images.load(index_at(position, size=len(data.images), seed=seed), False)[0]
         if image is not None:
-            moments = encode_moments(vae, torch.from_numpy(image)[None].to(vae.device))
+            moments = encode_moments(data.vae, torch.from_numpy(image)[None].to(data.vae.device))
             statistics += Statistics.of(moments.float().cpu().numpy())
     return statistics
 
 
-def build(config: Config, data: Data, accelerator: Accelerator) -> State:
-    """The denoiser and its optimizer, the same in every process."""
-    set_seed(config.seed)
-    channels, height, width = data.latent_shape
-    unet = make_denoiser(
-        config.denoiser, latent_channels=channels, sample_size=(height, width), num_classes=len(data.classes)
-    )
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    layout = torch.contiguous_format if accelerator.is_fsdp2 else torch.channels_last  # FSDP takes no other
-    unet = unet.to(accelerator.device, memory_format=layout).train()
-    if config.compile:
-        unet.compile()
-    optimizer: Any = torch.optim.AdamW(
-        unet.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-    )
-    whole = None
-    if accelerator.is_fsdp2:
-        whole = deepcopy(unet).cpu() if accelerator.is_main_process else None
-        accelerator.state.fsdp_plugin.mixed_precision_policy = None  # it would round timesteps and gradients to bf16
-        prepared, wrapped = accelerator.prepare(unet, optimizer)  # both at once: the parameters become others
-        optimizer = wrapped.optimizer
-    else:
-        prepared = accelerator.prepare(unet)
-    return State(
-        unet=prepared,
-        bare=unet,
-        vae=data.vae,
-        encoded=data.encoded,
-        ema=EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True),
-        optimizer=optimizer,
-        copy=whole,
-    )
+def ensure_scale(data: Data, loop: Loop, seed: int) -> None:
+    """Measures the scale of the latents if the VAE does not say it; a resumed run takes its checkpoint's."""
+    if not has_scale(data.vae):
+        record = loop.facts.get("latents") or measure_statistics(data, seed).as_json()
+        loop.facts["latents"] = record
+        put_statistics(data.vae, Statistics.from_json(record))
 
 
 def rows_of(images: Inputs, data: Data, config: Config) -> DiffusionRows:
@@ -266,22 +245,40 @@ def rows_of(images: Inputs, data: Data, config: Config) -> DiffusionRows:
     )
 
 
-def batches_from(step: int, data: Data, config: Config, accelerator: Accelerator) -> Iterator[DiffusionBatch[Tensor]]:
-    """This process's micro-batches from `step` on."""
-    order = MicroBatches(
-        first_step=step,
-        last_step=config.steps,
-        batch_size=config.batch_size,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        accumulation=config.gradient_accumulation_steps,
+# Main -----------------------------------------------------------------------------------------------------------------
+
+
+def build(config: Config, data: Data, accelerator: Accelerator) -> DenoiserState:
+    """The denoiser and its optimizer, the same in every process."""
+    set_seed(config.seed)
+    channels, height, width = data.latent_shape
+    unet = make_denoiser(
+        config.denoiser, latent_channels=channels, sample_size=(height, width), num_classes=len(data.classes)
     )
-    return load_batches(
-        rows_of(data.images, data, config),
-        order,
-        collate=collate_rows,
-        num_workers=default_workers() if config.num_workers is None else config.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    layout = torch.contiguous_format if accelerator.is_fsdp2 else torch.channels_last  # FSDP supports no other
+    unet = unet.to(accelerator.device, memory_format=layout).train()
+    if config.compile:
+        unet.compile()
+    optimizer: Any = torch.optim.AdamW(
+        unet.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
+    copy = None
+    if accelerator.is_fsdp2:
+        copy = deepcopy(unet).cpu() if accelerator.is_main_process else None
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None  # it would round timesteps and gradients to bf16
+        prepared, wrapped = accelerator.prepare(unet, optimizer)  # together: sharding replaces the parameters
+        optimizer = wrapped.optimizer
+    else:
+        prepared = accelerator.prepare(unet)
+    return DenoiserState(
+        unet=prepared,
+        bare=unet,
+        vae=data.vae,
+        ema=EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True),
+        optimizer=optimizer,
+        copy=copy,
     )
 
 
@@ -290,10 +287,10 @@ def pipeline_of(unet: Any, data: Data, config: Config) -> LatentDiffusionPipelin
     return LatentDiffusionPipeline(data.vae, unet, scheduler, class_names=list(data.classes) or None)
 
 
-def save(run: Run, state: State, data: Data, config: Config, *, step: int, facts: dict[str, Any]) -> None:
-    """The pipeline with averaged weights, and then the checkpoint: where it is, the pipeline of its step is, too.
+def save(run: Run, state: DenoiserState, data: Data, config: Config, *, step: int, facts: dict[str, Any]) -> None:
+    """The pipeline with averaged weights, then the checkpoint, which thus never exists without its pipeline.
 
-    Called by all processes: each may have a part of the network.
+    Called by all processes: each may hold a shard of the network.
     """
     with state.averaged() as unet:
         if run.main:
@@ -302,26 +299,8 @@ def save(run: Run, state: State, data: Data, config: Config, *, step: int, facts
     run.save(Checkpoint(step=step, tensors=state_tensors(state.parts(), keep=run.main), facts=facts))
 
 
-@torch.inference_mode()
-def validation_loss(
-    unet: Any, state: State, batches: list[DiffusionBatch[Tensor]], config: Config, accelerator: Accelerator
-) -> dict[str, float]:
-    """The averaged denoiser's loss on fixed (image, time, noise), weighted as in training, in all and by time."""
-    losses: dict[float, list[Tensor]] = {time: [] for time in VALIDATION_TIMES}
-    for batch in batches:
-        here = batch.to(accelerator.device)
-        encoded = config.val_latents is not None or state.encoded
-        scaled_latents = scaled_latents_of(here, state.vae, encoded=encoded)  # in float32, as in training
-        for time, found in losses.items():
-            timed = replace(here, timesteps=torch.full_like(here.timesteps, time * NUM_TIMESTEPS))
-            with accelerator.autocast():
-                found.append(losses_of(unet, scaled_latents, timed, config, unet))
-    metrics = {f"val_loss/t={time:.3f}": float(torch.cat(found).mean()) for time, found in losses.items()}
-    return {"val_loss": sum(metrics.values()) / len(metrics), **metrics}
-
-
 def draw(run: Run, unet: Any, data: Data, config: Config, *, step: int, accelerator: Accelerator) -> None:
-    """Samples of the averaged denoiser from fixed seeds, a row a class."""
+    """The sample grid of the averaged denoiser from fixed seeds, a row per class."""
     names = data.classes[:SAMPLED_CLASSES] or ("samples",)
     rows = []
     with accelerator.autocast():
@@ -340,7 +319,7 @@ def draw(run: Run, unet: Any, data: Data, config: Config, *, step: int, accelera
     labelled_rows(rows).save(run.directory / "samples" / f"step-{step}.png")
 
 
-def describe(config: Config, state: State, data: Data, accelerator: Accelerator) -> str:
+def describe(config: Config, state: DenoiserState, data: Data, accelerator: Accelerator) -> str:
     parameters = sum(p.numel() for p in state.bare.parameters()) / 1e6
     shape = "x".join(map(str, data.latent_shape))
     shown = ", ".join(data.classes[:SAMPLED_CLASSES]) + (", ..." if len(data.classes) > SAMPLED_CLASSES else "")
@@ -353,30 +332,28 @@ def describe(config: Config, state: State, data: Data, accelerator: Accelerator)
 
 def main(config: Config) -> None:
     config, accelerator = start(config)
-    validate(config, accelerator.num_processes)
     data = open_data(config, accelerator)
+    val_images = open_validation_images(config, data, accelerator)
     state = build(config, data, accelerator)
-    run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
-    loop = Loop(run, state.parts(), config, accelerator, made_from=data.made_from)
-    if not has_scale(data.vae):
-        known = loop.facts.get("latents")
-        statistics = Statistics.from_json(known) if known else measured(data.vae, data.images, config.seed)
-        put_statistics(data.vae, statistics)
-        loop.facts["latents"] = statistics.as_json()
-    micro = config.batch_size // accelerator.num_processes // config.gradient_accumulation_steps
-    val_batches = validation_batches(rows_of(data.val_images, data, config), micro) if run.main else []
+    free = (*FREE_ON_RESUME, "resolution")  # the size of the latents stands in for it
+    run = Run(config.output, config, free=free, main=accelerator.is_main_process)
+    loop = Loop(run, state.parts(), config, accelerator, made_from=data.identity())
+    ensure_scale(data, loop, config.seed)
+    rows = rows_of(data.images, data, config)
+    micro_batch = config.batch_size // accelerator.num_processes // config.gradient_accumulation_steps
+    val_batches = validation_batches(rows_of(val_images, data, config), micro_batch) if run.main else []
     accelerator.print(describe(config, state, data, accelerator))
     with loop:
-        for _, batches in loop.steps(lambda step: batches_from(step, data, config, accelerator)):
+        for _, batches in loop.steps(rows, collate_rows):
             rate = loop.learning_rate(config.learning_rate)
-            result = train_step(batches, state, config, learning_rate=rate, accelerator=accelerator)
-            loop.finish(healthy=result.healthy, waited=result.waited, bad_images=result.bad_images)
+            step = denoiser_step(batches, state, config, learning_rate=rate, accelerator=accelerator)
+            loop.finish(healthy=step.healthy, waited=step.waited, bad_images=step.bad_images)
             if loop.logging:
-                loop.log_step(result.metrics(accelerator) | {"learning_rate": rate})
+                loop.log_step(step.metrics(accelerator) | {"learning_rate": rate})
             if loop.drawing:
                 with state.averaged() as unet:
                     if run.main:
-                        loop.log(validation_loss(unet, state, val_batches, config, accelerator))
+                        loop.log(validation_loss(unet, val_batches, state, config, accelerator))
                         draw(run, unet, data, config, step=loop.step, accelerator=accelerator)
             if loop.saving:
                 save(run, state, data, config, step=loop.step, facts=loop.facts)

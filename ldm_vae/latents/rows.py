@@ -1,8 +1,8 @@
-"""What a diffusion step is made of: an image's latents or the image, with all that is random about it drawn here."""
+"""Rows of diffusion training: an image or its latents, with every random number that its step needs. No torch here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol
 
 import numpy as np
@@ -19,12 +19,16 @@ from ldm_vae.latents.timesteps import Prediction, timestep_at
 class Inputs(Protocol):
     """Images, or their moments, by index: `load(index, mirrored)` -> array (or None), label, bad images met."""
 
+    @property
+    def encoded(self) -> bool: ...
     def __len__(self) -> int: ...
     def load(self, index: int, mirrored: bool) -> tuple[np.ndarray | None, int | None, BadImages]: ...
 
 
 class CachedMoments:
     """Moments (2c, h, w) from a cache."""
+
+    encoded = True
 
     def __init__(self, cache: LatentCache) -> None:
         self.cache = cache
@@ -40,8 +44,10 @@ class CachedMoments:
 class Squares:
     """The centred square of each image, (C, R, R) in [-1, 1]: what a cache is made from.
 
-    A bad image's place is taken by the next one of the source that can be used.
+    A bad image is replaced by the next usable one of the source.
     """
+
+    encoded = False
 
     def __init__(self, source: Source, resolution: int, num_images: int | None = None) -> None:
         self.source, self.resolution = source, resolution
@@ -101,7 +107,8 @@ class DiffusionBatch(Generic[Values]):
     """What one micro-batch of diffusion training needs. All that is random in it belongs to a position."""
 
     inputs: Values
-    """Moments (B, 2c, h, w) from a cache, or images (B, C, R, R)."""
+    """Moments (B, 2c, h, w) from a cache if `encoded`, otherwise images (B, C, R, R)."""
+    encoded: bool
     labels: Values
     """(B,), K where there is none or it was dropped."""
     timesteps: Values
@@ -117,11 +124,12 @@ class DiffusionBatch(Generic[Values]):
 
     def to(self, device: Any) -> DiffusionBatch[Values]:
         """Of tensors."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: v.to(device, non_blocking=True) for n, v in values.items() if n != "bad_images"})
+        moved = {n: getattr(self, n).to(device, non_blocking=True) for n in TENSORS}
+        return replace(self, **moved)
 
 
-DiffusionRow = tuple[np.ndarray | None, int, float, np.ndarray, np.ndarray, BadImages]
+TENSORS = ("inputs", "labels", "timesteps", "noise", "posterior_noise")
+DiffusionRow = tuple[np.ndarray | None, bool, int, float, np.ndarray, np.ndarray, BadImages]
 
 
 class DiffusionRows:
@@ -158,20 +166,21 @@ class DiffusionRows:
             label = self.num_classes
         timestep = timestep_at(self.prediction, self.seed, position)
         noises = [self.draw(position, stream) for stream in (Stream.NOISE, Stream.POSTERIOR)]
-        return image, label, timestep, *noises, met  # type: ignore[return-value]
+        return image, self.images.encoded, label, timestep, *noises, met  # type: ignore[return-value]
 
     def draw(self, position: int, stream: Stream) -> np.ndarray:
         return generator_at(self.seed, position, stream).standard_normal(self.latent_shape, dtype=np.float32)
 
 
 def collate_rows(rows: list[DiffusionRow]) -> DiffusionBatch[np.ndarray]:
-    """A batch of length 0 when there are no images that can be used."""
-    images, labels, timesteps, noise, posterior_noise, met = zip(*rows, strict=True)
+    """A batch of length 0 when no image is usable."""
+    images, encoded, labels, timesteps, noise, posterior_noise, met = zip(*rows, strict=True)
     bad_images: BadImages = {}
     for here in met:
         bad_images |= here
     return DiffusionBatch(
         inputs=stacked([image for image in images if image is not None]),
+        encoded=encoded[0],
         labels=np.array(labels),
         timesteps=np.array(timesteps, np.float32),
         noise=np.stack(noise),

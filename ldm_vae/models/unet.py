@@ -59,14 +59,16 @@ def num_classes_of(unet: Any) -> int:
 
 
 def multiple_of(unet: Any) -> int:
-    """What the height and width of its input must be multiples of: it halves them between resolutions."""
+    """The height and width of its input must be multiples of this: it halves them between resolutions."""
     return int(2 ** (len(unet.config.block_out_channels) - 1))
 
 
-def predict(denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor | None, *, multiple: int) -> Tensor:
+def denoiser_output(
+    denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor | None, *, multiple: int
+) -> Tensor:
     """The network's output for noisy scaled latents (B, c, h, w) of any h and w, same shape, in float32.
 
-    What is missing to the next multiple is continued by the last row and column, and cut off again.
+    Latents are padded to the next multiple by repeating the last row and column, and the output is cropped.
 
     Args:
         denoiser: a UNet2DModel, or its wrapper under DDP.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from copy import copy
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -16,76 +15,70 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ldm_vae.data.loader import with_tensors
-from ldm_vae.errors import ConfigError, nothing_usable
+from ldm_vae.errors import nothing_usable
 from ldm_vae.latents.rows import DiffusionBatch, DiffusionRows, collate_rows
 from ldm_vae.latents.scaling import as_stored, scale_latents
-from ldm_vae.latents.timesteps import Prediction
+from ldm_vae.latents.timesteps import NUM_TIMESTEPS, Prediction
 from ldm_vae.models.interface import encode_moments, posterior_of
-from ldm_vae.models.unet import multiple_of, predict
+from ldm_vae.models.unet import denoiser_output, multiple_of
 from ldm_vae.objectives.diffusion import add_noise, min_snr_weights
-from ldm_vae.runs.config import RunConfig
+from ldm_vae.runs.config import Range, RunConfig
 from ldm_vae.runs.sharding import averaged_copy, is_sharded, whole
 from ldm_vae.runs.step import averaged, parameters_of, set_learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective(RunConfig):
-    """What the denoiser learns: the part of a configuration that a step reads."""
+class DenoiserConfig(RunConfig):
+    """What the denoiser learns: the flags that a step reads."""
 
     prediction: Prediction = "flow"
     """Rectified flow, v with zero terminal SNR, or the noise."""
-    min_snr_gamma: float | None = None
+    min_snr_gamma: Annotated[float | None, Range(above=0)] = None
     """Weight errors by min(SNR, gamma) in terms of the clean latents; evenly in the prediction unless given."""
-    label_dropout: float = 0.1
+    label_dropout: Annotated[float, Range(at_least=0, at_most=1)] = 0.1
     """Share of labels that are replaced by "no class", for guidance."""
 
 
-def check_objective(objective: Objective) -> None:
-    """Raises ConfigError for what cannot be learned."""
-    if not 0 <= objective.label_dropout <= 1:
-        raise ConfigError(f"--label-dropout is {objective.label_dropout}: it must be from 0 to 1")
-    if objective.min_snr_gamma is not None and not 0 < objective.min_snr_gamma < math.inf:
-        raise ConfigError(f"--min-snr-gamma is {objective.min_snr_gamma}: it must be more than 0")
-
-
 @dataclass(kw_only=True)
-class State:
-    """What training changes, and the VAE that it leaves alone. `unet` may be wrapped by DDP, or be sharded."""
+class DenoiserState:
+    """What training changes, and the frozen VAE."""
 
     unet: nn.Module
+    """As the step calls it: perhaps wrapped by DDP, or sharded."""
     bare: Any
+    """The same network without a wrapper."""
     vae: Any
-    encoded: bool
-    """Whether batches hold moments from a cache; otherwise images, which the VAE encodes."""
     ema: EMAModel
     optimizer: torch.optim.Optimizer
     copy: Any = None
-    """Of a sharded network, whole, in the main process."""
+    """Of a sharded network: an unsharded one, in the main process."""
 
     def parts(self) -> dict[str, Any]:
         """Everything that a checkpoint holds."""
         return {"unet": self.bare, "ema": self.ema, "optimizer": self.optimizer}
 
     def averaged(self) -> AbstractContextManager[Any]:
-        """The network with its averaged weights in place; of a sharded one, which all processes enter, the copy."""
+        """The network with its averaged weights; of a sharded one the copy. All processes enter it."""
         if is_sharded(self.bare):
             return averaged_copy(self.ema, self.copy, self.vae.device)
         return averaged(self.bare, self.ema)
 
 
 @torch.no_grad()
-def scaled_latents_of(batch: DiffusionBatch, vae: Any, *, encoded: bool) -> Tensor:
+def scaled_latents_of(batch: DiffusionBatch, vae: Any) -> Tensor:
     """A sample of each posterior, scaled: (B, c, h, w), float32, the same from a cache and from the images."""
-    moments = batch.inputs if encoded else as_stored(encode_moments(vae, batch.inputs))
+    moments = batch.inputs if batch.encoded else as_stored(encode_moments(vae, batch.inputs))
     posterior = posterior_of(moments)
     return scale_latents(vae, posterior.mean + posterior.std * batch.posterior_noise)
 
 
-def losses_of(unet: nn.Module, scaled_latents: Tensor, batch: DiffusionBatch, config: Objective, bare: Any) -> Tensor:
+def denoising_losses(
+    unet: nn.Module, scaled_latents: Tensor, batch: DiffusionBatch, config: DenoiserConfig, bare: Any
+) -> Tensor:
     """The weighted squared error of each image's prediction, (B,), in float32."""
     noisy, target = add_noise(config.prediction, scaled_latents, batch.noise, batch.timesteps)
     labels = batch.labels if bare.config.num_class_embeds else None
-    prediction = predict(unet, noisy, batch.timesteps, labels, multiple=multiple_of(bare))
+    prediction = denoiser_output(unet, noisy, batch.timesteps, labels, multiple=multiple_of(bare))
     errors = (prediction - target).square().mean(dim=(1, 2, 3))
     if config.min_snr_gamma is not None:
         errors = errors * min_snr_weights(config.prediction, batch.timesteps, config.min_snr_gamma)
@@ -93,7 +86,7 @@ def losses_of(unet: nn.Module, scaled_latents: Tensor, batch: DiffusionBatch, co
 
 
 @dataclass(kw_only=True)
-class StepResult:
+class DenoiserStep:
     """What one step leaves for the log."""
 
     loss: Tensor
@@ -108,14 +101,14 @@ class StepResult:
         return {"loss": float(loss), "grad_norm": float(self.grad_norm)}
 
 
-def train_step(
+def denoiser_step(
     batches: Iterator[DiffusionBatch[Tensor]],
-    state: State,
-    config: Objective,
+    state: DenoiserState,
+    config: DenoiserConfig,
     *,
     learning_rate: float,
     accelerator: Accelerator,
-) -> StepResult:
+) -> DenoiserStep:
     """One global batch: forward and backward of each micro-batch, then one update.
 
     When a loss or a gradient is not finite anywhere, every process skips the update.
@@ -128,10 +121,10 @@ def train_step(
         waited += time.perf_counter() - before
         bad_images |= batch.bad_images
         batch = batch.to(accelerator.device)
-        scaled_latents = scaled_latents_of(batch, state.vae, encoded=state.encoded)
+        scaled_latents = scaled_latents_of(batch, state.vae)
         with accelerator.accumulate(state.unet):
-            with accelerator.autocast():  # which Accelerate does not do for a network that FSDP2 divides
-                loss = losses_of(state.unet, scaled_latents, batch, config, state.bare).mean()
+            with accelerator.autocast():  # Accelerate does not do it for a network that FSDP2 shards
+                loss = denoising_losses(state.unet, scaled_latents, batch, config, state.bare).mean()
             accelerator.backward(loss)
         losses += loss.detach() / config.gradient_accumulation_steps
     norm = whole(nn.utils.clip_grad_norm_(parameters_of(state.optimizer), config.max_grad_norm))
@@ -141,8 +134,10 @@ def train_step(
         state.optimizer.step()
         state.ema.step(state.bare.parameters())
     state.optimizer.zero_grad()
-    return StepResult(loss=losses, grad_norm=norm, waited=waited, healthy=healthy, bad_images=bad_images)
+    return DenoiserStep(loss=losses, grad_norm=norm, waited=waited, healthy=healthy, bad_images=bad_images)
 
+
+# Validation -----------------------------------------------------------------------------------------------------------
 
 VALIDATION_IMAGES = 64
 VALIDATION_TIMES = tuple((k + 0.5) / 8 for k in range(8))
@@ -150,7 +145,7 @@ VALIDATION_TIMES = tuple((k + 0.5) / 8 for k in range(8))
 
 
 def validation_batches(rows: DiffusionRows, batch_size: int) -> list[DiffusionBatch[Tensor]]:
-    """The same images with the same noise always, none with a dropped label, in batches of at most `batch_size`.
+    """The same images with the same noise every time, no label dropped, in batches of at most `batch_size`.
 
     Raises:
         DataError: nothing in the source can be used.
@@ -159,8 +154,28 @@ def validation_batches(rows: DiffusionRows, batch_size: int) -> list[DiffusionBa
     fixed.label_dropout = 0.0 if rows.num_classes else 1.0
     positions = range(min(len(rows), VALIDATION_IMAGES))
     starts = range(0, len(positions), batch_size)
-    made = [collate_rows([fixed[p] for p in positions[start : start + batch_size]]) for start in starts]
-    batches = [with_tensors(batch) for batch in made]
+    batches = [with_tensors(collate_rows([fixed[p] for p in positions[i : i + batch_size]])) for i in starts]
     if not len(batches[0]):
         raise nothing_usable(batches[0].bad_images)
     return batches
+
+
+@torch.inference_mode()
+def validation_loss(
+    unet: Any,
+    batches: list[DiffusionBatch[Tensor]],
+    state: DenoiserState,
+    config: DenoiserConfig,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """The averaged denoiser's loss on fixed (image, time, noise), weighted as in training, in all and by time."""
+    losses: dict[float, list[Tensor]] = {t: [] for t in VALIDATION_TIMES}
+    for batch in batches:
+        batch = batch.to(accelerator.device)
+        scaled_latents = scaled_latents_of(batch, state.vae)  # in float32, as in training
+        for t, parts in losses.items():
+            timed = replace(batch, timesteps=torch.full_like(batch.timesteps, t * NUM_TIMESTEPS))
+            with accelerator.autocast():
+                parts.append(denoising_losses(unet, scaled_latents, timed, config, unet))
+    metrics = {f"val_loss/t={t:.3f}": float(torch.cat(parts).mean()) for t, parts in losses.items()}
+    return {"val_loss": sum(metrics.values()) / len(metrics), **metrics}

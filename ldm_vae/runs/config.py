@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
+from ldm_vae.data.workers import default_workers
 from ldm_vae.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -91,6 +92,11 @@ class RunConfig:
                 f"batch size {self.batch_size} is not a multiple of {num_processes} processes x "
                 f"{self.gradient_accumulation_steps} micro-batches: try {-(-self.batch_size // parts) * parts}"
             )
+
+    @property
+    def loader_processes(self) -> int:
+        """Of --num-workers."""
+        return default_workers() if self.num_workers is None else self.num_workers
 
     def effective_batch(self, num_processes: int) -> str:
         micro = self.gradient_accumulation_steps

@@ -10,9 +10,10 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env
 from tqdm import tqdm
 
+from ldm_vae.data.loader import MicroBatches, load_batches
 from ldm_vae.errors import ConfigError, RunError
 from ldm_vae.files import digest_of_json
 from ldm_vae.progress import progress
@@ -31,7 +32,6 @@ FREE_ON_RESUME = (
 
 FIRST_GRIDS = (10, 100)
 UNHEALTHY_LIMIT = 3
-Batch = TypeVar("Batch")
 TrainerConfig = TypeVar("TrainerConfig", bound=RunConfig)
 
 
@@ -43,11 +43,11 @@ def start(config: TrainerConfig) -> tuple[TrainerConfig, Accelerator]:
     Raises:
         ConfigError: flags that cannot work, or a kind of launch that is not supported.
     """
-    precision = config.mixed_precision
-    if precision == "auto":
+    if config.mixed_precision == "auto":
+        device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as Accelerator chooses it
         saved = saved_config(config.output) or {}
-        precision = saved.get("mixed_precision") or resolve_precision(precision, PartialState().device)
-    config = replace(config, mixed_precision=broadcast_object_list([precision])[0])
+        precision = saved.get("mixed_precision") or resolve_precision("auto", device)
+        config = replace(config, mixed_precision=broadcast_object_list([precision])[0])
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
@@ -66,7 +66,7 @@ class Loop:
 
     ```
     with Loop(run, state.parts(), config, accelerator) as loop:
-        for step, batches in loop.steps(lambda step: batches_from(step, ...)):
+        for step, batches in loop.steps(rows, collate):
             result = train_step(batches, ...)
             loop.finish(healthy=..., waited=..., bad_images=...)
             if loop.logging: ...
@@ -149,16 +149,33 @@ class Loop:
                 self.accelerator.print(f"{len(self.run.seen_bad_images)} bad images: see {file}")
             self.accelerator.end_training()
 
-    def steps(self, batches_from: Callable[[int], Iterator[Batch]]) -> Iterator[tuple[int, Iterator[Batch]]]:
-        """Each remaining step with the micro-batches from it on; `finish` must be called before the next one."""
-        batches: Iterator[Batch] | None = None
+    def steps(self, rows: Any, collate: Callable[[list[Any]], Any]) -> Iterator[tuple[int, Iterator[Any]]]:
+        """Each remaining step with this process's micro-batches from it on; `finish` must be called before the next.
+
+        Args:
+            rows, collate: as `data.loader.load_batches` takes them.
+        """
+        batches: Iterator[Any] | None = None
         while self.step < self.config.steps and not self.stopping:
             self.began = time.perf_counter()
-            batches = batches or batches_from(self.step)
+            batches = batches or self.batches(rows, collate)
             step = self.step
             yield step, batches
             if self.step != step + 1:  # rolled back to a checkpoint
                 batches = None
+
+    def batches(self, rows: Any, collate: Callable[[list[Any]], Any]) -> Iterator[Any]:
+        """The micro-batches of this process from the present step on."""
+        order = MicroBatches(
+            first_step=self.step,
+            last_step=self.config.steps,
+            batch_size=self.config.batch_size,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            accumulation=self.config.gradient_accumulation_steps,
+        )
+        num_workers, on_gpu = self.config.loader_processes, self.accelerator.device.type == "cuda"
+        return load_batches(rows, order, collate=collate, num_workers=num_workers, pin_memory=on_gpu)
 
     def learning_rate(self, peak: float) -> float:
         """Of the present step, warm-up and cosine included."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm_vae.models.unet import DENOISERS, make_denoiser, multiple_of, num_classes_of, predict
+from ldm_vae.models.unet import DENOISERS, denoiser_output, make_denoiser, multiple_of, num_classes_of
 
 
 def test_presets_have_the_parameters_that_the_help_names() -> None:
@@ -23,7 +23,7 @@ def test_any_size_is_padded_to_the_next_multiple_and_cut_again() -> None:
     assert num_classes_of(unet) == 0
     noisy, timesteps = torch.randn(2, 3, 5, 7), torch.tensor([3.5, 900.0])
     with torch.no_grad():
-        output = predict(unet, noisy, timesteps, None, multiple=4)
+        output = denoiser_output(unet, noisy, timesteps, None, multiple=4)
         padded = torch.nn.functional.pad(noisy, (0, 1, 0, 3), mode="replicate")
         assert torch.equal(output, unet(padded, timesteps).sample[..., :5, :7])
         assert output.shape == noisy.shape
@@ -35,7 +35,7 @@ def test_the_last_class_is_no_class() -> None:
     assert num_classes_of(unet) == 3
     noisy = torch.randn(1, 2, 4, 4).expand(4, -1, -1, -1)
     with torch.no_grad():
-        outputs = predict(unet, noisy, torch.full((4,), 500.0), torch.arange(4), multiple=2)
+        outputs = denoiser_output(unet, noisy, torch.full((4,), 500.0), torch.arange(4), multiple=2)
     for a in range(4):
         for b in range(a):
             assert (outputs[a] - outputs[b]).abs().max() > 1e-3

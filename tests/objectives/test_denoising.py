@@ -19,7 +19,13 @@ from ldm_vae.latents.scaling import as_stored, put_statistics
 from ldm_vae.latents.statistics import Statistics
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.unet import make_denoiser
-from ldm_vae.objectives.denoising import VALIDATION_TIMES, Objective, losses_of, scaled_latents_of, validation_batches
+from ldm_vae.objectives.denoising import (
+    VALIDATION_TIMES,
+    DenoiserConfig,
+    denoising_losses,
+    scaled_latents_of,
+    validation_batches,
+)
 
 
 def rows_for(photos: Path, **changes: object) -> DiffusionRows:
@@ -40,8 +46,8 @@ def test_the_loss_is_that_of_rectified_flow_written_out(photos: Path) -> None:
     unet = make_denoiser("demo", latent_channels=4, sample_size=(4, 4), num_classes=2).eval()
     batch = with_tensors(collate_rows([rows[position] for position in (20, 3)]))
     with torch.no_grad():
-        scaled = scaled_latents_of(batch, vae, encoded=False)
-        losses = losses_of(unet, scaled, batch, Objective(seed=5), unet)
+        scaled = scaled_latents_of(batch, vae)
+        losses = denoising_losses(unet, scaled, batch, DenoiserConfig(seed=5), unet)
     source = open_source(str(photos))
     for i, position in enumerate((20, 3)):
         sample = source[index_at(position, size=12, seed=5)]
@@ -71,14 +77,14 @@ def test_a_row_does_not_depend_on_its_batch(photos: Path) -> None:
 
 def test_labels_are_dropped_as_often_as_asked_for(photos: Path) -> None:
     rows = rows_for(photos, label_dropout=0.25)
-    labels = [rows[p][1] for p in range(400)]
+    labels = [collate_rows([rows[p]]).labels.item() for p in range(400)]
     assert labels.count(2) / 400 == pytest.approx(0.25, abs=0.06)
-    assert {rows_for(photos)[p][1] for p in range(12)} == {0, 1}
+    assert set(collate_rows([rows_for(photos)[p] for p in range(12)]).labels) == {0, 1}
     flat = Squares(open_source("procedural:dead-leaves", resolution=32), 32, num_images=4)
     unlabelled = DiffusionRows(
         flat, seed=0, prediction="v", latent_shape=(4, 4, 4), num_classes=0, label_dropout=1.0, flip=False
     )
-    assert {unlabelled[p][1] for p in range(4)} == {0}
+    assert set(collate_rows([unlabelled[p] for p in range(4)]).labels) == {0}
 
 
 def test_validation_has_the_same_images_and_noise_in_batches_of_any_size(photos: Path) -> None:
@@ -97,8 +103,10 @@ def test_min_snr_weighs_each_image(photos: Path) -> None:
     batch = with_tensors(collate_rows([rows[position] for position in range(3)]))
     batch = replace(batch, timesteps=torch.tensor([100.0, 500.0, 900.0]))
     with torch.no_grad():
-        scaled = scaled_latents_of(batch, vae, encoded=False)
-        plain, weighted = (losses_of(unet, scaled, batch, Objective(min_snr_gamma=g), unet) for g in (None, 5.0))
+        scaled = scaled_latents_of(batch, vae)
+        plain, weighted = (
+            denoising_losses(unet, scaled, batch, DenoiserConfig(min_snr_gamma=g), unet) for g in (None, 5.0)
+        )
     t = np.array([0.1, 0.5, 0.9])
     snr = ((1 - t) / t) ** 2
     assert (weighted / plain).tolist() == pytest.approx(np.minimum(np.maximum(snr, 0.05), 5) * t**2, rel=1e-4)

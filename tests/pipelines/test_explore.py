@@ -11,12 +11,11 @@ from PIL import Image
 from ldm_vae.errors import ConfigError, DataError, ModelError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.loading import load_autoencoder
-from ldm_vae.models.prior import CausalPrior
-from ldm_vae.objectives.autoencoding import TrainableVAE
-from pipelines.explore import Config, Space, channels, drawn, interpolations, main, neighbours, samples, traversals
+from ldm_vae.objectives.rate import TrainableCodec
+from pipelines.explore import Config, Space, channels, interpolations, main, neighbours, samples, traversals
 
 ONE = {"block_out_channels": (8,), "encoder_layers_per_block": (1,), "decoder_layers_per_block": (1,)}
-SHEETS = {"samples.png", "interpolations.png", "traversals.png", "neighbours.png", "channels.csv"}
+GRIDS = {"samples.png", "interpolations.png", "traversals.png", "neighbours.png", "channels.csv"}
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +28,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_sheets_and_figures_of_each_autoencoder(models: Path, photos: Path, tmp_path: Path) -> None:
+def test_grids_and_figures_of_each_autoencoder(models: Path, photos: Path, tmp_path: Path) -> None:
     vaes = (str(models / "a" / "kl"), str(models / "plain"), str(models / "b" / "kl"))
     main(Config(vae=vaes, data=str(photos), output=tmp_path, resolution=16, rows=3, num_samples=2))
     assert {p.name for p in tmp_path.iterdir()} == {"0-kl", "1-plain", "2-kl"}
     for folder in tmp_path.iterdir():
-        assert {p.name for p in folder.iterdir()} == SHEETS | {"samples"}
+        assert {p.name for p in folder.iterdir()} == GRIDS | {"samples"}
     assert Image.open(tmp_path / "2-kl" / "samples" / "00000.png").mode == "L"
     rows = list(csv.DictReader((tmp_path / "0-kl" / "channels.csv").open()))
     assert len(rows) == 3
@@ -58,10 +57,10 @@ def space_of(path: Path, count: int = 200) -> Space:
 
 
 def test_the_prior_is_standard_normal_or_what_the_latents_have(models: Path) -> None:
-    noise = drawn(space_of(models / "a" / "kl"), 500, 0)
+    noise = space_of(models / "a" / "kl").draw(500, 0)
     assert noise.std().item() == pytest.approx(1, abs=0.05)
     space = space_of(models / "plain")
-    fitted = drawn(space, 2000, 0)
+    fitted = space.draw(2000, 0)
     for c in range(3):
         assert fitted[:, c].mean().item() == pytest.approx(space.latents[:, c].mean().item(), abs=0.05)
         assert fitted[:, c].std().item() == pytest.approx(space.latents[:, c].std().item(), rel=0.05)
@@ -71,27 +70,14 @@ def test_latents_of_the_codec_have_no_normal_prior() -> None:
     """Their deviation is that of rounding, everywhere: they are drawn as they are, and no KL is said."""
     torch.manual_seed(0)
     vae = PatchAutoencoderKL(latent_channels=3, **ONE)
-    TrainableVAE(vae, learned_logvar=False, prior=CausalPrior(3))
+    TrainableCodec(vae)
     with torch.no_grad():
         vae.encoder.conv_out.weight[:3] *= 50
     images = torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
         space = Space(vae=vae, images=images, moments=vae.encode(images).latent_dist.parameters)
-    assert drawn(space, 2000, 0)[:, 0].std().item() == pytest.approx(space.latents[:, 0].std().item(), rel=0.05)
+    assert space.draw(2000, 0)[:, 0].std().item() == pytest.approx(space.latents[:, 0].std().item(), rel=0.05)
     assert {row["kl_bits"] for row in channels(space)} == {""}
-
-
-@pytest.mark.parametrize(("activation", "idle"), [("relu", 0.0), ("sigmoid", 0.5)])
-def test_active_latents_are_counted_as_in_training(activation: str, idle: float) -> None:
-    torch.manual_seed(0)
-    vae = PatchAutoencoderKL(latent_channels=3, latent_activation=activation, deterministic=True, **ONE)
-    images = torch.rand(20, 3, 16, 16) * 2 - 1
-    with torch.inference_mode():
-        moments = vae.encode(images).latent_dist.parameters
-    rows = channels(Space(vae=vae, images=images, moments=moments))
-    shares = [float((moments[:, c] > idle).float().mean()) for c in range(3)]
-    assert [r["active"] for r in rows] == pytest.approx(shares)
-    assert 0 < sum(shares) < 3
 
 
 def test_latents_of_a_sparse_autoencoder_are_drawn_where_they_can_be() -> None:
@@ -100,52 +86,53 @@ def test_latents_of_a_sparse_autoencoder_are_drawn_where_they_can_be() -> None:
         vae = PatchAutoencoderKL(latent_channels=3, latent_activation=activation, deterministic=True, **ONE)
         images = torch.rand(30, 3, 8, 8) * 2 - 1
         with torch.inference_mode():
-            latents = drawn(Space(vae=vae, images=images, moments=vae.encode(images).latent_dist.parameters), 500, 0)
+            space = Space(vae=vae, images=images, moments=vae.encode(images).latent_dist.parameters)
+        latents = space.draw(500, 0)
         assert low <= latents.min() < latents.max() <= high
 
 
-def picture(sheet: Image.Image, row: int, column: int) -> np.ndarray:
+def cell(grid: Image.Image, row: int, column: int) -> np.ndarray:
     """Of 8 x 8 pixels, below its label."""
     top, left = row * (8 + 16 + 4) + 16, 4 + column * (8 + 4)
-    return np.asarray(sheet)[top : top + 8, left : left + 8]
+    return np.asarray(grid)[top : top + 8, left : left + 8]
 
 
-def test_each_picture_of_a_sheet_is_what_its_place_says(models: Path) -> None:
+def test_each_image_of_a_grid_is_what_its_place_says(models: Path) -> None:
     space = space_of(models / "plain", 20)
     config = Config(data="", output=Path(), rows=3)
     latents = space.latents
 
-    def made(z: torch.Tensor) -> np.ndarray:
-        return space.decoded(z[None])[0]
+    def decoded(z: torch.Tensor) -> np.ndarray:
+        return space.decode(z[None])[0]
 
-    sheet = neighbours(space, config)
+    grid = neighbours(space, config)
     vectors = latents.flatten(1).double().numpy()
     for row in range(3):
         order = np.linalg.norm(vectors - vectors[row], axis=1).argsort()
         assert order[0] == row
         for column in range(8):
-            assert np.array_equal(picture(sheet, row, column), space_pixels(space, order[column]))
+            assert np.array_equal(cell(grid, row, column), space_pixels(space, order[column]))
 
-    sheet = interpolations(space, config)
+    grid = interpolations(space, config)
     for row in range(3):
         first, last = latents[2 * row], latents[2 * row + 1]
-        assert np.array_equal(picture(sheet, row, 0), space_pixels(space, 2 * row))
-        assert np.array_equal(picture(sheet, row, 9), space_pixels(space, 2 * row + 1))
+        assert np.array_equal(cell(grid, row, 0), space_pixels(space, 2 * row))
+        assert np.array_equal(cell(grid, row, 9), space_pixels(space, 2 * row + 1))
         for step in range(8):
-            expected = made(first + step / 7 * (last - first))
-            assert np.abs(picture(sheet, row, 1 + step).astype(int) - expected).max() <= 1
+            expected = decoded(first + step / 7 * (last - first))
+            assert np.abs(cell(grid, row, 1 + step).astype(int) - expected).max() <= 1
 
-    sheet = traversals(space, config)
+    grid = traversals(space, config)
     deviations = latents.transpose(0, 1).flatten(1).std(dim=1)
     for row, channel in enumerate(deviations.argsort(descending=True).tolist()):
         for step in range(8):
             moved = latents[0].clone()
             moved[channel] += (6 * step / 7 - 3) * deviations[channel]
-            assert np.abs(picture(sheet, row, step).astype(int) - made(moved)).max() <= 1
+            assert np.abs(cell(grid, row, step).astype(int) - decoded(moved)).max() <= 1
 
-    sheet = samples(space, config)
-    for index, z in enumerate(drawn(space, 24, config.seed)):
-        assert np.array_equal(picture(sheet, index // 8, index % 8), made(z))
+    grid = samples(space, config)
+    for index, z in enumerate(space.draw(24, config.seed)):
+        assert np.array_equal(cell(grid, index // 8, index % 8), decoded(z))
 
 
 def test_channels_are_measured(models: Path) -> None:
@@ -157,7 +144,6 @@ def test_channels_are_measured(models: Path) -> None:
         assert row["mean"] == pytest.approx(means.mean(), abs=1e-5)
         assert row["std"] == pytest.approx(means.std(ddof=1), rel=1e-4)
         assert row["activity"] == pytest.approx(means.var(ddof=1), rel=1e-4)
-        assert row["posterior_std"] == pytest.approx(np.sqrt(np.square(deviations).mean()), rel=1e-4)
         assert row["kl_bits"] == pytest.approx(nats.mean() / np.log(2), rel=1e-4)
 
 
@@ -190,4 +176,4 @@ def test_images_of_all_sizes_are_looked_at_past_bad_ones(models: Path, tmp_path:
     (tmp_path / "in" / "bad.png").write_bytes(b"nothing")
     ways = {"data": str(tmp_path / "in"), "output": tmp_path / "out", "resolution": 16, "rows": 2}
     main(Config(vae=(str(models / "plain"),), **ways))
-    assert {p.name for p in (tmp_path / "out").iterdir()} == SHEETS
+    assert {p.name for p in (tmp_path / "out").iterdir()} == GRIDS

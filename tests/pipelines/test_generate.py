@@ -256,7 +256,7 @@ def test_bf16_is_close_to_float32(unconditional: str, tmp_path: Path) -> None:
         (["--num-images", "None"], "how many images?"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--seed", "-1"], "--seed is -1"),
-        (["--steps", "0"], "num_inference_steps is 0"),
+        (["--steps", "0"], "--steps is 0"),
         (["--scheduler", "ddim"], "scheduler ddim does not fit flow: try dpmsolver++, sde-dpmsolver++, euler"),
         (["--strength", "2"], "strength is 2.0"),
         (["--mask", "{tmp}/no.png"], "--mask needs the --image"),

@@ -10,13 +10,16 @@ import signal
 import subprocess
 import time
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
+from ldm_vae.data.loader import Batch
 from ldm_vae.errors import ConfigError, RunError
 from ldm_vae.files import atomic, beside_of, staged_directory, write_csv
 from ldm_vae.progress import progress
@@ -282,12 +285,18 @@ def test_processes_that_see_other_checkpoints_do_not_train(tmp_path: Path, monke
         Loop(run, {}, config, Accelerator(cpu=True))
 
 
+def no_images(rows: list[int]) -> Batch[np.ndarray]:
+    return Batch(images=np.zeros((len(rows), 0), np.float32), positions=rows, bad_images={})
+
+
 def lines_of_a_loop(output: Path, *, stop_in: int | None = None, unhealthy: tuple[int, ...] = ()) -> list[tuple]:
     """(step, what) of each line that twelve steps log, of which these are not healthy when they are first taken."""
-    config = RunConfig(output=output, steps=12, batch_size=1, log_every=4, checkpoint_every=4, sample_every=4)
+    config = RunConfig(
+        output=output, steps=12, batch_size=1, num_workers=0, log_every=4, checkpoint_every=4, sample_every=4
+    )
     run, seen = Run(output, config), []
     with Loop(run, {"a": torch.zeros(1)}, replace(config, tracker="none"), Accelerator(cpu=True)) as steps:
-        for step, _ in steps.steps(lambda _: iter([0])):
+        for step, _ in steps.steps(defaultdict(int), no_images):
             seen.append(step)
             time.sleep(0.01)
             if step == stop_in:

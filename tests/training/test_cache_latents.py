@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from ldm_vae.data.conversion import to_images
 from ldm_vae.data.images import centre_square
 from ldm_vae.data.sources import open_source
-from ldm_vae.errors import DataError, LdmVaeError, one_line_errors
+from ldm_vae.errors import ConfigError, DataError, LdmVaeError, one_line_errors
 from ldm_vae.latents.cache import LatentCache
 from ldm_vae.latents.scaling import as_stored, scale_latents
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
@@ -106,7 +107,7 @@ def test_three_processes_make_the_cache_that_one_makes(
 
 KILLER = """
 import os, signal, sys
-from ldm_vae.config import parse_flags
+from ldm_vae.runs.config import parse_flags
 
 from training import cache_latents
 real = cache_latents.write_shard
@@ -134,6 +135,39 @@ def test_a_killed_job_goes_on_without_doing_finished_shards_again(
     before = {f: f.stat().st_mtime_ns for f in config.output.iterdir()}
     main(config)  # nothing is left to do
     assert {f: f.stat().st_mtime_ns for f in config.output.iterdir()} == before
+
+
+def run_of(vae: Path, folder: Path, **config: int | None) -> Path:
+    """A run that trained this autoencoder with these flags."""
+    shutil.copytree(vae, folder / "vae")
+    (folder / "config.json").write_text(json.dumps({"config": config}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "side"), [({"resolution": 48, "shorter_side": None}, 48), ({"resolution": 32, "shorter_side": 60}, 56)]
+)
+def test_images_have_the_size_that_the_vae_was_trained_on_unless_told_otherwise(
+    flags: dict[str, int | None],
+    side: int,
+    photos: Path,
+    vae: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = run_of(vae, tmp_path / "run", **flags)
+    config = replace(config_for(photos, run, tmp_path / "cache"), resolution=None)
+    main(config)
+    assert f"images of {side} x {side} pixels" in capsys.readouterr().out
+    plan = LatentCache(config.output).plan
+    assert (plan.resolution, plan.latent_shape) == (side, (4, side // 8, side // 8))
+    main(replace(config, resolution=32, output=tmp_path / "other"))
+    assert LatentCache(tmp_path / "other").plan.resolution == 32
+
+
+def test_a_model_without_its_run_needs_a_resolution(photos: Path, vae: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not say which size of images it was trained on: add --resolution 256"):
+        main(replace(config_for(photos, vae, tmp_path / "cache"), resolution=None))
 
 
 def test_a_shard_that_was_removed_is_made_again_with_a_new_index(photos: Path, vae: Path, tmp_path: Path) -> None:

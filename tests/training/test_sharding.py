@@ -37,7 +37,7 @@ Accelerator.prepare = prepare
 Accelerator.is_fsdp2 = True
 AcceleratorState.fsdp_plugin = SimpleNamespace(mixed_precision_policy="everything becomes bf16")
 sys.path.insert(0, {root!r})
-from ldm_vae.config import parse_config
+from ldm_vae.runs.config import parse_config
 from training import train_diffusion
 train_diffusion.main(parse_config(train_diffusion.PRESETS, description=""))
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -138,17 +139,17 @@ def test_two_processes_and_micro_batches_and_one_process_give_the_same_network(
 
 KILLER = """
 import os, signal, sys
-from ldm_vae.config import parse_config
+from ldm_vae.runs.config import parse_config
 from ldm_vae.objectives import denoising
 from training import train_diffusion
-calls, real = 0, denoising.losses_of
-def losses_of(*args):
+calls, real = 0, denoising.denoising_losses
+def denoising_losses(*args):
     global calls
     calls += 1
     if calls == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
-denoising.losses_of = losses_of
+denoising.denoising_losses = denoising_losses
 train_diffusion.main(parse_config(train_diffusion.PRESETS, description="", args=sys.argv[2:]))
 """
 
@@ -209,14 +210,14 @@ def test_without_statistics_they_are_measured_and_kept_with_the_checkpoint(
     found = load_pipeline(str(config.output)).vae.config
     of_all = load_autoencoder(str(cache)).config
     assert found.latents_std == pytest.approx(of_all.latents_std, rel=0.1)  # without the mirrored images
-    monkeypatch.setattr(train_diffusion, "measured", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(train_diffusion, "measure_statistics", lambda *_: pytest.fail("measured again"))
     main(replace(config, log_every=3))
 
 
 def test_nan_steps_are_skipped_counted_and_then_lead_back_to_the_checkpoint(
     reference: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, poisoned, seen = train_diffusion.train_step, {"left": 3}, {"steps": 0}
+    real, poisoned, seen = train_diffusion.denoiser_step, {"left": 3}, {"steps": 0}
 
     def poison(batches: Any, *args: Any, **keywords: Any) -> Any:
         seen["steps"] += 1
@@ -227,7 +228,7 @@ def test_nan_steps_are_skipped_counted_and_then_lead_back_to_the_checkpoint(
             batches = iter([batch])
         return real(batches, *args, **keywords)
 
-    monkeypatch.setattr(train_diffusion, "train_step", poison)
+    monkeypatch.setattr(train_diffusion, "denoiser_step", poison)
     config = config_for(cache, tmp_path / "run", checkpoint_every=3)
     main(config)
     assert "not finite in 3 steps in a row, up to step 6: back to the checkpoint of step 3" in capsys.readouterr().out
@@ -340,6 +341,18 @@ def test_a_stop_signal_ends_the_step_and_the_same_command_goes_on(cache: Path, t
     assert all(torch.equal(x[k], y[k]) for k in x)
 
 
+def test_images_are_encoded_at_the_resolution_of_the_vae_s_run(
+    photos: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(vae, tmp_path / "trained" / "vae")
+    flags = {"resolution": 32, "shorter_side": 60}
+    (tmp_path / "trained" / "config.json").write_text(json.dumps({"config": flags}))
+    main(config_for(None, tmp_path / "run", data=str(photos), vae=str(tmp_path / "trained"), steps=1, flip=False))
+    said = capsys.readouterr().out
+    assert "images of 56 x 56 pixels" in said
+    assert "latents 4x7x7" in said
+
+
 def test_a_damaged_cache_is_refused(photos: Path, vae: Path, tmp_path: Path) -> None:
     cache_latents.main(
         cache_latents.Config(vae=str(vae), data=str(photos), output=tmp_path / "c", resolution=32, num_workers=0)
@@ -383,7 +396,7 @@ def test_bad_images_are_named_on_the_fly_and_a_set_of_nothing_else_is_an_error(
         (["--data", "procedural:shapes"], "give either --latents, a cache, or --data with --vae"),
         (["--vae", "{tmp}/missing"], "no such model"),
         (["--vae", "{tmp}/other"], "holds latents of another VAE"),
-        (["--label-dropout", "2"], "--label-dropout is 2.0: it must be from 0 to 1"),
+        (["--label-dropout", "2"], "--label-dropout is 2.0: it must be at least 0 and at most 1"),
         (["--min-snr-gamma", "0"], "--min-snr-gamma is 0.0: it must be more than 0"),
         (["--prediction", "sample"], "prediction"),
         (["--gradient-accumulation-steps", "3"], "batch size 8 is not a multiple"),

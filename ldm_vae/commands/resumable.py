@@ -1,4 +1,4 @@
-"""Folders of PNG files that say how they were made, so that a job can go on and never mixes two kinds."""
+"""Folders of PNG files that say how they were made, so that a job can continue and never mixes two kinds."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from ldm_vae.data.images import Pixels, limits_are_ours
+from ldm_vae.data.images import Pixels
+from ldm_vae.data.reader import limits_are_ours
 from ldm_vae.errors import RunError
 from ldm_vae.files import atomic
 
-SHEET = "contact_sheet.png"
+CONTACT_SHEET = "contact_sheet.png"
 
 
 def write_png(file: Path, pixels: Pixels, facts: Mapping[str, str]) -> None:
-    """uint8 pixels (H, W, 1, 3 or 4) as a PNG with `facts` as text chunks; whole or not there."""
+    """Writes uint8 pixels (H, W, 1, 3 or 4) atomically, with `facts` as text chunks."""
     text = PngInfo()
     for key, value in facts.items():
-        text.add_text(key, value.encode(errors="backslashreplace").decode())  # names of files can be no text
+        text.add_text(key, value.encode(errors="backslashreplace").decode())  # file names need not be valid text
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic(file) as out:
         Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(out, "PNG", pnginfo=text)
@@ -43,15 +45,20 @@ def read_png(file: Path) -> Pixels:
         return np.atleast_3d(np.asarray(image))
 
 
-def finished(folder: Path, names: Collection[str], settings: Mapping[str, str], *, part: int, parts: int) -> set[str]:
-    """Which of `names` are there below `folder`, whole. Called by all `parts` processes, which share the looking.
+def share_work(
+    folder: Path, names: Collection[str], settings: Mapping[str, str], accelerator: Accelerator
+) -> tuple[list[str], int]:
+    """Which of `names` this process has to make in `folder`, and how many are there already, intact.
+
+    Called by all processes, which also share the checking of the files.
 
     Raises:
-        RunError: there are PNG files of other settings, or of none: nothing is to be mixed with them or overwritten.
+        RunError: the folder has PNG files of other settings, or of none, which are neither mixed nor overwritten.
     """
-    there = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.png") if p.name != SHEET)
-    done, refused = [], []
-    for name in there[part::parts]:
+    part, parts = accelerator.process_index, accelerator.num_processes
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.png") if p.name != CONTACT_SHEET)
+    own_finished, refused = [], []
+    for name in files[part::parts]:
         facts = read_facts(folder / name)
         if facts is None:
             continue
@@ -59,13 +66,9 @@ def finished(folder: Path, names: Collection[str], settings: Mapping[str, str], 
         if changed:
             refused.append(f"{folder / name} was made with other settings ({'; '.join(changed)})")
         elif name in names:
-            done.append(name)
+            own_finished.append(name)
     refused = gather_object(refused)
     if refused:
         raise RunError(f"{refused[0]}: use those to go on, or choose another --output")
-    return set(gather_object(done))
-
-
-def own_share(names: Collection[str], done: Collection[str], *, part: int, parts: int) -> list[str]:
-    """What one of `parts` processes still has to make."""
-    return [n for n in names if n not in done][part::parts]
+    finished = set(gather_object(own_finished))
+    return [name for name in names if name not in finished][part::parts], len(finished)
