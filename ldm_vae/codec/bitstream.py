@@ -6,7 +6,7 @@ Nothing here imports torch, computes with floats, or allocates what a file asks 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from zlib import crc32
 
@@ -52,9 +52,9 @@ class Limits:
             raise LimitExceededError(f"{width}x{height} pixels: more than the limit of {self.max_pixels}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Header:
-    """What a file says of itself. Latents are `stride` pixels wide, tiles `tile` latents.
+    """What a file says of itself, in the order of its bytes. A latent is `stride` pixels wide, a tile `tile` latents.
 
     Attributes:
         colours: channels of the image, without alpha.
@@ -64,10 +64,10 @@ class Header:
         tables, weights: the first 8 bytes of the sha256 of each.
     """
 
-    width: int
-    height: int
     colours: int
     depth: int
+    width: int
+    height: int
     log2_stride: int
     channels: int
     log2_tile: int
@@ -92,6 +92,12 @@ class Header:
         height, width = self.latent_size
         side = 1 << self.log2_tile
         return -(-height // side), -(-width // side)
+
+    @property
+    def largest_tile(self) -> int:
+        """In latents."""
+        height, width = (min(side, 1 << self.log2_tile) for side in self.latent_size)
+        return height * width
 
     @cached_property
     def tile_boxes(self) -> list[Box]:
@@ -142,11 +148,7 @@ def report(error: CompressedFileError, name: str, damage: list[str] | None) -> N
 
 def pack(header: Header, sections: dict[int, bytes], tiles: list[bytes]) -> bytes:
     """A whole file. `tiles` are in the order of `Header.tile_boxes`, sections keyed by ALPHA, ICC or EXIF."""
-    head = FIXED.pack(
-        *(MAGIC, VERSION, header.colours, header.depth, header.width, header.height, header.log2_stride),
-        *(header.channels, header.log2_tile, header.log2_lanes, header.quality, header.tables, header.weights),
-        len(sections),
-    )
+    head = FIXED.pack(MAGIC, VERSION, *astuple(header), len(sections))
     ordered = sorted(sections.items())
     contents = b"".join(bytes([kind]) + varint(len(d)) + CRC.pack(crc32(d)) for kind, d in ordered)
     contents += b"".join(varint(len(t)) + CRC.pack(crc32(t)) for t in tiles)
@@ -170,35 +172,20 @@ def unpack(data: bytes, *, limits: Limits | None = None, salvage: bool = False) 
         raise NotThisFormatError("not a compressed image of this format: it begins otherwise")
     if len(data) < FIXED.size:
         raise TruncatedError(f"the file ends within its header, after {len(data)} bytes")
-    _, version, colours, depth, width, height, stride, channels, tile, lanes, quality, tables, weights, count = (
-        FIXED.unpack_from(data)
-    )
+    _, version, *fields, num_sections = FIXED.unpack_from(data)
     if version != VERSION:
         raise UnsupportedVersionError(f"format version {version}: this ldm-vae reads version {VERSION}")
-    header = Header(
-        width=width,
-        height=height,
-        colours=colours,
-        depth=depth,
-        log2_stride=stride,
-        channels=channels,
-        log2_tile=tile,
-        log2_lanes=lanes,
-        quality=quality,
-        tables=tables,
-        weights=weights,
-    )
+    header = Header(*fields)
     check_fields(header)
-    (limits or Limits()).check(width, height)
+    (limits or Limits()).check(header.width, header.height)
     rows, columns = header.grid
-    height_in_latents, width_in_latents = (min(side, 1 << tile) for side in header.latent_size)
-    if channels * height_in_latents * width_in_latents > header.lanes << MAX_LOG2_SYMBOLS:
+    if header.channels * header.largest_tile > header.lanes << MAX_LOG2_SYMBOLS:
         raise CorruptError(f"the header is damaged: {header.lanes} lanes are too few for tiles of this size")
     if rows * columns * (1 + CRC.size) > len(data):
         raise TruncatedError(f"{len(data)} bytes cannot hold the contents of {rows * columns} tiles")
     entries = Varints(data, FIXED.size)
     try:
-        sections, tiles, end = read_contents(entries, count, rows * columns)
+        sections, tiles, end = read_contents(entries, num_sections, rows * columns)
         if end > len(data) and not salvage:
             raise TruncatedError(f"the file ends after {len(data)} of {end} bytes")
     except CorruptError:
@@ -228,27 +215,26 @@ def check_fields(header: Header) -> None:
 
 def read_contents(entries: Varints, num_sections: int, num_tiles: int) -> tuple[dict[int, Part], list[Part], int]:
     """Sections, tiles, and where the file should end. Checks the header's CRC before it believes a length."""
-    kinds, lengths, crcs = [], [], []
+    entries_read = []
     for i in range(num_sections + num_tiles):
-        kinds.append(entries.byte() if i < num_sections else 0)
-        lengths.append(entries.next())
-        crcs.append(entries.crc())
+        kind = entries.byte() if i < num_sections else None
+        name = f"tile {i - num_sections}" if kind is None else SECTIONS.get(kind, f"section {kind}")
+        entries_read.append((kind, name, entries.next(), entries.crc()))
     end = entries.position
     if entries.crc() != crc32(entries.data[:end]):
         raise CorruptError("the header is damaged: its CRC-32 differs")
     begin = entries.position
     sections: dict[int, Part] = {}
     tiles: list[Part] = []
-    for i, (kind, length, crc) in enumerate(zip(kinds, lengths, crcs, strict=True)):
-        name = SECTIONS.get(kind, f"section {kind}") if i < num_sections else f"tile {i - num_sections}"
+    for kind, name, length, crc in entries_read:
         part = Part(name=name, begin=begin, end=begin + length, crc=crc)
         begin += length
-        if i < num_sections:
-            if kind <= max(sections, default=-1):
-                raise CorruptError(f"the header is damaged: {name} is out of order, or there twice")
-            sections[kind] = part
-        if i >= num_sections:
+        if kind is None:
             tiles.append(part)
+        elif kind <= max(sections, default=-1):
+            raise CorruptError(f"the header is damaged: {name} is out of order, or there twice")
+        else:
+            sections[kind] = part
     return sections, tiles, begin
 
 

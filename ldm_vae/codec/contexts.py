@@ -33,7 +33,7 @@ INT32 = (-(1 << 31), (1 << 31) - 1)
 Integers = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Contexts:
     """The integers that choose tables, for C channels with K taps each. Those of one quality; see `tables.Tables`.
 
@@ -118,14 +118,14 @@ def wavefronts(channels: int, height: int, width: int) -> tuple[Integers, Intege
     return places[order], c[order], np.bincount(time)
 
 
-def padded(channels: int, height: int, width: int) -> Integers:
-    return np.zeros((channels, height + 2 * BORDER, width + 2 * BORDER), np.int64)
+def padded(symbols: Integers) -> Integers:
+    """Symbols (C, h, w) with zeros around each channel, as int64: the volume in which taps reach."""
+    return np.pad(symbols.astype(np.int64), ((0, 0), (BORDER, BORDER), (BORDER, BORDER)))
 
 
 def rests_of(symbols: Integers, contexts: Contexts) -> tuple[Integers, Integers]:
     """What is coded of int32 symbols (C, h, w), and by which table, in the order of decoding: (N,) each."""
-    volume = padded(*symbols.shape)
-    volume[:, BORDER:-BORDER, BORDER:-BORDER] = symbols
+    volume = padded(symbols)
     places, channels, _ = wavefronts(*symbols.shape)
     rests, tables = (np.empty(len(places), np.int64) for _ in range(2))
     for begin in range(0, len(places), 1 << 15):  # in parts, as the taps of all would fill the memory
@@ -162,7 +162,7 @@ def decode_symbols(payload: bytes, shape: tuple[int, int, int], contexts: Contex
     length = escapes.next()
     begin = escapes.position
     decoder = rans.Decoder(payload[begin + length :], lanes=lanes)
-    volume = padded(*shape)
+    volume = padded(np.zeros(shape, np.int64))
     flat = volume.reshape(-1)
     places, channels, groups = wavefronts(*shape)
     end = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,8 @@ Integers = np.ndarray[Any, Any]
 def fit_contexts(volumes: Sequence[Integers], *, num_activities: int = 12, taps: bool = True) -> Contexts:
     """Contexts for symbols like these, (C, h, w) each of one C; without `taps`, one static table a channel."""
     channels = len(volumes[0])
-    chosen = choose_taps(volumes) if taps else [no_taps() for _ in range(channels)]
-    width = max(len(t) for t, _, _ in chosen)
+    chosen = choose_taps(volumes) if taps else []
+    width = max((len(t) for t, _, _ in chosen), default=0)
     offsets = np.zeros((channels, width, 3), np.int64)
     means, activities = (np.zeros((channels, width), np.int64) for _ in range(2))
     for c, (places, mean, activity) in enumerate(chosen):
@@ -51,32 +52,22 @@ def fit_contexts(volumes: Sequence[Integers], *, num_activities: int = 12, taps:
         frequencies=Frequencies(np.tile([[1, TOTAL - 1]], (channels * NUM_PHASES, 1))),
     )
     counts, edges = count(volumes, bare)  # (C, FINE_BINS, phases, 2 reach + 3), rests beyond the reach at both ends
-    thresholds, tables = [], []
+    edges_kept, tables = [], []
     for c in range(channels):
         groups = merge(counts[c].sum(axis=1), num_activities if taps else 1)
-        thresholds.append([edges[c][g[0] - 1] for g in groups[1:]])
+        edges_kept.append([edges[c][g[0] - 1] for g in groups[1:]])
         tables += [counts[c, g].sum(axis=0) for g in groups]
     frequencies = np.concatenate(
         [normalise(t, counts[i // len(groups)].sum(axis=(0, 1))) for i, t in enumerate(tables)]
     )
-    return Contexts(
-        taps=offsets,
-        mean_weights=means,
-        activity_weights=activities,
-        thresholds=np.array(thresholds, np.int64).reshape(channels, -1),
-        frequencies=Frequencies(frequencies),
-    )
-
-
-def no_taps() -> tuple[Integers, Integers, Integers]:
-    return np.zeros((0, 3), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+    thresholds = np.array(edges_kept, np.int64).reshape(channels, -1)
+    return replace(bare, thresholds=thresholds, frequencies=Frequencies(frequencies))
 
 
 def shifted(values: Floats) -> Floats:
     """(C, h, w) -> what each place in PLACES holds, zero beyond the border: (C, len(PLACES), h * w)."""
     channels, height, width = values.shape
-    volume = padded(channels, height, width).astype(np.float32)
-    volume[:, BORDER:-BORDER, BORDER:-BORDER] = values
+    volume = padded(values).astype(np.float32)
     rows = [
         volume[:, BORDER + y : BORDER + y + height, BORDER + x : BORDER + x + width].reshape(channels, -1)
         for y, x in PLACES
@@ -138,9 +129,10 @@ def places_of(taps: Integers) -> Integers:
     return np.array([PLACES.index((y, x)) for y, x in taps[:, 1:].tolist()])
 
 
-def rows_in(rows: Integers, wanted: Integers) -> list[int]:
-    known = [tuple(r) for r in rows.tolist()]
-    return [known.index(tuple(w)) for w in wanted.tolist()]
+def rows_in(taps: Integers, some: Integers) -> list[int]:
+    """Where some of the taps stand among them."""
+    rows = taps.tolist()
+    return [rows.index(tap) for tap in some.tolist()]
 
 
 def solve(gram: Floats, index: Integers, target: int) -> Floats:
@@ -165,8 +157,7 @@ def predicted(rows: Floats, channel: int, taps: Integers, weights: Floats) -> Fl
 
 def measured(values: Integers, contexts: Contexts) -> tuple[Integers, Integers, Integers, Integers]:
     """Channel, activity, phase and rest of every symbol of an image."""
-    volume = padded(*values.shape)
-    volume[:, BORDER:-BORDER, BORDER:-BORDER] = values
+    volume = padded(values)
     places, channels, _ = wavefronts(*values.shape)
     mean, activity = contexts.predict(volume, places, channels)
     prediction, sign, phase = split(mean)
@@ -270,8 +261,7 @@ def normalise(counts: Integers, channel: Integers) -> Integers:
 
 def to_total(shares: Floats) -> Integers:
     """Shares -> frequencies with the sum 2^12: at least 1 for the escape (the first) and for what has a share."""
-    wanted = shares * TOTAL
-    frequencies = np.where(shares > 0, np.maximum(np.rint(wanted), 1), 0).astype(np.int64)
+    frequencies = np.where(shares > 0, np.maximum(np.rint(shares * TOTAL), 1), 0).astype(np.int64)
     frequencies[0] = max(frequencies[0], 1)
     while (missing := TOTAL - int(frequencies.sum())) != 0:
         step = 1 if missing > 0 else -1

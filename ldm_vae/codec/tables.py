@@ -25,6 +25,7 @@ from ldm_vae.files import write_json
 QUALITY_ONE = 256
 """Quality 1 in a file: qualities are fixed-point numbers with 8 bits behind the point."""
 ARRAYS = ("taps", "mean_weights", "activity_weights", "thresholds", "frequencies")
+"""The fields of `Contexts`."""
 DIGEST_BYTES = 8
 FARTHEST = 8
 """A quality by so much finer or coarser than any that tables were fitted at is a mistake."""
@@ -114,17 +115,7 @@ class Tables:
                 sha.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
         return sha.digest()[:DIGEST_BYTES]
 
-    def config(self) -> dict[str, Any]:
-        return {
-            "format_version": 1,
-            "vae": self.vae,
-            "sigma": self.sigma.tolist(),
-            "means": self.means.tolist(),
-            "channels": list(self.channels),
-            "qualities": list(self.qualities),
-        }
-
-    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+    def arrays(self) -> dict[str, Integers]:
         types = {"taps": np.int8, "mean_weights": np.int16, "activity_weights": np.int16, "frequencies": np.uint16}
         arrays = {}
         for quality, contexts in zip(self.qualities, self.contexts, strict=True):
@@ -135,8 +126,17 @@ class Tables:
 
     def save(self, folder: Path) -> None:
         """Writes config.json and tables.safetensors into an existing folder."""
+        config = {
+            "format_version": 1,
+            "vae": self.vae,
+            "sigma": self.sigma.tolist(),
+            "means": self.means.tolist(),
+            "channels": list(self.channels),
+            "qualities": list(self.qualities),
+            "digest": self.digest.hex(),
+        }
         save_file(self.arrays(), folder / "tables.safetensors")
-        write_json(folder / "config.json", self.config() | {"digest": self.digest.hex()})
+        write_json(folder / "config.json", config)
 
 
 def load_tables(folder: Path) -> Tables:
@@ -157,21 +157,11 @@ def load_tables(folder: Path) -> Tables:
         raise ModelError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
 
 
-def tables_from(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> Tables:
+def tables_from(config: Mapping[str, Any], arrays: Mapping[str, Integers]) -> Tables:
     contexts = []
     for quality in config["qualities"]:
-        taps, means, activities, thresholds, frequencies = (
-            arrays[f"{quality}.{name}"].astype(np.int64) for name in ARRAYS
-        )
-        contexts.append(
-            Contexts(
-                taps=taps,
-                mean_weights=means,
-                activity_weights=activities,
-                thresholds=thresholds,
-                frequencies=Frequencies(frequencies),
-            )
-        )
+        *integers, frequencies = (arrays[f"{quality}.{name}"].astype(np.int64) for name in ARRAYS)
+        contexts.append(Contexts(*integers, Frequencies(frequencies)))
     return Tables(
         vae=config["vae"],
         sigma=np.array(config["sigma"]),
