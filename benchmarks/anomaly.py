@@ -27,8 +27,9 @@ from ldm_vae.analysis.anomaly import AnomalyDetector, Method, fit_detector, mean
 from ldm_vae.data.blemishes import blemished
 from ldm_vae.data.conversion import to_images
 from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
-from ldm_vae.data.images import Pixels, read_pixels, resize
+from ldm_vae.data.images import Pixels, resize
 from ldm_vae.data.order import Stream, generator_at
+from ldm_vae.data.reader import read_pixels
 from ldm_vae.data.sources import Source, open_source
 from ldm_vae.errors import DataError, one_line_errors
 from ldm_vae.files import check_writable

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from diffusers.utils import logging
 from torch import Tensor
 
-from ldm_vae.commands.png import SHEET
+from ldm_vae.commands.resumable import CONTACT_SHEET
 from ldm_vae.data.conversion import to_pixels
 from ldm_vae.data.file_sources import FileSource
 from ldm_vae.data.images import Pixels, centre_square, convert_channels
@@ -121,7 +121,7 @@ class Protocol:
         """A source without the contact sheet that pipelines/generate.py puts beside its images."""
         source = open_source(path, channels=self.channels, resolution=self.resolution)
         if isinstance(source, FileSource):
-            source.names = [n for n in source.names if n != SHEET]
+            source.names = [n for n in source.names if n != CONTACT_SHEET]
         return source
 
     def measure_source(self, name: str, source: Source, limit: int | None) -> ImageSet:

@@ -37,14 +37,12 @@ from ldm_vae.latents.cache import write_shard
 from ldm_vae.latents.rows import DiffusionBatch
 from ldm_vae.latents.scaling import as_stored
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
-from ldm_vae.models.discriminator import PatchDiscriminator
 from ldm_vae.models.interface import encode_moments, latent_channels_of, stride_of
 from ldm_vae.models.reconstruction import encode_mean
 from ldm_vae.models.unet import make_denoiser
 from ldm_vae.objectives.autoencoding import TrainableVAE, adamw
 from ldm_vae.objectives.denoising import DenoiserConfig, DenoiserState, denoiser_step
-from ldm_vae.objectives.perceptual import PerceptualLoss
-from ldm_vae.objectives.vae import VAEObjective, VAEState, vae_step
+from ldm_vae.objectives.vae import VAEConfig, VAEState, vae_step
 from ldm_vae.pipeline import LatentDiffusionPipeline
 from ldm_vae.report import markdown_table, provenance
 from ldm_vae.runs.config import Range, check_ranges, parse_flags
@@ -54,7 +52,7 @@ from ldm_vae.timing import peak_flops, peak_memory_of, seconds_of
 SAMPLES, SAMPLING_STEPS = 8, 10
 CACHED = 64
 PHOTOS = 16
-COMPARED = ("models", "resolution", "batch_size", "side", "losses", "mixed_precision", "compile")
+COMPARED = ("models", "resolution", "batch_size", "side", "mixed_precision", "compile")
 MARGIN = 0.1
 """A stage became slower when it takes this share longer, beyond the spreads of both runs."""
 BASELINES = ("AutoencoderKL-small", "AutoencoderTiny")
@@ -72,8 +70,6 @@ class Config:
     batch_size: int = 16
     side: int = 256
     """Of the images that are encoded and decoded."""
-    losses: Literal["l1-kl", "all"] = "l1-kl"
-    """all adds LPIPS (vgg, with random weights, which cost the same) and the adversarial loss."""
     mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False
     rounds: Annotated[int, Range(at_least=1)] = 6
@@ -121,43 +117,18 @@ def compile_blocks(vae: Any) -> None:
         vae.decoder.compile()
 
 
-def training_state(vae: Any, objective: VAEObjective, accelerator: Accelerator) -> VAEState:
-    bare = TrainableVAE(vae).to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizers: dict[str, torch.optim.Optimizer] = {"vae": adamw(bare, 1e-4)}
-    discriminator = lpips = None
-    if objective.adversarial != "none":
-        discriminator = PatchDiscriminator().to(accelerator.device, memory_format=torch.channels_last)
-        optimizers["discriminator"] = adamw(discriminator, 1e-4)
-        discriminator = accelerator.prepare(discriminator)
-    if objective.perceptual != "none":
-        lpips = PerceptualLoss("vgg", pretrained=False).to(accelerator.device).to(memory_format=torch.channels_last)
-    return VAEState(
-        network=accelerator.prepare(bare),
-        bare=bare,
-        ema=EMAModel(vae.parameters(), foreach=True),
-        optimizers=optimizers,
-        discriminator=discriminator,
-        lpips=lpips,
-        adaptive_weight=torch.ones((), device=accelerator.device),
-    )
-
-
 def autoencoder_stages(config: Config, accelerator: Accelerator) -> dict[str, Stage]:
-    """A training step, encoding and decoding of each model."""
-    everything = config.losses == "all"
-    objective = VAEObjective(
-        perceptual="random" if everything else "none", adversarial="hinge" if everything else "none", disc_start=0
-    )
+    """A training step with L1 and KL, encoding and decoding of each model."""
+    objective = VAEConfig(perceptual="none", adversarial="none")
     images = torch.rand(config.batch_size, 3, config.resolution, config.resolution) * 2 - 1
     images = images.pin_memory() if accelerator.device.type == "cuda" else images  # as the trainer's loader does
-    batch = Batch(images=images, positions=list(range(config.batch_size)), bad_images={})
+    batches = itertools.repeat(Batch(images=images, positions=list(range(config.batch_size)), bad_images={}))
     large = (torch.rand(1, 3, config.side, config.side) * 2 - 1).to(accelerator.device)
     large = large.to(memory_format=torch.channels_last)
-    rates = {"vae": 1e-4, "discriminator": 1e-4} if everything else {"vae": 1e-4}
 
     def step(state: VAEState) -> None:
         state.bare.train()
-        vae_step(itertools.repeat(batch), state, objective, step=0, learning_rates=rates, accelerator=accelerator)
+        vae_step(batches, state, objective, step=0, learning_rates={"vae": 1e-4}, accelerator=accelerator)
 
     @torch.inference_mode()
     def encode(vae: Any) -> torch.Tensor:
@@ -174,7 +145,16 @@ def autoencoder_stages(config: Config, accelerator: Accelerator) -> dict[str, St
         vae = build(name)
         if config.compile:
             compile_blocks(vae)
-        state = training_state(vae, objective, accelerator)
+        bare = TrainableVAE(vae).to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        state = VAEState(
+            network=accelerator.prepare(bare),
+            bare=bare,
+            ema=EMAModel(vae.parameters(), foreach=True),
+            optimizers={"vae": adamw(bare, 1e-4)},
+            discriminator=None,
+            lpips=None,
+            adaptive_weight=torch.ones((), device=accelerator.device),
+        )
         stages[f"{name}: step"] = Stage(call=partial(step, state), images=config.batch_size)
         stages[f"{name}: encode"] = Stage(call=partial(encode, vae), images=1)
         stages[f"{name}: decode"] = Stage(call=partial(decode, vae, encode(vae)), images=1)
@@ -348,7 +328,7 @@ def main(config: Config) -> None:
         stages = autoencoder_stages(config, accelerator) | diffusion_stages(config, accelerator)
         stages |= file_stages(config, accelerator, Path(work))
         results, peak = measure(stages, config, device, dtype)
-    kind = f"{device.type}-{config.mixed_precision}-{config.losses}{'-compile' if config.compile else ''}"
+    kind = f"{device.type}-{config.mixed_precision}{'-compile' if config.compile else ''}"
     file = config.output / f"throughput-{kind}.json"
     write_json(file, {**origin, "peak_gflops": peak / 1e9, "results": results})
     rates = {name: round(r["images_per_second"], 3) for name, r in results.items()}

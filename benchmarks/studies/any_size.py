@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 import pyvips
 
-from ldm_vae.data.large import write_large
+from ldm_vae.data.png import stream_png
 from ldm_vae.data.procedural import ProceduralSource
 from ldm_vae.errors import RunError, one_line_errors
 from ldm_vae.files import atomic, check_writable
@@ -60,7 +60,7 @@ def write_image(file: Path, side: int, *, transparent: bool = False) -> None:
             yield row[: side - y, :side]
 
     with atomic(file) as out:
-        write_large(out, rows(), (side, side, tile.shape[2]), folder=file.parent)
+        stream_png(out, rows(), (side, side, tile.shape[2]))
 
 
 def write_progressive(image: Path, file: Path) -> None:

@@ -1,101 +1,120 @@
-"""Time the entropy coder on one core, and count what its contexts save.
+"""Time the entropy coder on one core and whole commands from their start, and count what the contexts save.
 
-python benchmarks/studies/codec_speed.py --codec RUN_OR_MODEL --fit-data PATH --data PATH [--output FILE]
+python benchmarks/studies/codec_speed.py --codec RUN_OR_MODEL --fit-data PATH --data PATH --output DIR
 
-For each image of --data: milliseconds to code and to decode its symbols (not the network), medians of five, and bytes
-with the model's contexts and with one static table a channel, fitted to --fit-data.
+For each image of --data: milliseconds to code and to decode its symbols (without the network), medians of five, and
+bytes with the model's contexts and with one static table per channel, fitted to --fit-data. `ldm-vae compress` and
+`decompress` of one photo of 256 x 256 are timed as processes of their own, imports included, also medians of five.
 """
 
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ldm_vae.codec.codec import LatentCodec, log2_lanes
 from ldm_vae.codec.contexts import decode_symbols, encode_symbols
 from ldm_vae.codec.fit_contexts import fit_contexts
 from ldm_vae.codec.picture import as_picture
+from ldm_vae.data.images import Pixels
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import check_finite, open_source
-from ldm_vae.errors import one_line_errors
-from ldm_vae.files import write_json
-from ldm_vae.runs.config import as_json, parse_flags
-from ldm_vae.timing import describe_machine
+from ldm_vae.errors import RunError, one_line_errors
+from ldm_vae.files import check_writable
+from ldm_vae.report import provenance, write_report
+from ldm_vae.runs.config import Range, check_ranges, parse_flags
+from ldm_vae.timing import last_line
 
 ROUNDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the entropy coder's benchmark."""
+    """Flags of the study of the codec's speed."""
 
     codec: str
     fit_data: str
     data: str
-    quality: float = 1.0
-    num_fit: int = 400
-    num_images: int | None = None
-    output: Path | None = None
+    output: Path
+    quality: Annotated[float, Range(above=0)] = 1.0
+    num_fit: Annotated[int, Range(at_least=1)] = 400
+    num_images: Annotated[int | None, Range(at_least=1)] = None
 
 
-def median_ms(call: Callable[[], Any]) -> float:
-    """After one call that is not counted."""
+def median_seconds(call: Callable[[], Any]) -> float:
+    """Over ROUNDS calls, after one that is not counted."""
     call()
-    times = []
+    durations = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
         call()
-        times.append(time.perf_counter() - began)
-    return 1e3 * statistics.median(times)
+        durations.append(time.perf_counter() - began)
+    return statistics.median(durations)
+
+
+def command_seconds(model: str) -> dict[str, float]:
+    """Seconds from start to end of compressing and decompressing one small photo."""
+    with tempfile.TemporaryDirectory() as work:
+        image, compressed, back = (f"{work}/{name}" for name in ("image.png", "image.ldi", "back.png"))
+        Image.fromarray(open_source("procedural:dead-leaves", resolution=256)[0].pixels).save(image)
+
+        def run(*words: str) -> None:
+            command = [sys.executable, "-m", "ldm_vae.cli", *words, "--model", model, "--overwrite"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RunError(last_line(done.stderr).removeprefix("error: "))
+
+        compress, decompress = partial(run, "compress", image, compressed), partial(run, "decompress", compressed, back)
+        return {"compress_seconds": median_seconds(compress), "decompress_seconds": median_seconds(decompress)}
+
+
+def symbols_of(codec: LatentCodec, pixels: Pixels, quality: int) -> np.ndarray:
+    """int32 (C, h, w) of a whole image, as one tile."""
+    whole = as_picture(pixels, channels=codec.network.channels).pixels
+    return codec.tables.quantise(codec.network.encode(whole, codec.network.box_of(whole)), quality)
 
 
 def main(config: Config) -> None:
+    check_ranges(config)
+    check_writable(config.output)
     torch.set_num_threads(1)
     codec = LatentCodec.from_pretrained(config.codec)
     fit_source, source = open_source(config.fit_data), open_source(config.data)
     check_finite(source, config.data, config.num_images)
-    quality = codec.fixed_quality(config.quality)
+    quality = codec.tables.fixed_quality(config.quality)
     contexts = codec.tables.contexts_of(quality)
-    fitted = [
-        codec.quantise(
-            codec.latents_of(as_picture(fit_source[index_at(i, size=len(fit_source), seed=0)].pixels)), quality
-        )
-        for i in range(min(config.num_fit, len(fit_source)))
-    ]
-    static = fit_contexts(fitted, taps=False)
+    indices = [index_at(i, size=len(fit_source), seed=0) for i in range(min(config.num_fit, len(fit_source)))]
+    static = fit_contexts([symbols_of(codec, fit_source[i].pixels, quality) for i in indices], taps=False)
     rows: list[dict[str, Any]] = []
     for i in range(min(len(source), config.num_images or len(source))):
-        symbols = codec.quantise(codec.latents_of(as_picture(source[i].pixels)), quality)
+        symbols = symbols_of(codec, source[i].pixels, quality)
         lanes = 1 << log2_lanes(symbols.size)
         payload = encode_symbols(symbols, contexts, lanes=lanes)
-        without = encode_symbols(symbols, static, lanes=lanes)
-        rows.append(
-            {
-                "image": source.name(i),
-                "symbols": symbols.size,
-                "bytes": len(payload),
-                "static_bytes": len(without),
-                "encode_ms": median_ms(partial(encode_symbols, symbols, contexts, lanes=lanes)),
-                "decode_ms": median_ms(partial(decode_symbols, payload, symbols.shape, contexts, lanes=lanes)),
-            }
-        )
-    figures = {name: float(np.median([r[name] for r in rows])) for name in ("symbols", "encode_ms", "decode_ms")}
-    figures["saved_by_contexts"] = 1 - sum(r["bytes"] for r in rows) / sum(r["static_bytes"] for r in rows)
+        encode = partial(encode_symbols, symbols, contexts, lanes=lanes)
+        decode = partial(decode_symbols, payload, symbols.shape, contexts, lanes=lanes)
+        row = {"image": source.name(i), "symbols": symbols.size, "bytes": len(payload)}
+        row |= {"static_bytes": len(encode_symbols(symbols, static, lanes=lanes))}
+        rows.append(row | {"encode_ms": 1e3 * median_seconds(encode), "decode_ms": 1e3 * median_seconds(decode)})
+    figures = {name: float(np.median([row[name] for row in rows])) for name in ("symbols", "encode_ms", "decode_ms")}
+    figures["saved_by_contexts"] = 1 - sum(row["bytes"] for row in rows) / sum(row["static_bytes"] for row in rows)
+    figures |= command_seconds(config.codec)
     for name, figure in figures.items():
         print(f"{name}: {figure:.4g}")
-    if config.output is not None:
-        record = {"config": as_json(config), "machine": describe_machine(torch.device("cpu")), **figures, "rows": rows}
-        write_json(config.output, record)
+    write_report(config.output, provenance(config), {**figures, "rows": rows})
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(parse_flags(Config, description="Time the entropy coder on one core."))
+        main(parse_flags(Config, description="Time the entropy coder, and whole commands from their start."))

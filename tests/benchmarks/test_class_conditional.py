@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from benchmarks.studies import class_conditional
 from benchmarks.studies.class_conditional import FASHION, PRESETS, halves, judge, main, write_fashion_mnist
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, DataError, RunError
-from ldm_vae.runs.config import parse_config, parse_flags
 
 SMALL = replace(
     PRESETS["fashion-mnist"][1],
@@ -70,19 +69,15 @@ def test_the_halves_share_no_image(fashion: Path, tmp_path: Path) -> None:
 
 
 def test_everything_is_trained_sampled_and_judged_and_a_second_time_nothing_is_left_to_train(
-    fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fashion: Path, tmp_path: Path, in_process: Callable[..., float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
 
-    def in_this_process(name: str, *words: Any) -> float:
-        script = importlib.import_module(name.removesuffix(".py").replace("/", "."))
-        presets, args = getattr(script, "PRESETS", None), [str(w) for w in words]
-        config = parse_config(presets, description="", args=args) if presets else None
-        script.main(config or parse_flags(script.Config, description="", args=args))
-        ran.append(Path(name).stem)
-        return 1.0
+    def recorded(script: str, *words: Any) -> float:
+        ran.append(Path(script).stem)
+        return in_process(script, *words)
 
-    monkeypatch.setattr(class_conditional, "seconds_of_script", in_this_process)
+    monkeypatch.setattr(class_conditional, "seconds_of_script", recorded)
     config = replace(SMALL, data=fashion, output=tmp_path / "run")
     main(config)
     assert ran == "train_vae cache_latents train_diffusion train_classifier reconstruct".split() + ["generate"] * 3 + [
@@ -124,7 +119,7 @@ def test_everything_is_trained_sampled_and_judged_and_a_second_time_nothing_is_l
         ({"scheduler": "ddim"}, "scheduler ddim does not fit flow"),
         ({"denoiser": "huge"}, "no denoiser huge: try demo"),
         ({"min_snr_gamma": 0.0}, "--min-snr-gamma is 0.0: it must be more than 0"),
-        ({"label_dropout": 1.5}, "--label-dropout is 1.5: it must be from 0 to 1"),
+        ({"label_dropout": 1.5}, "--label-dropout is 1.5: it must be at least 0 and at most 1"),
     ],
 )
 def test_what_cannot_be_trained_or_sampled_is_refused_before_anything_is_made(

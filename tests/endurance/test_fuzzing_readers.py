@@ -1,7 +1,4 @@
-"""Mutated images, archives, runs, models and caches: an error of ours, or read right.
-
-`python -m tests.endurance.fuzzing.readers` does the same 10,000 times.
-"""
+"""The fuzzer of the readers, with few files. `python -m tests.endurance.fuzzing.readers` takes 10,000 a reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real commands in processes of their own, where they are broken, and what they come to undisturbed."""
+"""The real commands, each in its own process, and the results that they must give whatever happens to them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from PIL import Image
 from ldm_vae.data.procedural import ProceduralSource
 from ldm_vae.errors import RunError
 from ldm_vae.files import sha256, write_json
+from ldm_vae.timing import ROOT, last_line
 
-ROOT = Path(__file__).parent.parent.parent.parent
 CLOCK = {"seconds", "images_per_second", "waiting_for_data"}
-"""Of metrics: all else must be the same again."""
+"""Metrics that differ from run to run; all others must be the same."""
 PATIENCE_S = 300
 
 
 class Process:
-    """With all that it starts in a group of its own, on one thread so that it always computes the same."""
+    """A command and its children in a process group of their own, on one thread, for the same results each time."""
 
     def __init__(self, command: list[str]) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -35,8 +35,9 @@ class Process:
         self.popen = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
     def end(self, seconds: float = PATIENCE_S) -> tuple[int, str]:
-        said = self.popen.communicate(timeout=seconds)[1]
-        return self.popen.returncode, said
+        """Waits: exit code and standard error. Raises subprocess.TimeoutExpired."""
+        stderr = self.popen.communicate(timeout=seconds)[1]
+        return self.popen.returncode, stderr
 
     def signal_group(self, number: int) -> None:
         os.killpg(self.popen.pid, number)
@@ -45,44 +46,44 @@ class Process:
         end = time.monotonic() + PATIENCE_S
         while not condition():
             if self.popen.poll() is not None or time.monotonic() > end:
-                raise RunError(f"the command ended before it was to be disturbed: {self.popen.communicate()[1]}")
+                raise RunError(f"the command ended before it was disturbed: {self.popen.communicate()[1]}")
             time.sleep(0.02)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A real command that writes a directory, named {output} in its words, and the files that it must come to."""
+    """A real command that writes a directory, named {output} in its words, and its result files."""
 
     name: str
     words: tuple[str, ...]
     results: tuple[str, ...]
-    """Patterns of files whose bytes count; of checkpoints the last, as a stop leaves one of its own step beside it."""
+    """Patterns of files whose bytes count; only the last checkpoint, since a stop saves another one beside it."""
 
     def start(self, output: Path, *more: str) -> Process:
         return Process([sys.executable, *(w.format(output=output) for w in self.words), *more])
 
     def run(self, output: Path, *more: str) -> tuple[int, str]:
-        """Exit code and what it said on standard error."""
+        """Exit code and standard error."""
         return self.start(output, *more).end()
 
-    def came_to(self, output: Path) -> dict[str, Any]:
-        """The digest of each result, and the metrics without what a clock says."""
+    def digests(self, output: Path) -> dict[str, Any]:
+        """The digest of each result, and the metrics but for those of CLOCK."""
         files = sorted({file for pattern in self.results for file in output.glob(pattern) if file.is_file()})
-        found: dict[str, Any] = {str(file.relative_to(output)): sha256(file) for file in files}
+        digests: dict[str, Any] = {str(file.relative_to(output)): sha256(file) for file in files}
         metrics = output / "metrics.jsonl"
         if metrics.exists():
             lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-            found["metrics"] = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
-        return found
+            digests["metrics"] = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+        return digests
 
 
 TRAINER = "--batch-size 8 --num-workers 1 --mixed-precision no --tracker none --log-every 1 --sample-every 20".split()
 
 
 def jobs(work: Path) -> dict[str, Job]:
-    """In the order in which each needs what those before have made."""
+    """In order: each may need the output of those before it."""
     photos, vae, cache = (str(work / name) for name in ("photos", "undisturbed/vae", "undisturbed/cache"))
-    losses = "--perceptual none --disc-start 10 --spectral-norm".split()
+    losses = "--perceptual none --disc-start 10".split()
     return {
         job.name: job
         for job in (
@@ -133,15 +134,15 @@ def jobs(work: Path) -> dict[str, Job]:
 
 @dataclass(frozen=True, kw_only=True)
 class Undisturbed:
-    """A job's results, and the seconds after its start when its directory was there and when it was done."""
+    """A job's digests, and the seconds from its start until its directory was there and until it was done."""
 
-    came_to: dict[str, Any]
+    digests: dict[str, Any]
     began: float
     seconds: float
 
 
 class Workshop:
-    """Where things are broken: pictures, the commands, and what each comes to when nobody disturbs it."""
+    """A folder with images, the jobs, and the results of each job when nothing disturbs it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -150,31 +151,31 @@ class Workshop:
         self.jobs = jobs(self.folder)
 
     def undisturbed(self, job: Job) -> Undisturbed:
-        """What it comes to, and when; the jobs that it needs are run before it."""
-        for one in self.jobs.values():
-            record = self.folder / f"{one.name}.json"
+        """Its results and times; the jobs before it are run first."""
+        for earlier in self.jobs.values():
+            record = self.folder / f"{earlier.name}.json"
             if not record.exists():
-                output = emptied(self.folder / "undisturbed" / one.name)
+                output = emptied(self.folder / "undisturbed" / earlier.name)
                 start = time.perf_counter()
-                process = one.start(output)
+                process = earlier.start(output)
                 process.wait_for(lambda output=output: any(output.glob("*")))  # type: ignore[misc]
                 began = time.perf_counter() - start
-                code, said = process.end()
+                code, stderr = process.end()
                 if code:
-                    raise RunError(f"{one.name} fails undisturbed: {said}")
+                    raise RunError(f"{earlier.name} fails undisturbed: {stderr}")
                 seconds = time.perf_counter() - start
-                write_json(record, {"came_to": one.came_to(output), "began": began, "seconds": seconds})
-            if one is job:
+                write_json(record, {"digests": earlier.digests(output), "began": began, "seconds": seconds})
+            if earlier is job:
                 break
         return Undisturbed(**json.loads((self.folder / f"{job.name}.json").read_text()))
 
-    def other_than_undisturbed(self, job: Job, output: Path, *more: str) -> str:
-        """Runs the job to its end; what is not as it must be, in words, empty for nothing."""
-        code, said = job.run(output, *more)
+    def difference(self, job: Job, output: Path, *more: str) -> str:
+        """Runs the job to its end; says what differs from its undisturbed results, "" when nothing does."""
+        code, stderr = job.run(output, *more)
         if code:
-            return f"cannot be gone on with: {last_line(said)}"
-        expected, found = self.undisturbed(job).came_to, job.came_to(output)
-        differing = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
+            return f"cannot be resumed: {last_line(stderr)}"
+        expected, digests = self.undisturbed(job).digests, job.digests(output)
+        differing = [name for name in sorted({*expected, *digests}) if expected.get(name) != digests.get(name)]
         return f"differing: {', '.join(differing)}" if differing else ""
 
 
@@ -192,23 +193,19 @@ def emptied(folder: Path) -> Path:
     return folder
 
 
-def last_line(said: str) -> str:
-    return (said.strip().splitlines() or ["nothing was said"])[-1]
-
-
-def clean_error(code: int, said: str, words: str) -> str:
-    """What is wrong with how a command ended that had to refuse, empty for nothing."""
-    wrong = []
+def unclean_error(code: int, stderr: str, message: str) -> str:
+    """What is wrong with the end of a command that had to fail with this message in one line; "" for nothing."""
+    problems = []
     if code != 2:
-        wrong.append(f"exit code {code}")
-    if "Traceback" in said or words not in said:
-        wrong.append(f"said {last_line(said)}")
-    return ", ".join(wrong)
+        problems.append(f"exit code {code}")
+    if "Traceback" in stderr or message not in stderr:
+        problems.append(f"said {last_line(stderr)}")
+    return ", ".join(problems)
 
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """A disk of so many bytes, in memory. Raises PermissionError without the right to mount it."""
+    """A disk of this many bytes, in memory. Raises PermissionError without the right to mount it."""
     folder.mkdir(parents=True, exist_ok=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
         raise PermissionError

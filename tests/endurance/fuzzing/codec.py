@@ -1,10 +1,10 @@
-"""Mutate compressed files and decode them: an error of ours, or what the bytes say; never a crash or a hang.
+"""Fuzzes the codec with mutated compressed files.
 
 python -m tests.endurance.fuzzing.codec [--count 100000 --seed 0 --output RESULTS.json]
 
-Half of the mutations leave the checksums wrong: each must be refused, or have changed nothing. The other half come with
-checksums that are right, as a hostile writer would make them: they must be refused, or decode to a picture of the size
-that the header says. With an untrained network, which changes nothing about the bytes.
+Half of the mutations leave the checksums as they were: each file must be refused, or decode to the original picture.
+The other half correct the checksums, as a hostile writer would: they must be refused, or decode to a picture of the
+size in the header. Nothing may crash or hang. The network is untrained, which makes no difference to the bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from zlib import crc32
 
 import numpy as np
@@ -31,31 +31,30 @@ from ldm_vae.data.sources import open_source
 from ldm_vae.errors import CompressedFileError, ConfigError, one_line_errors
 from ldm_vae.files import write_json
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.runs.config import as_json, parse_flags
-from ldm_vae.runs.run import git_revision, versions
-from ldm_vae.timing import describe_machine
+from ldm_vae.report import provenance
+from ldm_vae.runs.config import Range, check_ranges, parse_flags
 from tests.endurance.fuzzing.mutations import mutate
 
 LIMITS = Limits(max_pixels=1 << 16, max_side=1 << 10)
 EXTENSIONS = (".png", ".jpg", ".tif", ".npy")
 SLOW = 10.0
-"""Seconds of computing that no file within the limits may take."""
+"""Seconds of computing within which any file must be decoded."""
 MOST_MEMORY = 1 << 29
-"""Bytes that Python and NumPy may hold at a time, whatever the files say."""
+"""Bytes that Python and NumPy may allocate at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Flags of the fuzzer."""
 
-    count: int = 100_000
+    count: Annotated[int, Range(at_least=1)] = 100_000
     seed: int = 0
     output: Path | None = None
-    """File for the record; none unless given."""
+    """File for the record; by default none."""
 
 
 def mutate_inside(data: bytes, rng: np.random.Generator) -> bytes:
-    """A field, section or tile changed, and every checksum made right again."""
+    """A field, section or tile changed, and every checksum corrected."""
     contents = bitstream.unpack(data)
     parts = {k: bytearray(contents.read(p)) for k, p in contents.sections.items()}
     tiles = [bytearray(contents.read(p)) for p in contents.tiles]
@@ -90,7 +89,7 @@ def same(picture: Picture, other: Picture) -> bool:
 
 
 def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[str, Any]:
-    """What became of `count` mutated files; lists of what must be empty hold the files themselves."""
+    """Outcomes of `count` mutated files: numbers, and the files themselves for those that must not occur."""
     rng = np.random.default_rng(seed)
     alpha = np.ascontiguousarray(photo[:, :, 0])
     codec.log2_tile = 4  # the smallest: several tiles in a small picture
@@ -112,15 +111,15 @@ def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[st
         outcome["past the checksums"] += not honest and data != files[which]
         began = time.process_time()
         try:
-            found = codec.decompress_picture(data, limits=LIMITS)
+            picture = codec.decompress_picture(data, limits=LIMITS)
             header = bitstream.unpack(data).header
-            right = found.pixels.shape == (header.height, header.width, header.colours)
+            right = picture.pixels.shape == (header.height, header.width, header.colours)
             if honest:
-                right = any(same(found, w) for w in whole)
+                right = any(same(picture, w) for w in whole)
             if not right:
                 outcome["wrong"].append(data)
             with suppress(ConfigError):  # metadata that a format cannot hold
-                encode_picture(found, EXTENSIONS[int(rng.integers(len(EXTENSIONS)))])
+                encode_picture(picture, EXTENSIONS[int(rng.integers(len(EXTENSIONS)))])
         except CompressedFileError as error:
             outcome["refused"] += 1
             reasons[type(error).__name__] += 1
@@ -133,29 +132,36 @@ def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[st
     return outcome | {"reasons": dict(reasons)}
 
 
-def main(config: Config) -> None:
-    if config.count < 1:
-        raise ConfigError(f"--count is {config.count}: it must be at least 1")
+def untrained_codec() -> tuple[LatentCodec, Pixels]:
+    """A small codec, and a photo of 96 x 80 pixels to compress with it."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     vae = PatchAutoencoderKL(
-        **{"latent_channels": 4, "patch_size": 4, "block_out_channels": (16,)},
-        **{"encoder_layers_per_block": (1,), "decoder_layers_per_block": (1,)},
+        latent_channels=4,
+        patch_size=4,
+        block_out_channels=(16,),
+        encoder_layers_per_block=(1,),
+        decoder_layers_per_block=(1,),
     )
     with torch.no_grad():
         vae.encoder.conv_out.bias[4:] = -5.0
     source = open_source("procedural:dead-leaves", resolution=96)
     codec = LatentCodec(vae, fit_tables(vae, source, num_images=6, qualities=(0.5, 1, 2)))
+    return codec, source[0].pixels[:80]
+
+
+def main(config: Config) -> None:
+    check_ranges(config)
+    torch.set_num_threads(1)
+    codec, photo = untrained_codec()
     tracemalloc.start()
-    outcome = fuzz(codec, source[0].pixels[:80], count=config.count, seed=config.seed)
+    outcome = fuzz(codec, photo, count=config.count, seed=config.seed)
     _, peak = tracemalloc.get_traced_memory()
-    results = {name: len(found) if isinstance(found, list) else found for name, found in outcome.items()}
+    results = {name: len(value) if isinstance(value, list) else value for name, value in outcome.items()}
     results["peak MiB in Python and NumPy"] = round(peak / 2**20)
-    for name, found in results.items():
-        print(f"{name}: {found}")
+    for name, value in results.items():
+        print(f"{name}: {value}")
     if config.output is not None:
-        record = {"config": as_json(config), "machine": describe_machine(torch.device("cpu")), "versions": versions()}
-        write_json(config.output, record | {"git": git_revision(), "results": results})
+        write_json(config.output, provenance(config) | {"results": results})
     if outcome["crashed"]:
         print(outcome["crashed"][0])
     too_much = peak > MOST_MEMORY

@@ -1,11 +1,11 @@
-"""Bytes that were damaged, or never meant well."""
+"""Damaged and hostile bytes."""
 
 from __future__ import annotations
 
 import numpy as np
 
 HEADER = 60
-"""Bytes at the beginning that matter more than others."""
+"""Bytes at the beginning that are mutated more often than others."""
 
 
 def mutate(data: bytes, others: list[bytes], rng: np.random.Generator) -> bytes:
@@ -16,7 +16,7 @@ def mutate(data: bytes, others: list[bytes], rng: np.random.Generator) -> bytes:
             break
         at = int(rng.integers(len(out)))
         if rng.random() < 0.4:
-            at = int(rng.integers(min(len(out), HEADER)))  # the header is small and matters
+            at = int(rng.integers(min(len(out), HEADER)))  # rarely reached otherwise
         length = int(rng.integers(1, 20))
         match rng.integers(7):
             case 0:

@@ -1,9 +1,9 @@
-"""Mutate what is read from disk (images, archives, shards, runs, models, caches): an error of ours, or read right.
+"""Fuzzes everything that reads files (images, archives, shards, runs, models, caches) with mutated ones.
 
 python -m tests.endurance.fuzzing.readers [--count 10000 --seed 0 --output RESULTS.json]
 
-Each reader gets so many mutated files. It must raise an LdmVaeError, or give what it was made from where a digest says
-what that is, and otherwise something of a size that its limits allow; within seconds, and never crash.
+A reader must raise an LdmVaeError or return a result, within seconds, and never crash. Where a digest protects the
+file, the result must be that of the original; otherwise it must be of a size that the limits allow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyvips
@@ -31,19 +31,19 @@ from PIL import Image
 from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.data import large
-from ldm_vae.data.images import large_pixels, read_pixels
 from ldm_vae.data.procedural import ProceduralSource
+from ldm_vae.data.reader import read_pixels
 from ldm_vae.data.shards import ShardSource, build_index
 from ldm_vae.data.sources import Source, open_source
-from ldm_vae.errors import BadImageError, ConfigError, LdmVaeError, one_line_errors
+from ldm_vae.errors import BadImageError, LdmVaeError, one_line_errors
 from ldm_vae.files import write_json
 from ldm_vae.latents.cache import LatentCache, Plan, begin, summarise, write_index, write_shard
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.interface import fingerprint
 from ldm_vae.models.loading import load_autoencoder
-from ldm_vae.runs.config import as_json, parse_flags
-from ldm_vae.runs.run import Checkpoint, Run, git_revision, versions
-from ldm_vae.timing import describe_machine
+from ldm_vae.report import provenance
+from ldm_vae.runs.config import Range, check_ranges, parse_flags
+from ldm_vae.runs.run import Checkpoint, Run
 from tests.endurance.fuzzing.mutations import mutate
 
 MAX_PIXELS = 1 << 20
@@ -56,16 +56,16 @@ Mutate = Callable[[bytes], bytes]
 class Config:
     """Flags of the fuzzer of readers."""
 
-    count: int = 10_000
-    """For each reader; those of folders get a tenth."""
+    count: Annotated[int, Range(at_least=1)] = 10_000
+    """Files for each reader; readers of folders get a tenth."""
     seed: int = 0
     output: Path | None = None
-    """File for the record; none unless given."""
+    """File for the record; by default none."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run."""
+    """Configuration of a run."""
 
     rate: float = 0.1
     sizes: tuple[int, ...] = (1, 2)
@@ -75,7 +75,7 @@ class Settings:
 
 
 def images() -> list[bytes]:
-    """A small picture in many formats."""
+    """A small image in many formats."""
     pixels = ProceduralSource("dead-leaves", seed=0, size=40, channels=3)[0].pixels[:32]
     image = Image.fromarray(pixels)
     exif = Image.Exif()
@@ -106,14 +106,14 @@ def images() -> list[bytes]:
 
 
 def read_image(data: bytes, folder: Path | None) -> None:
-    pixels = None if folder is None else large_pixels(data, max_pixels=MAX_PIXELS, scratch=folder)
+    pixels = None if folder is None else large.read_large(data, folder, channels=3, max_pixels=MAX_PIXELS)
     pixels = read_pixels(data, max_pixels=MAX_PIXELS) if pixels is None else pixels
     right = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.shape[0] * pixels.shape[1] <= MAX_PIXELS
     if not right or pixels.dtype not in (np.uint8, np.uint16, np.float32):
         raise AssertionError(f"pixels of {pixels.dtype} {pixels.shape}")
 
 
-# Folders: each is made once, and one of its files mutated -------------------------------------------------------------
+# Folders: made once, then one file is mutated at a time -------------------------------------------------------------
 
 
 def make_zip(folder: Path) -> None:
@@ -136,7 +136,7 @@ def make_shards(folder: Path) -> None:
     build_index(sorted(map(str, folder.glob("*.tar"))))
 
 
-def index_anew(folder: Path) -> None:
+def index_again(folder: Path) -> None:
     build_index(sorted(map(str, folder.glob("*.tar"))))
     read_all(ShardSource(str(folder), channels=3, max_pixels=MAX_PIXELS))
 
@@ -168,11 +168,12 @@ def checkpoint(step: int) -> Checkpoint:
 def read_run(folder: Path) -> None:
     run = Run(folder, Settings())
     try:
-        found = run.load_newest()
-        expected = checkpoint(found.step if found else 0)
-        if found is None or found.facts != expected.facts or not torch.equal(found.tensors["a"], expected.tensors["a"]):
-            raise AssertionError(f"another checkpoint was loaded: {found}")
-        run.forget_after(found.step)
+        loaded = run.load_newest()
+        expected = checkpoint(loaded.step if loaded else 0)
+        right = loaded is not None and loaded.facts == expected.facts
+        if loaded is None or not right or not torch.equal(loaded.tensors["a"], expected.tensors["a"]):
+            raise AssertionError(f"another checkpoint was loaded: {loaded}")
+        run.forget_after(loaded.step)
     finally:
         run.release()
 
@@ -221,7 +222,7 @@ def make_tables(folder: Path) -> None:
 
 FOLDERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "zip": (make_zip, lambda f: read_all(open_source(str(f / "images.zip"), max_pixels=MAX_PIXELS))),
-    "shards, indexed anew": (make_shards, index_anew),
+    "shards, indexed again": (make_shards, index_again),
     "shards and their index": (make_shards, lambda f: read_all(ShardSource(str(f), channels=3, max_pixels=MAX_PIXELS))),
     "run directory": (make_run, read_run),
     "model": (make_model, lambda f: load_autoencoder(str(f))),
@@ -235,14 +236,14 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
 
 @dataclass
 class Outcome:
-    """What became of the files that a reader was given."""
+    """Numbers of files that a reader read, refused, was slow with, or crashed on."""
 
     read: int = 0
     refused: int = 0
     slow: int = 0
     crashed: int = 0
     first: str = ""
-    """Of the crashes."""
+    """The first crash."""
 
 
 def attempt(read: Callable[[], Any], outcome: Outcome) -> None:
@@ -259,7 +260,7 @@ def attempt(read: Callable[[], Any], outcome: Outcome) -> None:
 
 
 def fuzz(count: int, seed: int, work: Path) -> dict[str, Outcome]:
-    """The outcome of `count` mutated images, twice, and of a tenth as many mutated files of each kind of folder."""
+    """Outcomes by reader: `count` mutated images, twice, and a tenth as many mutated files of each kind of folder."""
     rng = np.random.default_rng(seed)
     files = images()
     outcomes: dict[str, Outcome] = {}
@@ -291,8 +292,7 @@ def fuzz(count: int, seed: int, work: Path) -> dict[str, Outcome]:
 
 
 def main(config: Config) -> None:
-    if config.count < 1:
-        raise ConfigError(f"--count is {config.count}: it must be at least 1")
+    check_ranges(config)
     torch.set_num_threads(1)
     logging.set_verbosity(logging.CRITICAL)
     warnings.simplefilter("ignore")
@@ -301,13 +301,12 @@ def main(config: Config) -> None:
     for name, outcome in outcomes.items():
         print(f"{name}: {asdict(outcome)}")
     if config.output is not None:
-        record = {"config": as_json(config), "machine": describe_machine(torch.device("cpu")), "versions": versions()}
         results = {name: asdict(outcome) for name, outcome in outcomes.items()}
-        write_json(config.output, record | {"git": git_revision(), "results": results})
+        write_json(config.output, provenance(config) | {"results": results})
     print(Counter({k: sum(getattr(o, k) for o in outcomes.values()) for k in ("read", "refused", "slow", "crashed")}))
     raise SystemExit(any(o.crashed or o.slow for o in outcomes.values()))
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(parse_flags(Config, description="Mutate what is read from disk, and read it."))
+        main(parse_flags(Config, description="Fuzz everything that reads files."))
