@@ -12,7 +12,7 @@ import tyro
 from accelerate.state import AcceleratorState
 
 from ldm_vae import cli
-from ldm_vae.runs.config import parse_config, parse_flags, tyro_errors
+from ldm_vae.runs.config import RunConfig, check_ranges, parse_config, parse_flags, tyro_errors
 
 ROOT = Path(__file__).parent.parent
 SMALLER = {
@@ -75,8 +75,9 @@ def check_command(words: list[str]) -> None:
             tyro.extras.subcommand_cli_from_dict(classes, args=words[1:], prog="ldm-vae")
     else:
         _, config = parsed(words)
+        check_ranges(config)
         if hasattr(config, "check"):
-            config.check(1)
+            config.check(1) if isinstance(config, RunConfig) else config.check()
 
 
 def run(words: list[str]) -> None:
