@@ -1,4 +1,4 @@
-"""Blemishes made on good images, for networks that are to take them away or to find them."""
+"""Blemishes made on good images, for networks that learn to find them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter, map_coordinates
 
+from ldm_vae.data.corruption import Pair
 from ldm_vae.data.images import Pixels
 
 SMALLEST_BLEMISH, LARGEST_BLEMISH = 1.0, 0.4
@@ -15,11 +16,11 @@ SMALLEST_BLEMISH, LARGEST_BLEMISH = 1.0, 0.4
 
 
 def blemished(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An image (H, W, C) in [0, 1] with a region that is of other brightness, or from another place and turned.
+    """An image (H, W, C) in [0, 1] with one region brighter or darker, or copied from another place and rotated.
 
-    An ellipse with a rough outline, its radius log-uniform, up to 7 times as long as wide. To undo it a network has to
-    know what belongs there: the idea of CutPaste (Li et al. 2021) and DRAEM (Zavrtanik et al. 2021), without their
-    textures of other images.
+    The region is an ellipse with a rough outline, up to 7 times as long as wide, of log-uniform radius. To find it, a
+    network has to know what belongs there: the idea of CutPaste (Li et al. 2021) and DRAEM (Zavrtanik et al. 2021),
+    without their textures of other images.
     """
     height, width = values.shape[:2]
     radius = log_uniform(SMALLEST_BLEMISH, LARGEST_BLEMISH * min(height, width), rng)
@@ -44,15 +45,15 @@ def blemished(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 SCRATCHES = 0.35
-"""Of all blemishes that are to be found."""
+"""Their share of all blemishes."""
 VISIBLE = 3 / 255
-"""Changes up to this are none."""
+"""The least change that counts as one."""
 
 
-def with_blemishes(pixels: Pixels, rng: np.random.Generator, *, most: int = 3) -> tuple[Pixels, np.ndarray]:
-    """Pixels (H, W, C) -> the same in another light and with up to `most` blemishes or scratches, and where these are.
+def with_blemishes(pixels: Pixels, rng: np.random.Generator, *, most: int = 3) -> Pair:
+    """Pixels (H, W, C) -> the same in another light with up to `most` blemishes or scratches, and a map of these.
 
-    What is to be found as a map (H, W) of bool, as in DRAEM (Zavrtanik et al. 2021, section 3.2).
+    The map (H, W, 1), uint8, is 255 on them and 0 elsewhere, as in DRAEM (Zavrtanik et al. 2021, section 3.2).
     """
     top = 1.0 if pixels.dtype == np.float32 else float(np.iinfo(pixels.dtype).max)
     values = relit(pixels.astype(np.float32) / top, rng)
@@ -60,12 +61,13 @@ def with_blemishes(pixels: Pixels, rng: np.random.Generator, *, most: int = 3) -
     for _ in range(rng.integers(most + 1)):
         values = scratched(values, rng) if rng.random() < SCRATCHES else blemished(values, rng)
     values = values.clip(0, 1)
-    found = values * top if pixels.dtype == np.float32 else (values * top).round()
-    return found.astype(pixels.dtype), np.abs(values - before).max(axis=2) > VISIBLE
+    scaled = values * top if pixels.dtype == np.float32 else (values * top).round()
+    changed = np.abs(values - before).max(axis=2, keepdims=True) > VISIBLE
+    return Pair(input=scaled.astype(pixels.dtype), target=255 * changed.astype(np.uint8))
 
 
 def relit(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An image (H, W, C) in [0, 1] as a whole brighter or darker, and from place to place a little, smoothly."""
+    """An image (H, W, C) in [0, 1] with another overall brightness, which also varies smoothly across it."""
     sigma = log_uniform(6, 30, rng)
     field = gaussian_filter(rng.standard_normal(values.shape[:2], dtype=np.float32), sigma, mode="reflect")
     field -= field.mean()
@@ -83,14 +85,14 @@ def scratched(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for _ in range(rng.integers(3, 12)):
         angle += rng.normal(0, bend)
         places.append(places[-1] + step * np.array([math.cos(angle), math.sin(angle)]))
-    picture = Image.new("L", (width * scale, height * scale))
+    mask = Image.new("L", (width * scale, height * scale))
     wide = round(scale * log_uniform(0.5, 3, rng))
-    ImageDraw.Draw(picture).line([tuple(scale * p) for p in places], fill=255, width=max(wide, 1))
-    share = np.asarray(picture.resize((width, height), Image.Resampling.BOX), np.float32)[:, :, None] / 255
+    ImageDraw.Draw(mask).line([tuple(scale * p) for p in places], fill=255, width=max(wide, 1))
+    share = np.asarray(mask.resize((width, height), Image.Resampling.BOX), np.float32)[:, :, None] / 255
     share = gaussian_filter(share, (0.4, 0.4, 0))
     return np.asarray(values * (1 + share * (math.exp(rng.normal(0, 0.5)) - 1)), np.float32)
 
 
 def log_uniform(low: float, high: float, rng: np.random.Generator) -> float:
-    """Drawn evenly in its logarithm; `low` where `high` is less."""
+    """A number whose logarithm is uniform; `low` where `high` is less."""
     return math.exp(rng.uniform(math.log(low), math.log(max(low, high))))

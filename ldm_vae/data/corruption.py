@@ -1,16 +1,17 @@
-"""What a denoising autoencoder is to undo: noise, missing pixels, compression and blemishes, on pixels as in files."""
+"""What a denoising autoencoder learns to undo: noise, missing pixels and compression, on pixels as files hold them."""
 
 from __future__ import annotations
 
 import io
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from ldm_vae.data.blemishes import blemished
 from ldm_vae.data.images import Pixels
 from ldm_vae.errors import BadImageError, ConfigError
 
@@ -20,28 +21,40 @@ RANGES = {
     "masking": (0.0, 1.0),
     "jpeg": (1.0, 100.0),
     "poisson": (1e-3, 1e6),
-    "blemishes": (0.0, 100.0),
 }
-"""Kinds, and the least and the largest of what each is given."""
-FORM = "gaussian:SIGMA, masking:RATIO, jpeg:QUALITY, poisson:PEAK or blemishes:COUNT, or LOW-HIGH for a range"
+"""Kinds, with the least and the largest amount of each."""
+FORM = "gaussian:SIGMA, masking:RATIO, jpeg:QUALITY or poisson:PEAK, or LOW-HIGH for a range"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """What a network sees, and what it is to give for it: pixels (H, W, C) of any channels."""
+
+    input: Pixels
+    target: Pixels
+    noise_level: float = UNKNOWN_LEVEL
+    """Standard deviation of the noise in the input, in 0..255, where the network is told."""
+
+
+Pairing: TypeAlias = Callable[[Pixels, np.random.Generator], Pair]
+"""Pixels (H, W, C) of an image -> the pair made of them, at random."""
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """A kind of damage, and how much: drawn evenly from low to high for each image.
+    """A kind of damage, and its amount: drawn uniformly from low to high for each image.
 
     gaussian: normal noise of that standard deviation, in 0..255. poisson: shot noise of so many counts at white.
     masking: that share of the pixels becomes mid-grey (masking noise, Vincent et al. 2008, section 2.3). jpeg: of that
-    quality, for grey and colour. blemishes: so many regions that do not belong there, see `blemished`.
-    What comes out is clipped and rounded, as a file would hold it.
+    quality, for grey and colour. The result is clipped and rounded, as a file would hold it.
     """
 
     kind: str
     low: float
     high: float
 
-    def __call__(self, pixels: Pixels, rng: np.random.Generator) -> tuple[Pixels, float]:
-        """Pixels (H, W, C) -> damaged pixels of the same type, and the noise level: -1 where there is none to tell.
+    def __call__(self, pixels: Pixels, rng: np.random.Generator) -> Pair:
+        """Pixels (H, W, C) with damaged pixels of the same type, and the noise level: -1 but for Gaussian noise.
 
         Raises:
             BadImageError: channels that JPEG does not have.
@@ -60,11 +73,15 @@ class Corruption:
                 values = np.where(rng.random((*values.shape[:2], 1)) < amount, np.float32(0.5), values)
             case "jpeg":
                 values = as_jpeg(values, round(amount))
-            case "blemishes":
-                for _ in range(round(amount)):
-                    values = blemished(values, rng)
         values = values.clip(0, 1) * top
-        return (values if pixels.dtype == np.float32 else values.round()).astype(pixels.dtype), level
+        damaged = (values if pixels.dtype == np.float32 else values.round()).astype(pixels.dtype)
+        return Pair(input=damaged, target=pixels, noise_level=level)
+
+    def told_half_the_time(self, pixels: Pixels, rng: np.random.Generator) -> Pair:
+        """The same for training: of every second image, drawn at random, the noise level stays unknown."""
+        told = rng.random() < 0.5
+        pair = self(pixels, rng)
+        return pair if told else replace(pair, noise_level=UNKNOWN_LEVEL)
 
 
 def as_jpeg(values: np.ndarray, quality: int) -> np.ndarray:
@@ -78,10 +95,10 @@ def as_jpeg(values: np.ndarray, quality: int) -> np.ndarray:
 
 
 def parse_corruption(text: str) -> Corruption:
-    """`gaussian:25`, `gaussian:0-55`, `masking:0.5`, `jpeg:10-40`, `poisson:30`, `blemishes:0-3` -> a Corruption.
+    """`gaussian:25`, `gaussian:0-55`, `masking:0.5`, `jpeg:10-40`, `poisson:30` -> a Corruption.
 
     Raises:
-        ConfigError: another kind, or numbers out of its range.
+        ConfigError: an unknown kind, or numbers outside its range.
     """
     number = r"(\d+(?:\.\d+)?)"
     match = re.fullmatch(rf"([a-z]+):{number}(?:-{number})?", text)

@@ -9,8 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from ldm_vae.data.blemishes import with_blemishes
-from ldm_vae.data.corruption import UNKNOWN_LEVEL, Corruption
+from ldm_vae.data.corruption import UNKNOWN_LEVEL, Pairing
 from ldm_vae.data.images import Pixels, resize, values_of
 from ldm_vae.data.order import Stream, generator_at, index_at, positions_of
 from ldm_vae.data.sources import Source
@@ -32,9 +31,9 @@ class Batch(Generic[Values]):
     positions: list[int]
     bad_images: BadImages
     inputs: Values | None = None
-    """What the network sees in the place of the images (B, C, R, R); the images unless they were damaged."""
+    """What the network sees (B, C, R, R), where that differs from the images, which are its targets."""
     noise_levels: Values | None = None
-    """Standard deviation of the noise in the inputs (B,), in 0..255; negative where it is not told."""
+    """Standard deviation of the noise in the inputs (B,), in 0..255; negative where it is unknown."""
 
     def __len__(self) -> int:
         return len(self.images)  # type: ignore[arg-type]
@@ -42,7 +41,7 @@ class Batch(Generic[Values]):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A crop, its position, and the bad images met in finding it; no crop when nothing is usable."""
+    """A crop, its position, and the bad images passed on the way; no crop when nothing is usable."""
 
     image: np.ndarray | None
     """(C, R, R) in [-1, 1]."""
@@ -55,16 +54,15 @@ class Row:
 class CropDataset:
     """`crops[position]` is a random crop, perhaps mirrored: a pure function of (source, seed, position).
 
-    A bad image's place is taken by the next one of the source that can be used.
+    A bad image is replaced by the next usable one of the source.
 
     Args:
         resolution: side R of the crops.
         shorter_side: images are resized so that their shorter side has this many pixels before the crop; None
             keeps their size. Images smaller than the crop are always enlarged.
         cache_bytes: decoded images are kept in this process up to so many bytes.
-        corruption: what is done to the crops that the network sees; every second one is not told how much.
-        blemishes: the network sees crops with blemishes made on them, and the image is where these are, 1 and else -1.
         mirror: whether every second crop is mirrored.
+        pairing: makes of a crop what the network sees, and its target; the crop is both unless given.
     """
 
     def __init__(
@@ -75,12 +73,11 @@ class CropDataset:
         resolution: int,
         shorter_side: int | None = None,
         cache_bytes: int = 0,
-        corruption: Corruption | None = None,
-        blemishes: bool = False,
         mirror: bool = True,
+        pairing: Pairing | None = None,
     ) -> None:
         self.source, self.seed, self.resolution, self.shorter_side = source, seed, resolution, shorter_side
-        self.corruption, self.blemishes, self.mirror = corruption, blemishes, mirror
+        self.mirror, self.pairing = mirror, pairing
         self.cache: dict[int, Pixels] = {}
         self.cache_left = cache_bytes
         self.bad: dict[int, str] = {}
@@ -100,15 +97,10 @@ class CropDataset:
             pixels = self.load(index, met)
         crop = self.crop(pixels, generator_at(self.seed, position, Stream.CROP))
         row = Row(image=values_of(crop), position=position, bad_images=met)
-        if self.blemishes:
-            damaged, where = with_blemishes(crop, generator_at(self.seed, position, Stream.CORRUPTION))
-            return replace(row, image=map_image(where), input=values_of(damaged))
-        if self.corruption is None:
+        if self.pairing is None:
             return row
-        rng = generator_at(self.seed, position, Stream.CORRUPTION)
-        told = rng.random() < 0.5
-        damaged, level = self.corruption(crop, rng)
-        return replace(row, input=values_of(damaged), noise_level=level if told else UNKNOWN_LEVEL)
+        pair = self.pairing(crop, generator_at(self.seed, position, Stream.CORRUPTION))
+        return replace(row, image=values_of(pair.target), input=values_of(pair.input), noise_level=pair.noise_level)
 
     def load(self, index: int, met: BadImages) -> Pixels | None:
         """Image `index`, made smaller if that is asked for; None, and a line in `met`, for a bad one."""
@@ -147,11 +139,6 @@ class CropDataset:
             y, x = along * (height - side), across * (width - side)
             crop = resize(pixels, (self.resolution, self.resolution), (x, y, x + side, y + side))
         return crop[:, ::-1] if self.mirror and mirror < 0.5 else crop
-
-
-def map_image(where: np.ndarray) -> np.ndarray:
-    """A map of bool (H, W) as an image (1, H, W): 1, and -1."""
-    return values_of(255 * where[:, :, None].astype(np.uint8))
 
 
 class MicroBatches:

@@ -87,6 +87,7 @@ class PatchAutoencoderKL(PatchNetwork, ModelMixin, ConfigMixin):
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
+    # of train_vae.py
     "demo": {
         "latent_channels": 8,
         "patch_size": 4,
@@ -103,16 +104,24 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "decoder_layers_per_block": (1, 1, 2),
     },
     "f4c3": {"latent_channels": 3, "patch_size": 2},
-    "f8c8-codec": {"latent_channels": 8, "block_out_channels": (96, 192), "linear_path": True},
-    "f8c32-codec": {"latent_channels": 32, "block_out_channels": (96, 192), "linear_path": True},
-    "f8c64-codec": {"latent_channels": 64, "block_out_channels": (128, 256), "linear_path": True},
-    "f16c64-codec": {
+    "f8c4-large": {
+        "latent_channels": 4,
+        "patch_size": 2,
+        "block_out_channels": (128, 256, 768),
+        "encoder_layers_per_block": (2, 2, 2),
+        "decoder_layers_per_block": (2, 3, 5),
+    },
+    # of train_codec.py
+    "f8c32": {"latent_channels": 32, "block_out_channels": (96, 192), "linear_path": True},
+    "f8c64": {"latent_channels": 64, "block_out_channels": (128, 256), "linear_path": True},
+    "f16c64": {
         "latent_channels": 64,
         "linear_path": True,
         "block_out_channels": (64, 128, 256),
         "encoder_layers_per_block": (0, 1, 1),
         "decoder_layers_per_block": (1, 1, 2),
     },
+    # of train_autoencoder.py
     "plain": {"latent_channels": 8},
     "sparse": {"latent_channels": 32},
     "denoise": {
@@ -123,13 +132,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "decoder_layers_per_block": (1, 3),
         "linear_path": True,
     },
-    "restore": {
-        "latent_channels": 32,
-        "patch_size": 2,
-        "block_out_channels": (32, 64, 128),
-        "encoder_layers_per_block": (1, 1, 2),
-        "decoder_layers_per_block": (1, 1, 2),
-    },
     "find": {
         "latent_channels": 64,
         "patch_size": 2,
@@ -137,12 +139,5 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "encoder_layers_per_block": (1, 1, 2),
         "decoder_layers_per_block": (1, 1, 2),
     },
-    "f8c4-large": {
-        "latent_channels": 4,
-        "patch_size": 2,
-        "block_out_channels": (128, 256, 768),
-        "encoder_layers_per_block": (2, 2, 2),
-        "decoder_layers_per_block": (2, 3, 5),
-    },
 }
-"""Keywords of PatchAutoencoderKL for each preset; docs/training.md says what they are for."""
+"""Arguments of PatchAutoencoderKL for each trainer's presets; docs/training.md says what they are for."""

@@ -49,7 +49,7 @@ def denoise(vae: Any, images: Tensor, *, sigma: float | None = None) -> Tensor:
     """Noisy images (B, C, H, W) in [-1, 1] of any size -> images without the noise, of the same size, not clamped.
 
     Args:
-        vae: trained with a corruption (`train_vae.py denoise`).
+        vae: trained with a corruption (`train_autoencoder.py denoise`).
         sigma: standard deviation of the noise in 0..255, for a VAE that takes it; None: it goes by what it sees.
 
     Raises:

@@ -1,22 +1,27 @@
-"""One training step of a KL-VAE with perceptual and adversarial losses, on any number of processes."""
+"""Training an autoencoder, on any number of processes: what the steps of all three trainers consist of."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from ldm_vae.data.corruption import UNKNOWN_LEVEL
+from ldm_vae.data.conversion import to_pixels
 from ldm_vae.data.loader import Batch
-from ldm_vae.data.order import Stream, generator_at, noise_at
+from ldm_vae.data.order import Stream, noise_at
+from ldm_vae.data.sources import Source
+from ldm_vae.errors import ConfigError
+from ldm_vae.files import staged_directory
+from ldm_vae.grids import reconstruction_grid, validation_images
+from ldm_vae.metrics import psnr
 from ldm_vae.models.interface import (
     encode_moments,
     is_variational,
@@ -25,235 +30,119 @@ from ldm_vae.models.interface import (
     posterior_of,
     stride_of,
 )
-from ldm_vae.models.prior import STEP_LOGVAR, CausalPrior
+from ldm_vae.models.reconstruction import reconstruct
 from ldm_vae.objectives import losses
-from ldm_vae.objectives.perceptual import Backbone
-from ldm_vae.runs.config import Range, RunConfig
+from ldm_vae.runs.config import RunConfig
+from ldm_vae.runs.images import ImageConfig
+from ldm_vae.runs.loop import Loop
+from ldm_vae.runs.run import Checkpoint, Run
+from ldm_vae.runs.state import state_tensors
 from ldm_vae.runs.step import averaged, parameters_of, sent, set_learning_rate
 
-
-@dataclass(frozen=True, kw_only=True)
-class Objective(RunConfig):
-    """What is minimised, and how: the part of a configuration that a step reads."""
-
-    reconstruction: losses.ReconstructionLoss = "l1"
-    coarse_weight: Annotated[float, Range(at_least=0)] = 0.0
-    """Times the same error of images 1/4 and 1/8 as large, four and eight times: low frequencies count for more."""
-    kl_weight: Annotated[float, Range(at_least=0)] = 1e-4
-    """Times nats per pixel, beside a mean error on [-1, 1]; Stable Diffusion's is 3.3e-7."""
-    perceptual: Literal["pretrained", "random", "none"] = "pretrained"
-    """LPIPS with pretrained features, with random features (no download), or without LPIPS."""
-    lpips_backbone: Backbone = "vgg"
-    lpips_weight: Annotated[float, Range(at_least=0)] = 1.0
-    lpips_channels: tuple[int, int, int] | None = None
-    """The three channels that LPIPS sees, when the images have neither one nor three."""
-    adversarial: Literal["hinge", "non-saturating", "none"] = "hinge"
-    adversarial_weight: Annotated[float, Range(at_least=0)] = 0.5
-    """Times the adaptive weight."""
-    disc_start: Annotated[int, Range(at_least=0)] = 50_000
-    """The step from which the discriminator trains and counts."""
-    learned_logvar: bool = False
-    """Learn the scale of the reconstruction error instead of fixing it at 1."""
-    prior: Literal["normal", "causal"] = "normal"
-    """causal trains for the codec: rounding for the posterior's noise, and the codec's rate for the KL."""
-    quality_range: tuple[float, float] = (0.5, 4.0)
-    """With the causal prior: qualities that a model is trained for, one drawn for each image."""
-    target_bpp: float | None = None
-    """Steer the weight of the rate (or KL) to so many bits per pixel, from --kl-weight on."""
-    sparsity: Literal["none", "l1", "kl"] = "none"
-    """Few active latents: by L1 (they are 0 or more) or by a KL to --target-activation (they are between 0 and 1)."""
-    sparsity_weight: Annotated[float, Range(at_least=0)] = 0.01
-    target_activation: Annotated[float, Range(above=0, below=1)] = 0.05
-    """The mean latent that --sparsity kl asks for."""
+# Networks -------------------------------------------------------------------------------------------------------------
 
 
 class TrainableVAE(nn.Module):
-    """The one forward pass that DDP wraps: encode, sample, decode, with the scale of the error and the rate beside it.
+    """The one forward pass that DDP wraps: encode, sample, decode, with the KL beside it."""
 
-    With a prior, the posterior's deviation is that of uniform noise of width 1, everywhere and for good: a latent's
-    scale says how exactly it is kept. Noise stands for rounding in the rate alone: the decoder sees what is rounded,
-    and the gradient goes past that (Minnen & Singh 2020, "Channel-wise autoregressive entropy models", section 3.3).
-    """
-
-    def __init__(self, vae: Any, learned_logvar: bool, prior: CausalPrior | None = None) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae: Any = vae
-        self.prior = prior
-        self.logvar = nn.Parameter(torch.zeros(()), requires_grad=learned_logvar)
-        if prior is not None:
-            channels = latent_channels_of(vae)
-            last = [vae.encoder.conv_out] + ([vae.encoder.linear.conv] if vae.encoder.linear is not None else [])
-            with torch.no_grad():  # no gradient reaches them, as only the mean is used
-                for layer in last:
-                    layer.weight[channels:] = 0
-                    layer.bias[channels:] = 0
-                vae.encoder.conv_out.bias[channels:] = STEP_LOGVAR
 
     def forward(
-        self, images: Tensor, noise: Tensor, quality: Tensor, noise_level: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Images (B, C, H, W), normal noise (B, c, h, w), qualities (B,) -> reconstruction, moments, logvar, nats.
+        self, images: Tensor, noise: Tensor, noise_level: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W), normal noise (B, c, h, w) -> reconstruction, moments, KL in nats per pixel (B,).
 
-        nats (B,): per pixel, of the posterior's KL, or of what the prior says to the codec's symbols; 0 without a
-        posterior. noise_level (B,): of the images, for a network that takes it.
+        Without a posterior the latents are its mean, and the KL is 0. noise_level (B,): see `encode_moments`.
         """
         moments = encode_moments(self.vae, images, noise_level)
         posterior = posterior_of(moments)
-        num_pixels = images.shape[-2] * images.shape[-1]
-        if not is_variational(self.vae):
-            latents, nats_per_pixel = posterior.mean, torch.zeros(len(images), device=images.device)
-        elif self.prior is None:
+        if is_variational(self.vae):
             latents = posterior.mean + posterior.std * noise
-            nats_per_pixel = losses.kl_per_pixel(posterior, num_pixels)
+            nats = losses.kl_per_pixel(posterior, images.shape[-2] * images.shape[-1])
         else:
-            step = quality[:, None, None, None]
-            symbols = posterior.mean / step
-            uniform = 0.5 * torch.erf(noise / math.sqrt(2))  # in -1/2..1/2
-            nats_per_pixel = self.prior(symbols + uniform, quality).sum(dim=(1, 2, 3)) / num_pixels
-            latents = posterior.mean + step * (symbols.round() - symbols).detach()
-        return self.vae.decode(latents).sample, moments, self.logvar * 1, nats_per_pixel
+            latents, nats = posterior.mean, torch.zeros(len(images), device=images.device)
+        return self.vae.decode(latents).sample, moments, nats
+
+
+def ready_to_train(network: nn.Module, config: RunConfig, accelerator: Accelerator) -> nn.Module:
+    """A network with its autoencoder in `vae`: on the device, channels last, checkpointed or compiled as configured.
+
+    Raises:
+        ConfigError: --compile for an autoencoder that does not name its repeated blocks.
+    """
+    vae: Any = network.vae
+    if config.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    network = network.to(accelerator.device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    if config.compile:
+        if not getattr(vae, "_repeated_blocks", None):
+            raise ConfigError(f"--compile is not for {type(vae).__name__}, which does not name its repeated blocks")
+        vae.compile_repeated_blocks()
+    return network
+
+
+def check_posterior(vae: Any, kl_weight: float) -> None:
+    """Raises ConfigError for a KL of an autoencoder that has none."""
+    if kl_weight > 0 and not is_variational(vae):
+        raise ConfigError(f"{type(vae).__name__} has no posterior, and so no KL: add --kl-weight 0")
+
+
+def adamw(network: nn.Module, learning_rate: float, betas: tuple[float, float] = (0.9, 0.99)) -> torch.optim.Optimizer:
+    """For the parameters that are trained."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, learning_rate, betas=betas, weight_decay=0.0, fused=True)
 
 
 @dataclass(kw_only=True)
-class State:
-    """What training changes, and what it needs beside it. `vae` and `discriminator` may be wrapped by DDP."""
+class AutoencoderState:
+    """What training changes."""
 
-    vae: nn.Module
-    discriminator: nn.Module | None
-    lpips: nn.Module | None
+    network: nn.Module
+    """A trainable autoencoder, perhaps wrapped by DDP."""
+    bare: Any
+    """The same, not wrapped: its `vae` is the autoencoder."""
     ema: EMAModel
     optimizers: dict[str, torch.optim.Optimizer]
-    adaptive_weight: Tensor
-    kl_weight: Tensor
-    """Of the KL or rate; it changes where a rate is asked for."""
-    bare: TrainableVAE
+    """`vae`, and those of other networks that are trained beside it."""
 
     def parts(self) -> dict[str, Any]:
         """Everything that a checkpoint holds."""
-        networks = {
-            **{"vae": self.bare, "ema": self.ema},
-            **{"adaptive_weight": self.adaptive_weight, "kl_weight": self.kl_weight},
-        }
-        if self.discriminator is not None:
-            networks["discriminator"] = getattr(self.discriminator, "module", self.discriminator)
-        return networks | {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
+        return {"vae": self.bare, "ema": self.ema} | {f"{name}_optimizer": o for name, o in self.optimizers.items()}
 
     def averaged(self) -> AbstractContextManager[Any]:
-        """The network with its averaged weights in place."""
+        """The autoencoder with its averaged weights in place."""
         return averaged(self.bare.vae, self.ema)
 
 
-@dataclass(kw_only=True)
-class GeneratorStep:
-    """Weighted loss terms by name, and what they were made from."""
-
-    terms: dict[str, Tensor]
-    reconstruction: Tensor
-    moments: Tensor
-    nats_per_pixel: Tensor
-    adversarial_gradient: Tensor | None
-    """Of the adversarial loss, unweighted, at the decoder's last layer; None before `disc_start`."""
-
-
-def generator_step(
-    images: Tensor,
-    noise: Tensor,
-    quality: Tensor,
-    state: State,
-    config: Objective,
-    *,
-    adversarial: bool,
-    first: bool,
-    accelerator: Accelerator,
-    inputs: Tensor | None = None,
-    noise_level: Tensor | None = None,
-) -> GeneratorStep:
-    """One forward of the wrapped VAE and its named loss terms. images: (B, C, H, W) in [-1, 1], quality: (B,).
-
-    `inputs`, where they differ from the images, are what the network sees, and `noise_level` (B,) is theirs.
-
-    A step q times as wide makes q^2 times the error and has q^2 times the price of a bit (for squared errors at high
-    rates). Both terms are divided by q, so that no quality outweighs the others.
-
-    `first`: whether this is the step's first micro-batch. Only then is the discriminator in training mode, in which
-    spectral norm's power iteration advances: once a step, before anything is judged, however the batch is split.
-    """
-    seen = images if inputs is None else inputs
-    reconstruction, moments, logvar, nats = state.vae(seen, noise, quality, noise_level)
-    scale = torch.exp(-logvar)
-    terms: dict[str, Tensor] = {}
-    error = losses.reconstruction_loss(reconstruction, images, config.reconstruction, 1 / quality)
-    terms[config.reconstruction] = scale * error
-    if config.coarse_weight > 0:
-        coarse = losses.coarse_loss(reconstruction, images, config.reconstruction, 1 / quality)
-        terms["coarse"] = scale * config.coarse_weight * coarse
-    if state.lpips is not None:
-        with accelerator.autocast():
-            name = "lpips_random" if config.perceptual == "random" else "lpips"
-            terms[name] = scale * config.lpips_weight * state.lpips(reconstruction, images)
-    if config.learned_logvar:
-        terms["logvar"] = logvar
-    if config.kl_weight > 0:
-        terms["kl"] = state.kl_weight * (quality * nats).mean()
-    if config.sparsity != "none":
-        latents = posterior_of(moments).mean
-        is_l1 = config.sparsity == "l1"
-        sparsity = losses.l1_sparsity(latents) if is_l1 else losses.kl_sparsity(latents, config.target_activation)
-        terms["sparsity"] = config.sparsity_weight * sparsity
-    gradient = None
-    if adversarial:
-        assert state.discriminator is not None
-        judge = accelerator.unwrap_model(state.discriminator)
-        judge.train(first).requires_grad_(False)  # no gradient for the discriminator in this step
-        loss = losses.GENERATOR_LOSSES[config.adversarial](judge(reconstruction))
-        judge.requires_grad_(True)
-        gradient = torch.autograd.grad(loss, last_layer(state.bare.vae), retain_graph=True)[0]
-        terms["adversarial"] = config.adversarial_weight * state.adaptive_weight * loss
-    return GeneratorStep(
-        terms=terms,
-        reconstruction=reconstruction,
-        moments=moments,
-        nats_per_pixel=nats.detach().mean(),
-        adversarial_gradient=gradient,
-    )
-
-
-def discriminator_step(
-    images: Tensor, reconstruction: Tensor, discriminator: nn.Module, config: Objective
-) -> tuple[Tensor, Tensor]:
-    """Its loss and its accuracy on one micro-batch, real and fake in one forward."""
-    discriminator.eval()
-    real, fake = discriminator(torch.cat([images, reconstruction.detach()])).chunk(2)
-    return losses.DISCRIMINATOR_LOSSES[config.adversarial](real, fake), losses.discriminator_accuracy(real, fake)
+# A step ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
-class StepResult:
-    """What one step leaves for the log."""
+class StepSummary:
+    """What a step of an autoencoder leaves for the log."""
 
     terms: dict[str, Tensor] = field(default_factory=dict)
+    """Weighted loss terms and the like: summed over micro-batches, and their means after `update`."""
     moments: Tensor | None = None
+    """Of the last micro-batch."""
     bad_images: dict[str, str] = field(default_factory=dict)
     waited: float = 0.0
+    """Seconds spent waiting for data."""
     healthy: bool = True
 
-    def add(self, terms: dict[str, Tensor]) -> None:
+    def add(self, terms: Mapping[str, Tensor]) -> None:
         for name, value in terms.items():
             self.terms[name] = self.terms.get(name, 0) + value.detach()
 
-    def average(self, count: int) -> None:
-        self.terms = {name: value / count for name, value in self.terms.items()}
-
-    def metrics(self, accelerator: Accelerator, *, fixed_deviation: bool = False) -> dict[str, float]:
-        """Means over all processes; per-channel figures come from this step's last micro-batch.
-
-        `fixed_deviation`: the posterior's says nothing of how many bits a channel has.
-        """
+    def metrics(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over all processes; per-channel figures come from this step's last micro-batch."""
         assert self.moments is not None
         posterior = posterior_of(self.moments)
         latents = posterior.mean.transpose(0, 1).flatten(1)  # (c, B * h * w)
         vectors = {"latents_mean": latents.mean(dim=1), "latents_square": latents.square().mean(dim=1)}
-        if "kl" in self.terms and not fixed_deviation:
+        if "kl" in self.terms:
             vectors["kl_bits"] = losses.kl_bits_per_channel(posterior)
         names = list(self.terms)
         values = torch.cat([torch.stack([self.terms[n].float() for n in names]), *vectors.values()])
@@ -269,116 +158,89 @@ class StepResult:
         return metrics
 
 
-def train_step(
-    batches: Iterator[Batch[Tensor]],
-    state: State,
-    config: Objective,
-    *,
-    step: int,
-    learning_rates: dict[str, float],
-    accelerator: Accelerator,
-) -> StepResult:
-    """One global batch: forward and backward of each micro-batch, then one update of each network.
-
-    Gradients are summed over micro-batches and averaged over processes before anything is read from them. When a
-    loss or a gradient is not finite anywhere, every process skips the update.
-    """
-    adversarial = state.discriminator is not None and step >= config.disc_start
-    networks = [n for n in (state.vae, state.discriminator) if n is not None]
-    vae = state.bare.vae
-    last = last_layer(vae)
-    adversarial_gradient = torch.zeros_like(last)
-    layout = torch.channels_last if last.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    result = StepResult()
-    for micro in range(config.gradient_accumulation_steps):
+def micro_batches(
+    batches: Iterator[Batch[Tensor]], vae: Any, config: RunConfig, summary: StepSummary, accelerator: Accelerator
+) -> Iterator[tuple[Batch[Tensor], Tensor]]:
+    """The micro-batches of a step, on the device, each with normal noise (B, c, h, w) for its latents."""
+    stride, device = stride_of(vae), accelerator.device
+    channels_last = last_layer(vae).is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for _ in range(config.gradient_accumulation_steps):
         before = time.perf_counter()
         batch = next(batches)
-        result.waited += time.perf_counter() - before
-        result.bad_images |= batch.bad_images
-        images = batch.images.to(accelerator.device, memory_format=layout, non_blocking=True)
+        summary.waited += time.perf_counter() - before
+        summary.bad_images |= batch.bad_images
+        shape = (latent_channels_of(vae), batch.images.shape[-2] // stride, batch.images.shape[-1] // stride)
+        noise = torch.from_numpy(noise_at(config.seed, batch.positions, shape, Stream.POSTERIOR))
+        images = batch.images.to(device, memory_format=layout, non_blocking=True)
         inputs = batch.inputs
         if inputs is not None:
-            inputs = inputs.to(accelerator.device, memory_format=layout, non_blocking=True)
-        levels = None
-        if vae.config.get("noise_level") is not None:
-            levels = torch.full((len(images),), UNKNOWN_LEVEL) if batch.noise_levels is None else batch.noise_levels
-            levels = sent(levels, images.device)
-        shape = (latent_channels_of(vae), images.shape[-2] // stride_of(vae), images.shape[-1] // stride_of(vae))
-        drawn = torch.from_numpy(noise_at(config.seed, batch.positions, shape, Stream.POSTERIOR))
-        noise, quality = (sent(t, images.device) for t in (drawn, qualities_at(batch.positions, config)))
-        with accelerator.accumulate(*networks):
-            done = generator_step(
-                images,
-                noise,
-                quality,
-                state,
-                config,
-                adversarial=adversarial,
-                first=micro == 0,
-                accelerator=accelerator,
-                inputs=inputs,
-                noise_level=levels,
-            )
-            accelerator.backward(sum(done.terms.values()))
-            result.add(done.terms)
-            result.moments = done.moments.detach()
-            if is_variational(vae):
-                result.add({"bits_per_pixel": done.nats_per_pixel / math.log(2)})
-            if config.sparsity != "none":
-                result.add({"active_latents": active_share(result.moments, config.sparsity)})
-            if adversarial:
-                assert done.adversarial_gradient is not None
-                assert state.discriminator is not None
-                adversarial_gradient += done.adversarial_gradient
-                loss, accuracy = discriminator_step(images, done.reconstruction, state.discriminator, config)
-                accelerator.backward(loss)
-                result.add({"discriminator": loss, "discriminator_accuracy": accuracy})
-    result.average(config.gradient_accumulation_steps)
-    total = torch.stack([value.float() for value in result.terms.values()]).sum()
-    if adversarial:  # last.grad is that of every weighted term: take the adversarial one off
-        adversarial_gradient = accelerator.reduce(adversarial_gradient, "mean") / config.gradient_accumulation_steps
-        share = config.adversarial_weight * state.adaptive_weight
-        assert last.grad is not None
-        adaptive_weight = losses.adaptive_weight(last.grad - share * adversarial_gradient, adversarial_gradient)
-    for name, optimizer in state.optimizers.items():
-        if name == "vae" or adversarial:
-            norm = nn.utils.clip_grad_norm_(parameters_of(optimizer), config.max_grad_norm)
-            result.terms[f"{name}_grad_norm"] = norm
-            total = total + norm
-    result.healthy = bool(accelerator.reduce(total, "sum").isfinite())
-    for name, optimizer in state.optimizers.items():
-        if result.healthy and (name == "vae" or adversarial):
-            set_learning_rate(optimizer, learning_rates[name])
-            optimizer.step()
-        optimizer.zero_grad()
-    if result.healthy:
+            inputs = inputs.to(device, memory_format=layout, non_blocking=True)
+        yield replace(batch, images=images, inputs=inputs), sent(noise, device)
+
+
+def update(
+    state: AutoencoderState,
+    summary: StepSummary,
+    learning_rates: Mapping[str, float],
+    config: RunConfig,
+    accelerator: Accelerator,
+) -> None:
+    """One step of each optimizer that has a learning rate, and of the average, with the gradients of all micro-batches.
+
+    When a loss or a gradient is not finite anywhere, every process skips it.
+    """
+    summary.terms = {name: value / config.gradient_accumulation_steps for name, value in summary.terms.items()}
+    total = torch.stack([value.float() for value in summary.terms.values()]).sum()
+    for name in learning_rates:
+        norm = nn.utils.clip_grad_norm_(parameters_of(state.optimizers[name]), config.max_grad_norm)
+        summary.terms[f"{name}_grad_norm"] = norm
+        total = total + norm
+    summary.healthy = bool(accelerator.reduce(total, "sum").isfinite())
+    for name, learning_rate in learning_rates.items():
+        if summary.healthy:
+            set_learning_rate(state.optimizers[name], learning_rate)
+            state.optimizers[name].step()
+        state.optimizers[name].zero_grad()
+    if summary.healthy:
         state.ema.step(state.bare.vae.parameters())
-        if adversarial:
-            state.adaptive_weight.copy_(adaptive_weight)
-        if config.target_bpp is not None:
-            rate = accelerator.reduce(result.terms["bits_per_pixel"], "mean")
-            state.kl_weight.mul_(steering(rate, config.target_bpp))
-    return result
 
 
-def active_share(moments: Tensor, sparsity: str) -> Tensor:
-    """The share of latents that are active: above 0 where L1 keeps them at 0, above 1/2 where they are in 0..1."""
-    return (posterior_of(moments).mean > (0.5 if sparsity == "kl" else 0.0)).float().mean()
+# Beside the steps -----------------------------------------------------------------------------------------------------
 
 
-STEERING = 0.001
-"""How much a weight changes in a step, at most. The network takes some hundred steps to follow, or it overshoots."""
+def describe(state: AutoencoderState, source: Source, config: RunConfig, accelerator: Accelerator) -> str:
+    parameters = sum(p.numel() for p in state.bare.vae.parameters()) / 1e6
+    return f"{parameters:.2f} M parameters, {len(source)} images; {config.effective_batch(accelerator.num_processes)}"
 
 
-def steering(rate: Tensor, target: float) -> Tensor:
-    """By what to multiply the rate's weight: more than 1 where the rate is above its target."""
-    return torch.exp(STEERING * torch.log(rate / target).clamp(-1, 1))
+def validation_set(run: Run, source: Source, config: ImageConfig, vae: Any) -> Tensor:
+    """Images (N, C, H, W) in [-1, 1] of the grid and the PSNR; none but in the main process, which draws them."""
+    if not run.main:
+        return torch.empty(0)
+    with run.listing_bad_images():
+        images, bad_images = validation_images(source, side=config.side - config.side % stride_of(vae))
+        run.add_bad_images(bad_images)
+    return images
 
 
-def qualities_at(positions: list[int], config: Objective) -> Tensor:
-    """The quality of each image (B,): log-uniform in the range, by (seed, position); 1 without the causal prior."""
-    if config.prior == "normal":
-        return torch.ones(len(positions))
-    shares = [generator_at(config.seed, p, Stream.QUALITY).random() for p in positions]
-    low, high = (math.log(q) for q in config.quality_range)
-    return torch.tensor([math.exp(low + (high - low) * s) for s in shares])
+def reconstructions_of(state: AutoencoderState, images: Tensor, accelerator: Accelerator) -> Tensor:
+    """What the averaged autoencoder gives for images (N, C, H, W), not clamped."""
+    with state.averaged() as vae, torch.inference_mode(), accelerator.autocast():
+        return torch.cat([reconstruct(vae, image[None].to(accelerator.device)).float().cpu() for image in images])
+
+
+def draw(loop: Loop, images: Tensor, reconstructions: Tensor, inputs: Tensor | None = None) -> None:
+    """The sample grid, and the PSNR of the reconstructions for the log; all in [-1, 1]."""
+    grid = reconstruction_grid(images[:8], reconstructions[:8], None if inputs is None else inputs[:8])
+    grid.save(loop.run.directory / "samples" / f"step-{loop.step}.png")
+    val_psnr = float(psnr(to_pixels(images), to_pixels(reconstructions)).mean())
+    loop.log({"val_psnr": val_psnr, "seconds": loop.facts["seconds"]})
+
+
+def save(loop: Loop, state: AutoencoderState) -> None:
+    """The averaged autoencoder in diffusers' layout, then the checkpoint: where that is, the model of its step is."""
+    if loop.run.main:
+        with state.averaged() as vae, staged_directory(loop.run.directory / "vae") as staging:
+            vae.save_pretrained(staging)
+        loop.run.save(Checkpoint(step=loop.step, tensors=state_tensors(state.parts()), facts=loop.facts))

@@ -10,47 +10,49 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from torch.nn import functional
 
-ReconstructionLoss = Literal["l1", "l2", "charbonnier", "cross-entropy"]
+ReconstructionLoss = Literal["l1", "l2", "charbonnier"]
 AdversarialLoss = Literal["hinge", "non-saturating"]
 
 
 def reconstruction_loss(
-    reconstruction: Tensor, images: Tensor, kind: ReconstructionLoss, weights: Tensor | None = None
+    reconstruction: Tensor, images: Tensor, kind: ReconstructionLoss | Literal["cross-entropy"]
 ) -> Tensor:
     """Mean over all values of images (B, C, H, W) in [-1, 1]; Charbonnier is sqrt(d^2 + 1e-6) (Lai et al. 2017).
 
-    Cross-entropy, in nats, is that of log-odds, where images are 1 (true) and -1. `weights` (B,) multiply the error of
-    each image; 1 unless given.
+    Cross-entropy, in nats, is that of log-odds in place of a reconstruction, where images are 1 (true) and -1.
     """
-    made, wanted = reconstruction.float(), images.float()
-    difference = made - wanted
+    reconstruction, images = reconstruction.float(), images.float()
+    difference = reconstruction - images
     match kind:
         case "l1":
-            errors = difference.abs()
+            return difference.abs().mean()
         case "l2":
-            errors = difference.square()
+            return difference.square().mean()
         case "charbonnier":
-            errors = (difference.square() + 1e-6).sqrt()
+            return (difference.square() + 1e-6).sqrt().mean()
         case "cross-entropy":
-            errors = functional.binary_cross_entropy_with_logits(made, (1 + wanted) / 2, reduction="none")
-    return errors.mean() if weights is None else (weights[:, None, None, None] * errors).mean()
+            truth = (1 + images) / 2
+            return functional.binary_cross_entropy_with_logits(reconstruction, truth, reduction="none").mean()
+
+
+def weighted_squared_error(reconstruction: Tensor, images: Tensor, weights: Tensor) -> Tensor:
+    """Mean over all values of images (B, C, H, W) in [-1, 1], each image's errors times its weight (B,)."""
+    return (weights[:, None, None, None] * (reconstruction.float() - images.float()).square()).mean()
 
 
 COARSE = (4, 8)
-"""The scales of SSIMULACRA2 whose weights are largest."""
+"""The scales of SSIMULACRA2 with the largest weights."""
 
 
-def coarse_loss(
-    reconstruction: Tensor, images: Tensor, kind: ReconstructionLoss, weights: Tensor | None = None
-) -> Tensor:
-    """The same of images 1/4 and 1/8 as large, means of 4 x 4 and 8 x 8 pixels, four and eight times.
+def coarse_loss(reconstruction: Tensor, images: Tensor, weights: Tensor) -> Tensor:
+    """The same of the means over 4 x 4 and 8 x 8 pixels, times 4 and 8.
 
-    Low frequencies are what is seen most, and in smooth places all that is seen.
+    Errors of low frequencies are the most visible ones, and in smooth places the only ones.
     """
     total = torch.zeros((), device=images.device)
     for scale in COARSE:
         small, other = (functional.avg_pool2d(x.float(), scale) for x in (reconstruction, images))
-        total = total + scale * reconstruction_loss(small, other, kind, weights)
+        total = total + scale * weighted_squared_error(small, other, weights)
     return total
 
 
@@ -75,16 +77,16 @@ def l1_sparsity(latents: Tensor) -> Tensor:
     """Mean magnitude over root mean square of an image's latents (B, c, h, w), mean over the batch: 1 if all are equal.
 
     L1 over L2, as in Hoyer 2004 ("Non-negative matrix factorization with sparseness constraints", section 3.1): L1
-    alone is made small by smaller latents and larger weights behind them, which makes nothing sparse.
+    alone also falls when all latents shrink and the weights behind them grow, which makes nothing sparse.
     """
     values = latents.float().flatten(1)  # (B, n)
     return (values.abs().mean(dim=1) / (values.square().mean(dim=1) + 1e-12).sqrt()).mean()
 
 
 def kl_sparsity(activations: Tensor, target: float) -> Tensor:
-    """KL in nats between the activation rate that is wanted and an image's own, mean over the batch.
+    """KL in nats between the target activation rate and that of each image, mean over the batch.
 
-    Of Bernoulli variables (Ng 2011, "Sparse autoencoder", section 3), the rate taken over an image's latents
+    Of Bernoulli variables (Ng 2011, "Sparse autoencoder", section 3); the rate is taken over an image's latents
     (B, c, h, w) in 0..1 instead of over the data, so that splitting a batch changes nothing.
     """
     rate = activations.float().flatten(1).mean(dim=1).clamp(1e-6, 1 - 1e-6)  # (B,)
@@ -116,7 +118,7 @@ DISCRIMINATOR_LOSSES = {"hinge": hinge_discriminator_loss, "non-saturating": non
 
 
 def discriminator_accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """The share of patches that the discriminator gets right: 0.5 is a guess."""
+    """The share of patches that the discriminator gets right: 0.5 is chance."""
     return 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ldm_vae.data.blemishes import with_blemishes
 from ldm_vae.data.corruption import parse_corruption
 from ldm_vae.data.loader import CropDataset, collate, collated
 from ldm_vae.data.sources import open_source
@@ -189,11 +190,14 @@ def makers(cache: Any) -> dict[str, tuple[Callable[[Any], Any], Any]]:
     source = open_source("procedural:dead-leaves", resolution=32)
     given: dict[str, Any] = {"seed": 0, "label_dropout": 1.0, "num_classes": 0, "flip": True, "prediction": "flow"}
     given["latent_shape"] = (4, 2, 2)
-    crops = CropDataset(source, seed=0, resolution=16, corruption=parse_corruption("jpeg:10-40"))
+    crops = CropDataset(source, seed=0, resolution=16, pairing=parse_corruption("jpeg:10-40"))
     squares = Squares(source, 16, num_images=4)
     return {
         "crops": (partial(collated, crops, collate), [3, 4]),
-        "blemishes": (partial(collated, CropDataset(source, seed=0, resolution=16, blemishes=True), collate), [3, 4]),
+        "blemishes": (
+            partial(collated, CropDataset(source, seed=0, resolution=16, pairing=with_blemishes), collate),
+            [3, 4],
+        ),
         "cached": (partial(collated, DiffusionRows(CachedMoments(cache), **given), collate_rows), [3, 4]),
         "squares": (partial(collated, DiffusionRows(squares, **given), collate_rows), [3, 4]),
         "to be cached": (partial(squares_of, squares), range(2, 4)),

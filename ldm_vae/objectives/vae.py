@@ -1,0 +1,184 @@
+"""One training step of a KL-VAE with perceptual and adversarial losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ldm_vae.data.loader import Batch
+from ldm_vae.errors import ConfigError
+from ldm_vae.models.discriminator import PatchDiscriminator
+from ldm_vae.models.interface import is_variational, last_layer
+from ldm_vae.objectives import losses
+from ldm_vae.objectives.autoencoding import AutoencoderState, StepSummary, micro_batches, update
+from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone
+from ldm_vae.runs.config import Range
+from ldm_vae.runs.images import ImageConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig(ImageConfig):
+    """What a KL-VAE minimises: the part of a configuration that its step reads."""
+
+    reconstruction: losses.ReconstructionLoss = "l1"
+    kl_weight: Annotated[float, Range(at_least=0)] = 1e-4
+    """Times nats per pixel, beside a mean error on [-1, 1]; Stable Diffusion's is 3.3e-7."""
+    perceptual: Literal["pretrained", "random", "none"] = "pretrained"
+    """LPIPS with pretrained features, with random features (no download), or without LPIPS."""
+    lpips_backbone: Backbone = "vgg"
+    lpips_weight: Annotated[float, Range(at_least=0)] = 1.0
+    lpips_channels: tuple[int, int, int] | None = None
+    """The three channels that LPIPS sees, when the images have neither one nor three."""
+    adversarial: Literal["hinge", "non-saturating", "none"] = "hinge"
+    adversarial_weight: Annotated[float, Range(at_least=0)] = 0.5
+    """Times the adaptive weight."""
+    disc_start: Annotated[int, Range(at_least=0)] = 50_000
+    """The step from which the discriminator trains and counts."""
+
+    def check(self, num_processes: int) -> None:
+        super().check(num_processes)
+        least = SMALLEST_IMAGE[self.lpips_backbone]
+        if self.perceptual != "none" and self.resolution < least:
+            raise ConfigError(
+                f"LPIPS with {self.lpips_backbone} needs crops of {least} pixels, --resolution is {self.resolution}: "
+                "enlarge it, or choose --perceptual none"
+            )
+        least = PatchDiscriminator.smallest_image(num_layers=3)
+        if self.adversarial != "none" and self.resolution < least:
+            raise ConfigError(
+                f"the discriminator needs crops of {least} pixels, --resolution is {self.resolution}: "
+                "enlarge it, or choose --adversarial none"
+            )
+
+
+@dataclass(kw_only=True)
+class VAEState(AutoencoderState):
+    """With the discriminator, perhaps wrapped by DDP, and LPIPS, each where it is used."""
+
+    discriminator: nn.Module | None
+    lpips: nn.Module | None
+    adaptive_weight: Tensor
+
+    def parts(self) -> dict[str, Any]:
+        parts = super().parts() | {"adaptive_weight": self.adaptive_weight}
+        if self.discriminator is not None:
+            parts["discriminator"] = getattr(self.discriminator, "module", self.discriminator)
+        return parts
+
+
+@dataclass(kw_only=True)
+class GeneratorStep:
+    """Weighted loss terms by name, and what they were computed from."""
+
+    terms: dict[str, Tensor]
+    reconstruction: Tensor
+    moments: Tensor
+    nats_per_pixel: Tensor
+    adversarial_gradient: Tensor | None
+    """Of the adversarial loss, unweighted, at the decoder's last layer; None before `disc_start`."""
+
+
+def generator_step(
+    images: Tensor,
+    noise: Tensor,
+    state: VAEState,
+    config: VAEConfig,
+    *,
+    adversarial: bool,
+    first: bool,
+    accelerator: Accelerator,
+) -> GeneratorStep:
+    """One forward of the wrapped VAE and its named loss terms. images: (B, C, H, W) in [-1, 1].
+
+    `first`: whether this is the step's first micro-batch. Only then is the discriminator in training mode, in which
+    spectral norm's power iteration advances: once a step, before anything is judged, however the batch is split.
+    """
+    reconstruction, moments, nats = state.network(images, noise)
+    error = losses.reconstruction_loss(reconstruction, images, config.reconstruction)
+    terms: dict[str, Tensor] = {config.reconstruction: error}
+    if state.lpips is not None:
+        with accelerator.autocast():
+            name = "lpips_random" if config.perceptual == "random" else "lpips"
+            terms[name] = config.lpips_weight * state.lpips(reconstruction, images)
+    if config.kl_weight > 0:
+        terms["kl"] = config.kl_weight * nats.mean()
+    gradient = None
+    if adversarial:
+        assert state.discriminator is not None
+        judge = accelerator.unwrap_model(state.discriminator)
+        judge.train(first).requires_grad_(False)  # no gradient for the discriminator in this step
+        loss = losses.GENERATOR_LOSSES[config.adversarial](judge(reconstruction))
+        judge.requires_grad_(True)
+        gradient = torch.autograd.grad(loss, last_layer(state.bare.vae), retain_graph=True)[0]
+        terms["adversarial"] = config.adversarial_weight * state.adaptive_weight * loss
+    return GeneratorStep(
+        terms=terms,
+        reconstruction=reconstruction,
+        moments=moments.detach(),
+        nats_per_pixel=nats.detach().mean(),
+        adversarial_gradient=gradient,
+    )
+
+
+def discriminator_step(
+    images: Tensor, reconstruction: Tensor, discriminator: nn.Module, config: VAEConfig
+) -> dict[str, Tensor]:
+    """Its loss and its accuracy on one micro-batch, real and fake in one forward."""
+    discriminator.eval()
+    real, fake = discriminator(torch.cat([images, reconstruction.detach()])).chunk(2)
+    loss = losses.DISCRIMINATOR_LOSSES[config.adversarial](real, fake)
+    return {"discriminator": loss, "discriminator_accuracy": losses.discriminator_accuracy(real, fake)}
+
+
+def vae_step(
+    batches: Iterator[Batch[Tensor]],
+    state: VAEState,
+    config: VAEConfig,
+    *,
+    step: int,
+    learning_rates: Mapping[str, float],
+    accelerator: Accelerator,
+) -> StepSummary:
+    """One global batch: forward and backward of each micro-batch, then one update of each network.
+
+    Gradients are summed over micro-batches and averaged over processes before anything is read from them.
+    """
+    adversarial = state.discriminator is not None and step >= config.disc_start
+    networks = [n for n in (state.network, state.discriminator) if n is not None]
+    last = last_layer(state.bare.vae)
+    adversarial_gradient = torch.zeros_like(last)
+    summary = StepSummary()
+    for micro, (batch, noise) in enumerate(micro_batches(batches, state.bare.vae, config, summary, accelerator)):
+        with accelerator.accumulate(*networks):
+            generated = generator_step(
+                batch.images, noise, state, config, adversarial=adversarial, first=micro == 0, accelerator=accelerator
+            )
+            accelerator.backward(sum(generated.terms.values()))
+            summary.add(generated.terms)
+            summary.moments = generated.moments
+            if is_variational(state.bare.vae):
+                summary.add({"bits_per_pixel": generated.nats_per_pixel / math.log(2)})
+            if generated.adversarial_gradient is not None and state.discriminator is not None:
+                adversarial_gradient += generated.adversarial_gradient
+                terms = discriminator_step(batch.images, generated.reconstruction, state.discriminator, config)
+                accelerator.backward(terms["discriminator"])
+                summary.add(terms)
+    if not adversarial:
+        update(state, summary, {"vae": learning_rates["vae"]}, config, accelerator)
+        return summary
+    # last.grad is that of every weighted term: subtract the adversarial one's share
+    adversarial_gradient = accelerator.reduce(adversarial_gradient, "mean") / config.gradient_accumulation_steps
+    share = config.adversarial_weight * state.adaptive_weight
+    assert last.grad is not None
+    adaptive_weight = losses.adaptive_weight(last.grad - share * adversarial_gradient, adversarial_gradient)
+    update(state, summary, learning_rates, config, accelerator)
+    summary.terms["adaptive_weight"] = state.adaptive_weight.clone()  # the one that this step used
+    if summary.healthy:
+        state.adaptive_weight.copy_(adaptive_weight)
+    return summary

@@ -1,0 +1,186 @@
+"""Train a compression model: an autoencoder by the squared error and the rate of its rounded latents.
+
+accelerate launch training/train_codec.py PRESET --data PATH --output RUN
+
+The same command resumes a run, on any number of processes. `ldm-vae fit-codec` makes a codec of what was trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from ldm_vae.data.loader import Batch, collate
+from ldm_vae.errors import ConfigError, one_line_errors
+from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
+from ldm_vae.models.interface import is_variational
+from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.objectives import losses
+from ldm_vae.objectives.autoencoding import (
+    AutoencoderState,
+    StepSummary,
+    adamw,
+    describe,
+    draw,
+    micro_batches,
+    ready_to_train,
+    reconstructions_of,
+    save,
+    update,
+    validation_set,
+)
+from ldm_vae.objectives.rate import TrainableCodec, qualities_at, steering
+from ldm_vae.runs.config import Range, parse_config
+from ldm_vae.runs.images import ImageConfig, check_network, crops_of, forget_scale, open_loop, start_on_images
+from ldm_vae.runs.step import sent
+
+# Config ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ImageConfig):
+    """Flags of the codec's trainer."""
+
+    latent_channels: Annotated[int | None, Range(at_least=1)] = None
+    """Channels of the latents; the preset's unless given. Few are for low rates."""
+    rate_weight: Annotated[float, Range(above=0)] = 0.02
+    """Times nats per pixel, beside a mean squared error on [-1, 1]."""
+    target_bpp: Annotated[float | None, Range(above=0)] = None
+    """Steer the rate's weight to so many bits per pixel, from --rate-weight on."""
+    quality_range: Annotated[tuple[float, float], Range(above=0)] = (0.5, 4.0)
+    """Qualities (the quantiser's step) that the model is trained for, one drawn for each image."""
+    coarse_weight: Annotated[float, Range(at_least=0)] = 0.0
+    """Times the squared error of images 1/4 and 1/8 as large, four and eight times: for a second run with --init."""
+
+    def check(self, num_processes: int) -> None:
+        super().check(num_processes)
+        if self.quality_range[0] > self.quality_range[1]:
+            raise ConfigError(f"--quality-range is {self.quality_range}: the lower number comes first")
+        if self.init is not None and self.latent_channels is not None:
+            raise ConfigError("--latent-channels makes a new network: leave out --init")
+        if self.coarse_weight > 0 and self.resolution < max(losses.COARSE):
+            least = max(losses.COARSE)
+            raise ConfigError(f"--coarse-weight needs crops of {least} pixels, --resolution is {self.resolution}")
+
+
+def preset(architecture: str, *, target_bpp: float) -> Config:
+    return Config(architecture=architecture, target_bpp=target_bpp, resolution=64, batch_size=16, learning_rate=1e-3)
+
+
+PRESETS = {
+    "f8c32": ("stride 8, 32 channels", preset("f8c32", target_bpp=0.5)),
+    "f8c64": ("stride 8, 64 channels, 0.1 to 0.8 bits per pixel", preset("f8c64", target_bpp=0.75)),
+    "f16c64": ("stride 16, 64 channels", preset("f16c64", target_bpp=0.3)),
+}
+
+# Step -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class CodecState(AutoencoderState):
+    """With the rate's weight, which changes where a rate is aimed at."""
+
+    rate_weight: Tensor
+
+    def parts(self) -> dict[str, Any]:
+        return super().parts() | {"rate_weight": self.rate_weight}
+
+
+def codec_terms(
+    images: Tensor, reconstruction: Tensor, nats: Tensor, quality: Tensor, rate_weight: Tensor, config: Config
+) -> dict[str, Tensor]:
+    """The named loss terms of images (B, C, H, W), their rates and their qualities (B,).
+
+    A step q times as wide makes q^2 times the error and has q^2 times the price of a bit (for squared errors at high
+    rates). Both terms are divided by q, so that no quality outweighs the others.
+    """
+    terms = {"l2": losses.weighted_squared_error(reconstruction, images, 1 / quality)}
+    if config.coarse_weight > 0:
+        terms["coarse"] = config.coarse_weight * losses.coarse_loss(reconstruction, images, 1 / quality)
+    terms["rate"] = rate_weight * (quality * nats).mean()
+    return terms
+
+
+def codec_step(
+    batches: Iterator[Batch[Tensor]],
+    state: CodecState,
+    config: Config,
+    *,
+    learning_rate: float,
+    accelerator: Accelerator,
+) -> StepSummary:
+    """One global batch: forward and backward of each micro-batch, then one update, also of the rate's weight."""
+    summary = StepSummary()
+    for batch, noise in micro_batches(batches, state.bare.vae, config, summary, accelerator):
+        quality = sent(qualities_at(batch.positions, config.seed, config.quality_range), accelerator.device)
+        with accelerator.accumulate(state.network):
+            reconstruction, moments, nats = state.network(batch.images, noise, quality)
+            terms = codec_terms(batch.images, reconstruction, nats, quality, state.rate_weight, config)
+            accelerator.backward(sum(terms.values()))
+        summary.add(terms | {"bits_per_pixel": nats.mean() / math.log(2)})
+        summary.moments = moments.detach()
+    update(state, summary, {"vae": learning_rate}, config, accelerator)
+    summary.terms["rate_weight"] = state.rate_weight.clone()  # the one that this step used
+    if summary.healthy and config.target_bpp is not None:
+        rate = accelerator.reduce(summary.terms["bits_per_pixel"], "mean")
+        state.rate_weight.mul_(steering(rate, config.target_bpp))
+    return summary
+
+
+# Main -----------------------------------------------------------------------------------------------------------------
+
+
+def build(config: Config, accelerator: Accelerator) -> CodecState:
+    """The network, its prior and their optimizer, the same in every process."""
+    set_seed(config.seed)
+    if config.init is None:
+        channels = {} if config.latent_channels is None else {"latent_channels": config.latent_channels}
+        vae = PatchAutoencoderKL(in_channels=config.channels, **ARCHITECTURES[config.architecture] | channels)
+    else:
+        vae = load_autoencoder(config.init)
+        if not isinstance(vae, PatchAutoencoderKL) or not is_variational(vae):
+            raise ConfigError(f"{config.init} is not a PatchAutoencoderKL with a posterior: leave out --init")
+        forget_scale(vae)
+    check_network(vae, config)
+    bare = ready_to_train(TrainableCodec(vae), config, accelerator)
+    return CodecState(
+        network=accelerator.prepare(bare),
+        bare=bare,
+        ema=EMAModel(vae.parameters(), decay=config.ema_decay, foreach=True),
+        optimizers={"vae": adamw(bare, config.learning_rate)},
+        rate_weight=torch.tensor(config.rate_weight, device=accelerator.device),
+    )
+
+
+def main(config: Config) -> None:
+    config, accelerator, source, val_source = start_on_images(config)
+    state = build(config, accelerator)
+    vae = state.bare.vae
+    loop = open_loop(config, state.parts(), source, accelerator)
+    crops = crops_of(source, vae, config)
+    images = validation_set(loop.run, val_source, config, vae)
+    accelerator.print(describe(state, source, config, accelerator))
+    with loop:
+        for _, batches in loop.steps(crops, collate):
+            rate = loop.learning_rate(config.learning_rate)
+            summary = codec_step(batches, state, config, learning_rate=rate, accelerator=accelerator)
+            loop.finish(healthy=summary.healthy, waited=summary.waited, bad_images=summary.bad_images)
+            if loop.logging:
+                loop.log_step(summary.metrics(accelerator) | {"learning_rate": rate})
+            if loop.drawing and loop.run.main:
+                draw(loop, images, reconstructions_of(state, images, accelerator).clamp(-1, 1))
+            if loop.saving:
+                save(loop, state)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_config(PRESETS, description="Train a compression model on images."))
