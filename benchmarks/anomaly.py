@@ -359,7 +359,8 @@ def judge_fashion(config: Config) -> Row:
     if config.num_test is not None:
         drawn = np.random.default_rng(config.seed).permutation(len(test))[: config.num_test]
         test, test_labels = test[drawn], test_labels[drawn]
-    rows, seconds = [], 0.0
+    rows: list[Row] = []
+    seconds = 0.0
     scores: dict[str, list[np.ndarray]] = {}  # of each method, for each class in turn
     for label, name in enumerate(FASHION):
         archive, run = config.output / f"{name}.zip", config.output / name

@@ -340,7 +340,7 @@ def main(config: Config) -> None:
     memory = {codec.name: peak_memory(codec, largest) for codec in codecs}
     by_metric = {m: comparable(rows, m) for m in METRICS}
     by_metric = {m: rows_of for m, rows_of in by_metric.items() if all(rows_of.values())}
-    references = [r for r in ("jpeg-420", "webp", "avif-420") if r in rows] or [codecs[0].name]
+    references: list[str] = [r for r in ("jpeg-420", "webp", "avif-420") if r in rows] or [codecs[0].name]
     differences = {
         name: {
             r: {m: difference(own[name], own[r], m, config.between) for m, own in by_metric.items()} for r in references

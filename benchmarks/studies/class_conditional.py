@@ -149,8 +149,8 @@ def train(config: Config, data: str, test: str) -> dict[str, float]:
     file = config.output / "seconds.json"
     seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
     vae, cache, run = (config.output / name for name in ("vae", "cache", "diffusion"))
-    shared = ("--tracker", "none", "--seed", config.seed, "--log-every", 50, "--sample-every", 1000)
-    shared += ("--mixed-precision", config.mixed_precision)
+    shared = ["--tracker", "none", "--seed", config.seed, "--log-every", 50, "--sample-every", 1000]
+    shared += ["--mixed-precision", config.mixed_precision]
     flip = ["--flip"] if config.flip else []
     gamma = [] if config.min_snr_gamma is None else ["--min-snr-gamma", config.min_snr_gamma]
     parts: dict[Path, tuple[Any, ...]] = {
@@ -184,7 +184,8 @@ def judge(config: Config, data: str, test: str) -> None:
     classifier = config.output / "classifier"
     if not (classifier / "results.json").exists():
         seconds_of_script(
-            *("benchmarks/train_classifier.py", "--data", data, "--val-data", test, "--output", classifier),
+            "benchmarks/train_classifier.py",
+            *("--data", data, "--val-data", test, "--output", classifier),
             *("--epochs", config.classifier_epochs, "--channels", config.channels, "--resolution", config.resolution),
             *("--widths", *config.classifier_widths, "--erase", config.classifier_erase),
         )
@@ -194,14 +195,16 @@ def judge(config: Config, data: str, test: str) -> None:
     for name, scale, interval, steps, scheduler in sample_settings(config):
         sets.append(config.output / f"{name}, {steps} steps of {scheduler}")
         seconds_of_script(
-            *("pipelines/generate.py", "--model", config.output / "diffusion", "--output", sets[-1]),
+            "pipelines/generate.py",
+            *("--model", config.output / "diffusion", "--output", sets[-1]),
             *("--num-images", config.num_images, "--guidance-scale", scale, "--guidance-interval", *interval),
             *("--steps", steps, "--scheduler", scheduler, "--seed", config.seed, "--batch-size", 100),
             *("--mixed-precision", config.mixed_precision),
         )
     samples = [word for folder in sets for word in ("--samples", folder)]
     seconds_of_script(
-        *("benchmarks/generation.py", "--data", reference, "--real", other, *samples),
+        "benchmarks/generation.py",
+        *("--data", reference, "--real", other, *samples),
         *("--features", classifier, "--num-images", config.num_images, "--output", config.output / "figures"),
     )
 

@@ -65,7 +65,8 @@ def side_by_side(explored: Path) -> Image.Image:
 def train(config: Config, name: str, data: Path) -> None:
     variational = ["--posterior", "gaussian", "--kl-weight", config.kl_weight] if name == "variational" else []
     seconds_of_script(
-        *("training/train_autoencoder.py", "plain", "--data", data, "--output", config.output / name, *variational),
+        "training/train_autoencoder.py",
+        *("plain", "--data", data, "--output", config.output / name, *variational),
         *("--channels", 1, "--resolution", 32, "--global-latent", config.length, "--no-mirror"),
         *("--steps", config.steps, "--batch-size", config.batch_size, "--seed", config.seed),
         *("--tracker", "none", "--log-every", 200, "--sample-every", 3000),
@@ -77,17 +78,20 @@ def judge(config: Config, train_zip: Path, test_zip: Path) -> None:
     explored, classifier = config.output / "explored", config.output / "classifier"
     vaes = [word for name in TITLES for word in ("--vae", config.output / name)]
     seconds_of_script(
-        *("pipelines/explore.py", *vaes, "--data", train_zip, "--output", explored),
+        "pipelines/explore.py",
+        *(*vaes, "--data", train_zip, "--output", explored),
         *("--num-samples", config.num_samples, "--seed", config.seed),
     )
     if not (classifier / "results.json").exists():
         seconds_of_script(
-            *("benchmarks/train_classifier.py", "--data", train_zip, "--val-data", test_zip, "--output", classifier),
+            "benchmarks/train_classifier.py",
+            *("--data", train_zip, "--val-data", test_zip, "--output", classifier),
             *("--epochs", config.classifier_epochs, "--channels", 1, "--resolution", 32),
         )
     samples = [word for name in TITLES for word in ("--samples", explored / name / "samples")]
     seconds_of_script(
-        *("benchmarks/generation.py", "--data", test_zip, *samples, "--features", classifier),
+        "benchmarks/generation.py",
+        *("--data", test_zip, *samples, "--features", classifier),
         *("--num-images", config.num_samples, "--output", config.output / "judged"),
     )
 
