@@ -6,7 +6,7 @@ Floats end at `Tables.quantise`: the bytes of given symbols, and the symbols of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +18,7 @@ from ldm_vae.codec.bitstream import Box, Contents, Header, Limits
 from ldm_vae.codec.network import Network
 from ldm_vae.codec.picture import Picture, as_picture, fill
 from ldm_vae.codec.sections import pack_sections, unpack_sections
-from ldm_vae.codec.tables import DIGEST_BYTES, Floats, Tables, load_tables
+from ldm_vae.codec.tables import DIGEST_BYTES, Tables, load_tables
 from ldm_vae.codec.tiles import TileReader, encode_tiles
 from ldm_vae.data.images import Pixels
 from ldm_vae.errors import ConfigError, CorruptError, ModelMismatchError
@@ -98,13 +98,8 @@ class LatentCodec:
         (limits or Limits()).check(picture.pixels.shape[1], picture.pixels.shape[0])
         header = self.header_of(picture, self.tables.fixed_quality(quality))
         latents = self.network.latents(picture.pixels, header.tile_boxes)  # float32 (c, h, w) of each tile
-        return self.pack(picture, latents, header, strip=strip)
-
-    def pack(self, picture: Picture, latents: Iterable[Floats], header: Header, *, strip: bool) -> bytes:
-        """A file's bytes from float32 latents (c, h, w) of each tile."""
-        contexts, lanes, count = self.tables.contexts_of(header.quality), header.lanes, len(header.tile_boxes)
         symbols = (self.tables.quantise(tile, header.quality) for tile in latents)  # int32 (C, h, w)
-        payloads = encode_tiles(symbols, contexts, count=count, lanes=lanes, workers=self.workers)
+        payloads = encode_tiles(symbols, header, self.tables.contexts_of(header.quality), self.workers)
         return bitstream.pack(header, pack_sections(picture, strip=strip), payloads)
 
     def header_of(self, picture: Picture, quality: int) -> Header:
@@ -184,9 +179,9 @@ class LatentCodec:
 
     def unpack(self, contents: Contents, box: Box, damage: list[str] | None) -> Iterator[Pixels]:
         """A box of pixels from a file, in bands from top to bottom."""
-        header, contexts = contents.header, self.tables.contexts_of(contents.header.quality)
+        header = contents.header
         bands = self.network.bands(header, box)
-        reader = TileReader(contents, contexts, workers=self.workers, damage=damage)
+        reader = TileReader(contents, self.tables.contexts_of(header.quality), self.workers, damage)
         symbols = reader.symbols([band.latents for band in bands])  # int32 (C, h, w) of each band
         latents = (self.tables.dequantise(values, header.quality) for values in symbols)  # float32 (c, h, w)
         for band, pixels in zip(bands, self.network.pixels(latents, bands, header), strict=True):

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from ldm_vae.codec import bitstream
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.picture import Picture
+from ldm_vae.codec.sections import pack_sections
 from ldm_vae.codec.tables import Floats
-from ldm_vae.codec.tiles import window
+from ldm_vae.codec.tiles import encode_tiles, window
 from ldm_vae.data import large
-from ldm_vae.data.large import Pixels, let_go
+from ldm_vae.data.images import Pixels
+from ldm_vae.data.large import let_go
 from ldm_vae.errors import ConfigError
 from ldm_vae.models.tiles import spans
 
@@ -65,7 +68,10 @@ def compress_to(
 def file_at(codec: LatentCodec, picture: Picture, latents: Floats, quality: int, strip: bool) -> bytes:
     """The file of a picture at a fixed-point quality, from all its latents (c, h, w)."""
     header, whole = codec.header_of(picture, quality), codec.network.box_of(picture.pixels)
-    return codec.pack(picture, (window(latents, whole, box) for box in header.tile_boxes), header, strip=strip)
+    tiles = (window(latents, whole, box) for box in header.tile_boxes)
+    symbols = (codec.tables.quantise(tile, quality) for tile in tiles)
+    payloads = encode_tiles(symbols, header, codec.tables.contexts_of(quality), codec.workers)
+    return bitstream.pack(header, pack_sections(picture, strip=strip), payloads)
 
 
 def psnr_at(codec: LatentCodec, picture: Picture, latents: Floats, quality: int) -> float:

@@ -160,8 +160,8 @@ def load_tables(folder: Path) -> Tables:
 def tables_from(config: Mapping[str, Any], arrays: Mapping[str, Integers]) -> Tables:
     contexts = []
     for quality in config["qualities"]:
-        *integers, frequencies = (arrays[f"{quality}.{name}"].astype(np.int64) for name in ARRAYS)
-        contexts.append(Contexts(*integers, Frequencies(frequencies)))
+        taps, means, activities, thresholds, counts = (arrays[f"{quality}.{n}"].astype(np.int64) for n in ARRAYS)
+        contexts.append(Contexts(taps, means, activities, thresholds, Frequencies(counts)))
     return Tables(
         vae=config["vae"],
         sigma=np.array(config["sigma"]),

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 
 import numpy as np
 
-from ldm_vae.codec.bitstream import Box, Contents, report
+from ldm_vae.codec.bitstream import Box, Contents, Header, report
 from ldm_vae.codec.contexts import Contexts, Integers, decode_symbols, encode_symbols
 from ldm_vae.errors import CompressedFileError
 
@@ -23,6 +22,8 @@ BATCH = 16
 """Tiles whose symbols are in memory together."""
 TILES_A_PROCESS = 2
 """Fewer are not worth starting a process for."""
+Shape = tuple[int, int, int]
+Outcome = Integers | CompressedFileError
 _contexts: list[Contexts] = []
 """Those of this process, where it is one of several: sent once, not with every tile."""
 
@@ -54,15 +55,15 @@ def pool_for(count: int, contexts: Contexts, workers: int) -> Iterator[ProcessPo
         pool.shutdown(cancel_futures=True)
 
 
-def encode_tiles(tiles: Iterable[Integers], contexts: Contexts, *, count: int, lanes: int, workers: int) -> list[bytes]:
-    """int32 symbols (C, h, w) of each of `count` tiles -> its bytes."""
-    with pool_for(count, contexts, workers) as pool:
+def encode_tiles(symbols: Iterable[Integers], header: Header, contexts: Contexts, workers: int) -> list[bytes]:
+    """int32 symbols (C, h, w) of each tile -> its bytes."""
+    with pool_for(len(header.tile_boxes), contexts, workers) as pool:
         if pool is None:
-            return [encode_symbols(tile, contexts, lanes=lanes) for tile in tiles]
+            return [encode_symbols(tile, contexts, lanes=header.lanes) for tile in symbols]
         payloads: list[bytes] = []
-        tiles = iter(tiles)
+        tiles = iter(symbols)
         while batch := list(islice(tiles, BATCH)):
-            payloads += pool.map(partial(encode_here, lanes=lanes), batch)
+            payloads += pool.map(partial(encode_here, lanes=header.lanes), batch)
         return payloads
 
 
@@ -76,7 +77,7 @@ class TileReader:
         damaged: where the damaged tiles lie that were met so far.
     """
 
-    def __init__(self, contents: Contents, contexts: Contexts, *, workers: int, damage: list[str] | None) -> None:
+    def __init__(self, contents: Contents, contexts: Contexts, workers: int, damage: list[str] | None) -> None:
         self.contents, self.contexts, self.workers, self.damage = contents, contexts, workers, damage
         self.damaged: list[Box] = []
 
@@ -96,41 +97,36 @@ class TileReader:
                 yield symbols
 
     def decode(self, indices: list[int], pool: ProcessPoolExecutor | None) -> dict[int, Integers]:
-        coded = [self.coded(i) for i in indices]
-        results = (decode_tile(t, self.contexts) for t in coded) if pool is None else pool.map(decode_here, coded)
+        header = self.contents.header
+        boxes = [header.tile_boxes[i] for i in indices]
+        shapes = [(header.channels, bottom - top, right - left) for top, left, bottom, right in boxes]
+        payloads = [self.payload(i) for i in indices]
+        results: Iterator[Outcome]
+        if pool is None:
+            results = map(partial(decode_tile, lanes=header.lanes, contexts=self.contexts), payloads, shapes)
+        else:
+            results = pool.map(partial(decode_here, lanes=header.lanes), payloads, shapes)
         decoded = {}
-        for i, tile, result in zip(indices, coded, results, strict=True):
+        for i, box, shape, result in zip(indices, boxes, shapes, results, strict=True):
             if isinstance(result, CompressedFileError):
                 report(result, self.contents.tiles[i].name, self.damage)
-                self.damaged.append(self.contents.header.tile_boxes[i])
-            decoded[i] = np.zeros(tile.shape, np.int32) if isinstance(result, CompressedFileError) else result
+                self.damaged.append(box)
+            decoded[i] = np.zeros(shape, np.int32) if isinstance(result, CompressedFileError) else result
         return decoded
 
-    def coded(self, index: int) -> CodedTile:
-        header = self.contents.header
-        top, left, bottom, right = header.tile_boxes[index]
-        payload: bytes | CompressedFileError
+    def payload(self, index: int) -> bytes | CompressedFileError:
         try:
-            payload = self.contents.read(self.contents.tiles[index])
+            return self.contents.read(self.contents.tiles[index])
         except CompressedFileError as error:
-            payload = error
-        return CodedTile(payload=payload, shape=(header.channels, bottom - top, right - left), lanes=header.lanes)
+            return error
 
 
-@dataclass(frozen=True, kw_only=True)
-class CodedTile:
-    """What is needed to decode a tile: its bytes, or why they cannot be read; the symbols' shape; number of lanes."""
-
-    payload: bytes | CompressedFileError
-    shape: tuple[int, int, int]
-    lanes: int
-
-
-def decode_tile(tile: CodedTile, contexts: Contexts) -> Integers | CompressedFileError:
-    if isinstance(tile.payload, CompressedFileError):
-        return tile.payload
+def decode_tile(payload: bytes | CompressedFileError, shape: Shape, *, lanes: int, contexts: Contexts) -> Outcome:
+    """A tile's symbols, or what is wrong with it."""
+    if isinstance(payload, CompressedFileError):
+        return payload
     try:
-        return decode_symbols(tile.payload, tile.shape, contexts, lanes=tile.lanes)
+        return decode_symbols(payload, shape, contexts, lanes=lanes)
     except CompressedFileError as error:
         return error
 
@@ -139,9 +135,9 @@ def receive(contexts: Contexts) -> None:
     _contexts.append(contexts)
 
 
-def encode_here(tile: Integers, lanes: int) -> bytes:
+def encode_here(tile: Integers, *, lanes: int) -> bytes:
     return encode_symbols(tile, _contexts[0], lanes=lanes)
 
 
-def decode_here(tile: CodedTile) -> Integers | CompressedFileError:
-    return decode_tile(tile, _contexts[0])
+def decode_here(payload: bytes | CompressedFileError, shape: Shape, *, lanes: int) -> Outcome:
+    return decode_tile(payload, shape, lanes=lanes, contexts=_contexts[0])
