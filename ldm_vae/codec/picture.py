@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import io
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 from PIL import Image
 
 from ldm_vae.codec.bitstream import EXTENSION
 from ldm_vae.data import large
-from ldm_vae.data.images import (
-    MAX_PIXELS,
-    Pixels,
-    check_float,
-    formats,
-    large_pixels,
-    limits_are_ours,
-    pil_pixels,
-    read_pixels,
-)
+from ldm_vae.data.images import Pixels, check_values
+from ldm_vae.data.png import stream_png
+from ldm_vae.data.reader import MAX_PIXELS, formats, limits_are_ours, pil_pixels, read_pixels
 from ldm_vae.errors import BadImageError, ConfigError
 
 EXIF_PREFIX = b"Exif\0\0"
@@ -101,7 +92,7 @@ def as_picture(image: Image.Image | Pixels | Picture, *, channels: int = 3) -> P
 def from_pixels(values: Pixels, *, channels: int = 3, icc: bytes = b"", exif: bytes = b"") -> Picture:
     """Pixels (H, W, C); floats in [0, 1] get 16 bits."""
     if values.dtype == np.float32:
-        values = np.rint(check_float(values) * 65535).astype(np.uint16)
+        values = np.rint(check_values(values) * 65535).astype(np.uint16)
     if values.ndim == 3 and values.shape[2] in (2, 4) and values.shape[2] != channels:
         return Picture(pixels=values[:, :, :-1], alpha=last_channel(values), icc=icc, exif=exif)
     return Picture(pixels=values, icc=icc, exif=exif)
@@ -136,19 +127,18 @@ def last_channel(values: Pixels) -> Pixels:
 def read_picture(
     given: bytes | Path, *, channels: int = 3, max_pixels: int = MAX_PIXELS, scratch: Path | None = None
 ) -> Picture:
-    """From a file or its bytes; the orientation that EXIF names is applied. `scratch` as in `large_pixels`.
+    """From a file or its bytes; the orientation that EXIF names is applied. `scratch` is `read_large`'s folder.
 
     Raises:
         BadImageError: there is none in them.
         OSError: the file cannot be read.
     """
-    options: dict[str, Any] = {"channels": channels, "keep_alpha": True, "max_pixels": max_pixels}
-    values = None if scratch is None else large_pixels(given, scratch=scratch, **options)
+    values = None if scratch is None else large.read_large(given, scratch, channels=None, max_pixels=max_pixels)
     if values is not None:  # PIL would decode it to find its EXIF
-        icc, exif = large.metadata_of(given)
+        icc, exif = large.large_metadata(given)
         return from_pixels(values, channels=channels, icc=icc, exif=without_layout(exif))
     given = given.read_bytes() if isinstance(given, Path) else given
-    values = read_pixels(given, **options)
+    values = read_pixels(given, channels=channels, keep_alpha=True, max_pixels=max_pixels)
     try:
         with limits_are_ours(), Image.open(io.BytesIO(given), formats=formats()) as image:
             icc, exif = metadata_of(image)
@@ -184,14 +174,9 @@ def png_bytes(picture: Picture) -> bytes:
     values = picture.whole()
     if values.shape[2] > 4 or picture.pixels.shape[2] == 2:
         raise ConfigError(f"a PNG has no {values.shape[2]} channels: write .npy")
-    plain = imagecodecs.png_encode(values[:, :, 0] if values.shape[2] == 1 else values)
-    chunks = b""
-    if picture.icc:
-        chunks += large.chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.icc))
-    if picture.exif:
-        chunks += large.chunk(b"eXIf", picture.exif)
-    after_header = len(large.PNG_SIGNATURE) + 25
-    return bytes(plain[:after_header]) + chunks + bytes(plain[after_header:])
+    file = io.BytesIO()
+    stream_png(file, [values], values.shape, icc=picture.icc, exif=picture.exif)
+    return file.getvalue()
 
 
 def encode_picture(picture: Picture, extension: str) -> bytes:

@@ -10,8 +10,8 @@ import numpy as np
 
 from ldm_vae.codec.bitstream import ALPHA, EXIF, ICC, SECTIONS, Contents, report
 from ldm_vae.codec.picture import Picture
+from ldm_vae.data import png
 from ldm_vae.data.images import Pixels
-from ldm_vae.data.large import PNG_SIGNATURE
 from ldm_vae.errors import BadImageError, CompressedFileError, CorruptError
 
 MAX_METADATA = 1 << 24
@@ -53,7 +53,7 @@ def pack_alpha(alpha: Pixels) -> bytes:
 
 def unpack_alpha(data: bytes, height: int, width: int, dtype: np.dtype) -> Pixels:
     """The alpha that `pack_alpha` was given. Raises CorruptError: for a wrong size before anything is allocated."""
-    if data[:8] != PNG_SIGNATURE or struct.unpack_from(">II", data.ljust(24, b"\0"), 16) != (width, height):
+    if data[:8] != png.SIGNATURE or struct.unpack_from(">II", data.ljust(24, b"\0"), 16) != (width, height):
         raise CorruptError("it is no PNG of the image's size")
     try:
         alpha = imagecodecs.png_decode(data)

@@ -157,12 +157,12 @@ def decompress_file(command: Decompress) -> str | None:
 def write_bands(name: str, picture: Any, bands: Iterator[Any]) -> None:
     """A PNG of a picture whose pixels come in bands."""
     from ldm_vae.codec.picture import with_alpha
-    from ldm_vae.data.large import write_large
+    from ldm_vae.data.png import stream_png
 
     shape = (*picture.pixels.shape[:2], picture.pixels.shape[2] + (picture.alpha is not None))
     with nullcontext(sys.stdout.buffer) if name == STREAM else atomic(Path(name)) as out:
         parts = with_alpha(bands, picture.alpha)
-        write_large(out, parts, shape, folder=scratch_of(name), icc=picture.icc, exif=picture.exif)
+        stream_png(out, parts, shape, icc=picture.icc, exif=picture.exif)
 
 
 # Folders -------------------------------------------------------------------------------------------------------------

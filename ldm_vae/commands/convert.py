@@ -18,10 +18,11 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ldm_vae.commands.folders import numbered, result_names, run_jobs, stays_inside, totals
-from ldm_vae.commands.png import finished, own_share, write_png
+from ldm_vae.commands.resumable import share_work, write_png
 from ldm_vae.data.conversion import check_viewable, to_images, to_pixels
 from ldm_vae.data.images import Pixels
-from ldm_vae.data.large import MAX_LARGE_PIXELS, let_go, write_large
+from ldm_vae.data.large import MAX_LARGE_PIXELS, let_go
+from ldm_vae.data.png import stream_png
 from ldm_vae.data.sources import check_finite, check_outside, open_source
 from ldm_vae.errors import BadImageError, nothing_usable
 from ldm_vae.files import atomic, check_writable, write_csv
@@ -88,7 +89,6 @@ def convert_images(
         DataError: nothing that can be used.
         RunError: files of other settings are there.
     """
-    share = {"part": accelerator.process_index, "parts": accelerator.num_processes}
     channels, reach = channels_of(vae), reach_of(vae)
     check_viewable(channels)
     scratch = None if reach is None else config.output
@@ -100,7 +100,7 @@ def convert_images(
     files = result_names(names, ".png")
     index_of = {file: index for index, file in enumerate(files)}
     settings = {**settings, "images": source.fingerprint()}
-    done = finished(config.output, index_of, settings, **share)
+    own_files, num_finished = share_work(config.output, index_of, settings, accelerator)
 
     def convert(index: int) -> None:
         target = config.output / files[index]
@@ -114,9 +114,9 @@ def convert_images(
         strips = strips_through(function, pixels, *reach, device=accelerator.device)
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic(target) as out:
-            write_large(out, strips, pixels.shape, folder=config.output, text=facts)
+            stream_png(out, strips, pixels.shape, text=facts)
 
-    jobs = {names[index_of[file]]: index_of[file] for file in own_share(index_of, done, **share)}
+    jobs = {names[index_of[file]]: index_of[file] for file in own_files}
     failures = run_jobs(convert, jobs, errors=(BadImageError,), show=accelerator.is_main_process)
     for part in gather_object([failures]):
         failures |= part
@@ -124,7 +124,7 @@ def convert_images(
         write_csv(config.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(failures.items())])
         if len(failures) == len(files):
             raise nothing_usable(failures)
-        print(totals(len(files) - len(done), failures, config.output, skipped=len(done)))
+        print(totals(len(files) - num_finished, failures, config.output, skipped=num_finished))
     accelerator.end_training()
 
 

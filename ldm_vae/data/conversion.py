@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from ldm_vae.data.images import Pixels, check_float, convert_channels, values_of
+from ldm_vae.data.images import Pixels, check_values, convert_channels, values_of
+from ldm_vae.data.reader import pil_pixels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -55,28 +56,11 @@ def images_from(given: Any, *, channels: int) -> Tensor:
             raise ValueError("a tensor with values outside [0, 1] was given: of images in [-1, 1], give (x + 1) / 2")
         return 2 * values.float() - 1
     if isinstance(given, Image.Image):
-        return to_images(convert_channels(pixels_of(given), channels))[None]
+        return to_images(convert_channels(pil_pixels(given), channels))[None]
     if isinstance(given, np.ndarray) and given.ndim in (2, 3, 4):
         arrays = given if given.ndim == 4 else np.atleast_3d(given)[None]
-        return torch.stack([to_images(convert_channels(stored(a), channels)) for a in arrays])
+        return torch.stack([to_images(convert_channels(check_values(a), channels)) for a in arrays])
     raise ValueError(f"{describe(given)} was given: a PIL image, an array or a tensor is needed")
-
-
-def pixels_of(image: Image.Image) -> Pixels:
-    """A PIL image, upright -> pixels (H, W, 1 to 4) of uint8, uint16 or float32."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):
-        return np.asarray(upright)[:, :, None].astype(np.uint16)
-    if upright.mode == "F":
-        return check_float(np.asarray(upright)[:, :, None])
-    if upright.mode not in ("L", "LA", "RGB", "RGBA"):
-        transparent = upright.mode in ("PA", "RGBa", "La") or "transparency" in upright.info
-        upright = upright.convert("L" if upright.mode == "1" else "RGBA" if transparent else "RGB")
-    return np.atleast_3d(np.asarray(upright))
-
-
-def stored(array: np.ndarray) -> Pixels:
-    return array if array.dtype in (np.uint8, np.uint16) else check_float(array)
 
 
 def mask_from(given: Any) -> Tensor:

@@ -9,7 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from ldm_vae.data.image_files import MAX_FILE_BYTES, UNREADABLE, digest_of, files_below, is_image, patiently
-from ldm_vae.data.images import Sample, large_pixels, read_pixels
+from ldm_vae.data.images import Sample
+from ldm_vae.data.large import read_large
+from ldm_vae.data.reader import read_pixels
 from ldm_vae.errors import BadImageError, DataError
 
 
@@ -58,14 +60,13 @@ class FileSource:
             raise BadImageError(f"cannot be read: {reason}") from None
 
     def __getitem__(self, index: int) -> Sample:
-        options: dict[str, Any] = {"channels": self.channels, "max_pixels": self.max_pixels}
         pixels = None
         if self.scratch is not None:
-            in_folder = isinstance(self.read, FolderReader)  # then its bytes need not be in memory, either
-            given = self.read.root / self.names[index] if in_folder else self.content(index)  # type: ignore[attr-defined]
-            pixels = large_pixels(given, scratch=self.scratch, **options)
+            in_folder = isinstance(self.read, FolderReader)  # then the file's bytes need not lie in memory, either
+            image_file = self.read.root / self.names[index] if in_folder else self.content(index)  # type: ignore[attr-defined]
+            pixels = read_large(image_file, self.scratch, channels=self.channels, max_pixels=self.max_pixels)
         if pixels is None:
-            pixels = read_pixels(self.content(index), **options)
+            pixels = read_pixels(self.content(index), channels=self.channels, max_pixels=self.max_pixels)
         return Sample(pixels=pixels, label=self.label(index), name=self.name(index))
 
 

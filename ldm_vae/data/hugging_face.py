@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_vae.data.image_files import digest_of, patiently
-from ldm_vae.data.images import Sample, read_pixels
+from ldm_vae.data.images import Sample
+from ldm_vae.data.reader import read_pixels
 from ldm_vae.errors import BadImageError, DataError
 
 

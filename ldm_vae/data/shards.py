@@ -24,7 +24,8 @@ from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-
 from fsspec.core import url_to_fs
 
 from ldm_vae.data.image_files import MAX_FILE_BYTES, digest_of, is_image, patiently
-from ldm_vae.data.images import Sample, read_pixels
+from ldm_vae.data.images import Sample
+from ldm_vae.data.reader import read_pixels
 from ldm_vae.errors import BadImageError, DataError
 from ldm_vae.files import check_writable, staged_directory, write_json
 

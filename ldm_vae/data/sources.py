@@ -10,8 +10,9 @@ from typing import Protocol
 from ldm_vae.data.file_sources import folder_source, zip_source
 from ldm_vae.data.hugging_face import hugging_face_source, is_hugging_face_folder
 from ldm_vae.data.image_files import EXTENSIONS, digest_of
-from ldm_vae.data.images import MAX_PIXELS, Sample
+from ldm_vae.data.images import Sample
 from ldm_vae.data.procedural import PROCEDURAL, ProceduralSource
+from ldm_vae.data.reader import MAX_PIXELS
 from ldm_vae.data.shards import ShardSource, is_shards
 from ldm_vae.errors import ConfigError, DataError
 from ldm_vae.hub import is_hub_id
@@ -110,7 +111,7 @@ def open_source(
         channels: of the pixels; what a file has is converted where that makes sense.
         resolution: side of procedural images; other sources give what they hold.
         max_pixels: images with more are bad images.
-        scratch: folder for large images, see `large_pixels`; for folders and .zip.
+        scratch: folder for large images, see `read_large`; for folders and .zip.
 
     Raises:
         DataError: nothing there, or nothing in it that is an image.

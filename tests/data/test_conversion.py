@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_vae.data.conversion import images_from, images_to, mask_from
+from ldm_vae.codec.picture import as_picture
+from ldm_vae.data.conversion import images_from, images_to, mask_from, to_images
+from ldm_vae.data.reader import read_pixels
 from ldm_vae.errors import BadImageError
 
 
@@ -44,7 +47,29 @@ def test_every_mode_of_pil_is_read(mode: str) -> None:
         torch.testing.assert_close(images[0], expected.expand(channels, -1, -1), rtol=0, atol=atol)
 
 
-def test_a_picture_lies_as_its_orientation_says() -> None:
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_transparent_colour_is_white_however_the_image_is_given(mode: str) -> None:
+    image = Image.fromarray(np.array([[[10, 20, 30], [40, 50, 60]]], np.uint8)).convert(mode)
+    file = io.BytesIO()
+    key = image.getpixel((0, 0))
+    image.save(file, "PNG", transparency=key)
+    pixels = read_pixels(file.getvalue())
+    assert pixels[0, 0].tolist() == [255, 255, 255]
+    assert pixels[0, 1].tolist() == list(image.convert("RGB").getpixel((1, 0)))
+    opened = Image.open(file)
+    assert torch.equal(images_from(opened, channels=3), to_images(pixels)[None])
+    assert as_picture(opened).alpha[0].tolist() == [0, 255]
+
+
+def test_integers_of_32_bits_are_read_as_16_and_refused_beyond() -> None:
+    image = Image.fromarray(np.array([[0, 65535]], np.int32))
+    assert images_from(image, channels=1).tolist() == [[[[-1, 1]]]]
+    for value in (-5, 65536):
+        with pytest.raises(BadImageError, match="at most 16 bits are read"):
+            images_from(Image.fromarray(np.array([[0, value]], np.int32)), channels=1)
+
+
+def test_an_image_lies_as_its_orientation_says() -> None:
     image = Image.fromarray(colours())
     image.getexif()[274] = 6
     assert images_from(image, channels=3).shape == (1, 3, 7, 5)

@@ -10,7 +10,8 @@ import torch
 from PIL import EpsImagePlugin, Image
 
 from ldm_vae.data.conversion import to_images, to_pixels
-from ldm_vae.data.images import centre_square, convert_channels, read_pixels, resize
+from ldm_vae.data.images import centre_square, convert_channels, resize
+from ldm_vae.data.reader import read_pixels
 from ldm_vae.errors import BadImageError
 
 RAMP = np.arange(48 * 3, dtype=np.uint8).reshape(6, 8, 3)

@@ -11,8 +11,9 @@ import tifffile
 from PIL import Image
 
 from ldm_vae.data import large
-from ldm_vae.data.images import large_pixels, read_pixels
-from ldm_vae.data.large import read_large, write_large
+from ldm_vae.data.large import read_large
+from ldm_vae.data.png import stream_png
+from ldm_vae.data.reader import read_pixels
 from ldm_vae.errors import BadImageError
 
 
@@ -39,10 +40,10 @@ CHANNELS = {"PNG": (1, 2, 3, 4), "TIFF": (1, 2, 3, 4), "JPEG": (1, 3), "WEBP": (
 def test_what_lies_on_disk_is_what_would_lie_in_memory(kind: str, channels: int, tmp_path: Path) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     data = as_file(pixels_of(channels), kind, **options)
-    for asked in ({"keep_alpha": True}, {"channels": 1}, {"channels": 3}):
-        on_disk = large_pixels(data, scratch=tmp_path, max_pixels=10**6, **asked)
+    for asked in (None, 1, 3):
+        on_disk = read_large(data, tmp_path, channels=asked, max_pixels=10**6)
         assert isinstance(on_disk, np.memmap)
-        assert np.array_equal(on_disk, read_pixels(data, **asked))
+        assert np.array_equal(on_disk, read_pixels(data, channels=asked or 3, keep_alpha=asked is None))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -53,15 +54,15 @@ def test_what_only_others_read_right_is_left_to_them(tmp_path: Path) -> None:
     file = io.BytesIO()
     cmyk.save(file, "JPEG")
     for data in (as_file(pixels_of(3), "JPEG", exif=turned), file.getvalue(), b"none", as_file(pixels_of(3), "BMP")):
-        assert read_large(data, tmp_path, max_pixels=10**6, convert=lambda p: p) is None
+        assert read_large(data, tmp_path, channels=None, max_pixels=10**6) is None
 
 
 def test_what_is_cut_short_or_too_large_is_refused(tmp_path: Path) -> None:
     data = as_file(pixels_of(3), "PNG")
     with pytest.raises(BadImageError, match="cannot be decoded"):
-        large_pixels(data[: len(data) // 2], scratch=tmp_path, max_pixels=10**6)
+        read_large(data[: len(data) // 2], tmp_path, channels=3, max_pixels=10**6)
     with pytest.raises(BadImageError, match="91x53 is more than the limit of 4000 pixels"):
-        large_pixels(data, scratch=tmp_path, max_pixels=4000)
+        read_large(data, tmp_path, channels=3, max_pixels=4000)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -72,20 +73,22 @@ def test_strips_become_one_file(channels: int, dtype: Any, tmp_path: Path) -> No
     exif[270], exif[50000] = "a title", "somebody's own"
     with open(tmp_path / "out", "wb") as out:
         parts = [pixels[:20], pixels[20:21], pixels[21:]]
-        more: dict[str, Any] = {"exif": exif.tobytes().removeprefix(b"Exif\0\0"), "text": {"name": "ü.png"}}
-        write_large(out, parts, pixels.shape, folder=tmp_path, **more)
+        text = {"name": "ü.png", "no text": os.fsdecode(b"caf\xe9")}
+        stream_png(out, parts, pixels.shape, icc=b"a profile", exif=exif.tobytes().removeprefix(b"Exif\0\0"), text=text)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     data = (tmp_path / "out").read_bytes()
     assert np.array_equal(read_pixels(data, keep_alpha=True, channels=channels), pixels)
     with Image.open(tmp_path / "out") as image:
         assert dict(image.getexif()) == {270: "a title", 50000: "somebody's own"}
-        assert image.info["name"] == "\\xfc.png"
+        assert image.info["name"] == "ü.png"
+        assert image.info["no text"] == "caf\\udce9"
+        assert image.info["icc_profile"] == b"a profile"
 
 
 def test_nothing_is_said_of_an_image_that_nobody_said(tmp_path: Path) -> None:
     pixels = pixels_of(3)
     with open(tmp_path / "out", "wb") as out:
-        write_large(out, [pixels], pixels.shape, folder=tmp_path, icc=b"")
+        stream_png(out, [pixels], pixels.shape, icc=b"")
     with Image.open(tmp_path / "out") as image:
         image.load()
         assert (dict(image.info), dict(image.getexif())) == ({}, {})
@@ -94,9 +97,9 @@ def test_nothing_is_said_of_an_image_that_nobody_said(tmp_path: Path) -> None:
 def test_a_name_that_is_no_text_is_read_as_any_other(tmp_path: Path) -> None:
     file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
     file.write_bytes(as_file(pixels_of(3), "PNG"))
-    found = large_pixels(file, scratch=tmp_path, max_pixels=10**6)
+    found = read_large(file, tmp_path, channels=3, max_pixels=10**6)
     assert np.array_equal(found, pixels_of(3))
-    assert large.metadata_of(file) == (b"", b"")
+    assert large.large_metadata(file) == (b"", b"")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -111,21 +114,22 @@ def test_of_a_tiff_bands_are_bands_and_pages_are_pages(dtype: Any, tmp_path: Pat
         tifffile.imwrite(tmp_path / f"{name}.tif", np.moveaxis(pixels, 2, 0) if name == "pages" else pixels, **options)
         data = (tmp_path / f"{name}.tif").read_bytes()
         for given in (data, tmp_path / f"{name}.tif"):
-            assert large_pixels(given, scratch=tmp_path, max_pixels=10**6) is None
+            assert read_large(given, tmp_path, channels=3, max_pixels=10**6) is None
     tifffile.imwrite(tmp_path / "alpha.tif", pixels, photometric="rgb", extrasamples=["unassalpha"])
-    found = large_pixels(tmp_path / "alpha.tif", scratch=tmp_path, max_pixels=10**6, keep_alpha=True)
+    found = read_large(tmp_path / "alpha.tif", tmp_path, channels=None, max_pixels=10**6)
     assert np.array_equal(found, pixels)
     with tifffile.TiffWriter(tmp_path / "preview.tif") as preview:
         preview.write(pixels[:, :, :3], photometric="rgb")
         preview.write(pixels[::4, ::4, :3], photometric="rgb")
-    assert np.array_equal(large_pixels(tmp_path / "preview.tif", scratch=tmp_path, max_pixels=10**6), pixels[:, :, :3])
+    assert np.array_equal(
+        read_large(tmp_path / "preview.tif", tmp_path, channels=3, max_pixels=10**6), pixels[:, :, :3]
+    )
 
 
 def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(small_disk: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (800, 900, 3), np.uint8)
     with pytest.raises(OSError, match="No space left"):
-        large_pixels(as_file(noise, "PNG"), scratch=small_disk, max_pixels=10**6)
-    for folder, file in ((small_disk, tmp_path / "out"), (tmp_path, small_disk / "out")):
-        with open(file, "wb") as out, pytest.raises(OSError, match=r"No space left|write"):
-            write_large(out, [noise], noise.shape, folder=folder)
+        read_large(as_file(noise, "PNG"), small_disk, channels=3, max_pixels=10**6)
+    with pytest.raises(OSError, match="No space left"), open(small_disk / "out", "wb") as out:
+        stream_png(out, [noise], noise.shape)
     assert [p.name for p in small_disk.iterdir()] == ["out"]

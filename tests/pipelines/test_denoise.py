@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ldm_vae.data.conversion import to_images, to_pixels
-from ldm_vae.data.images import read_pixels
+from ldm_vae.data.reader import read_pixels
 from ldm_vae.errors import ConfigError, DataError, RunError, one_line_errors
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.loading import load_autoencoder

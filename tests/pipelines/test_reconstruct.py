@@ -15,7 +15,7 @@ from ldm_vae.commands.convert import ConvertConfig as Config
 from ldm_vae.commands.folders import numbered, result_names
 from ldm_vae.data import large
 from ldm_vae.data.conversion import to_images, to_pixels
-from ldm_vae.data.images import read_pixels
+from ldm_vae.data.reader import read_pixels
 from ldm_vae.data.shards import build_index, shards_of
 from ldm_vae.errors import RunError, one_line_errors
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
