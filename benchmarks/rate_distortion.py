@@ -27,6 +27,7 @@ import tyro
 from PIL import Image, features
 
 from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.search import bits_per_pixel
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.sources import check_finite, open_source
@@ -188,10 +189,6 @@ def measure(codec: Codec, images: dict[str, Pixels], pool: ProcessPoolExecutor) 
         measured = pool.map(fidelities, images.values(), decoded)
         rows += [row | figures for row, figures in zip(timed, measured, strict=True)]
     return rows
-
-
-def bits_per_pixel(data: bytes, pixels: Pixels) -> float:
-    return 8 * len(data) / (pixels.shape[0] * pixels.shape[1])
 
 
 def fidelities(pixels: Pixels, decoded: Pixels) -> Row:

@@ -21,6 +21,7 @@ MEAN_TAPS, ACTIVITY_TAPS = 8, 16
 FARTHEST = 127
 """Channels back: offsets are stored in 8 bits."""
 FINE_BINS = 64
+NUM_ACTIVITIES = 12
 EDGE_IMAGES = 64
 """The fine bins' edges are quantiles of the activity in so many images."""
 LARGEST_ACTIVITY_WEIGHT = 4095
@@ -35,7 +36,7 @@ Floats = np.ndarray[Any, Any]
 Integers = np.ndarray[Any, Any]
 
 
-def fit_contexts(volumes: Sequence[Integers], *, num_activities: int = 12, taps: bool = True) -> Contexts:
+def fit_contexts(volumes: Sequence[Integers], *, taps: bool = True) -> Contexts:
     """Contexts for symbols like these, (C, h, w) each of one C; without `taps`, one static table a channel."""
     channels = len(volumes[0])
     chosen = choose_taps(volumes) if taps else []
@@ -54,7 +55,7 @@ def fit_contexts(volumes: Sequence[Integers], *, num_activities: int = 12, taps:
     counts, edges = count(volumes, bare)  # (C, FINE_BINS, phases, 2 reach + 3), rests beyond the reach at both ends
     edges_kept, tables = [], []
     for c in range(channels):
-        groups = merge(counts[c].sum(axis=1), num_activities if taps else 1)
+        groups = merge(counts[c].sum(axis=1), NUM_ACTIVITIES if taps else 1)
         edges_kept.append([edges[c][g[0] - 1] for g in groups[1:]])
         tables += [counts[c, g].sum(axis=0) for g in groups]
     frequencies = np.concatenate(
@@ -75,11 +76,11 @@ def shifted(values: Floats) -> Floats:
     return np.stack(rows, axis=1)
 
 
-def candidates(channel: int) -> Integers:
-    """Every tap that a channel may have, as offsets (channel, y, x)."""
-    own = [(0, y, x) for y, x in OWN]
+def candidates(channel: int) -> tuple[Integers, Integers]:
+    """Every tap that a channel may have, as offsets (channel, y, x), and its row among all channels' PLACES."""
     before = range(1, min(channel, FARTHEST) + 1)
-    return np.array(own + [(-d, y, x) for d in before for y, x in BEFORE], np.int64)
+    taps = np.array([(0, y, x) for y, x in OWN] + [(-d, y, x) for d in before for y, x in BEFORE], np.int64)
+    return taps, (channel + taps[:, 0]) * len(PLACES) + places_of(taps)
 
 
 def choose_taps(volumes: Sequence[Integers]) -> list[tuple[Integers, Integers, Integers]]:
@@ -95,8 +96,7 @@ def choose_taps(volumes: Sequence[Integers]) -> list[tuple[Integers, Integers, I
         gram += rows @ rows.T
     means = []
     for c in range(channels):
-        taps = candidates(c)
-        index = (c + taps[:, 0]) * width + places_of(taps)
+        taps, index = candidates(c)
         weights = solve(gram, index, c * width)
         best = np.argsort(-np.abs(weights) * np.sqrt(gram[index, index]), kind="stable")[:MEAN_TAPS]
         means.append((taps[best], solve(gram, index[best], c * width)))
@@ -110,8 +110,8 @@ def choose_taps(volumes: Sequence[Integers]) -> list[tuple[Integers, Integers, I
         distances += large @ np.abs(off).T
     chosen = []
     for c, (mean_taps, mean_weights) in enumerate(means):
-        taps = candidates(c)
-        index = np.append((c + taps[:, 0]) * width + places_of(taps), channels * width)  # and a constant
+        taps, index = candidates(c)
+        index = np.append(index, channels * width)  # and a constant
         weights = solve_nonnegative(magnitudes, index, distances[:, c])[:-1]
         best = np.argsort(-weights * np.sqrt(magnitudes[index[:-1], index[:-1]]), kind="stable")[:ACTIVITY_TAPS]
         kept = np.append(index[best], channels * width)
@@ -137,15 +137,18 @@ def rows_in(taps: Integers, some: Integers) -> list[int]:
 
 def solve(gram: Floats, index: Integers, target: int) -> Floats:
     """Least squares with a little ridge, from sums of products."""
-    part = gram[np.ix_(index, index)]
-    ridge = RIDGE * np.trace(part) / len(part) + 1e-6
-    solution: Floats = np.linalg.solve(part + ridge * np.eye(len(part)), gram[index, target])
+    solution: Floats = np.linalg.solve(ridged(gram, index), gram[index, target])
     return solution
 
 
-def solve_nonnegative(gram: Floats, index: Integers, products: Floats) -> Floats:
+def ridged(gram: Floats, index: Integers) -> Floats:
     part = gram[np.ix_(index, index)]
-    lower = np.linalg.cholesky(part + (RIDGE * np.trace(part) / len(part) + 1e-6) * np.eye(len(part)))
+    ridge: Floats = part + (RIDGE * np.trace(part) / len(part) + 1e-6) * np.eye(len(part))
+    return ridge
+
+
+def solve_nonnegative(gram: Floats, index: Integers, products: Floats) -> Floats:
+    lower = np.linalg.cholesky(ridged(gram, index))
     solution: Floats = nnls(lower.T, np.linalg.solve(lower, products[index]))[0]
     return solution
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,8 @@ from tqdm import tqdm
 from ldm_vae.codec.fit_contexts import fit_contexts
 from ldm_vae.codec.tables import Floats, Tables, fixed_point
 from ldm_vae.data.conversion import to_images
-from ldm_vae.data.order import index_at
-from ldm_vae.data.sources import Source
-from ldm_vae.errors import BadImageError, ConfigError, ModelError, nothing_usable
+from ldm_vae.data.sources import Source, shuffled, usable
+from ldm_vae.errors import ConfigError, ModelError, nothing_usable
 from ldm_vae.models.interface import encode_moments, fingerprint, is_variational, stride_of
 
 QUALITIES = tuple(0.5 * 2 ** (i / 2) for i in range(7))
@@ -32,14 +32,12 @@ def fit_tables(
     *,
     num_images: int = 400,
     qualities: Sequence[float] = QUALITIES,
-    contexts: bool = True,
     progress: bool = False,
 ) -> Tables:
     """Tables for a VAE from images of a source, in the order of training with seed 0.
 
     Args:
         qualities: at which contexts are fitted; those in between take the nearest.
-        contexts: False fits one static table a channel.
 
     Raises:
         ModelError: a VAE without a posterior, or with one that says nothing.
@@ -69,7 +67,7 @@ def fit_tables(
     coded = np.isin(np.arange(len(sigma)), channels)
     tables = replace(tables, channels=channels, means=np.where(coded, centres, latents_mean))
     bar = tqdm(fixed, desc="fitting", unit="quality", disable=not progress)
-    fitted = tuple(fit_contexts([tables.quantise(m, q) for m in means], taps=contexts) for q in bar)
+    fitted = tuple(fit_contexts([tables.quantise(m, q) for m in means]) for q in bar)
     return replace(tables, contexts=fitted)
 
 
@@ -80,13 +78,10 @@ def measure(vae: Any, source: Source, num_images: int, progress: bool) -> tuple[
     means: list[Floats] = []
     bad: dict[str, str] = {}
     variance, count = np.zeros(1), 0
-    for position in tqdm(range(min(num_images, len(source))), desc="measuring", unit="image", disable=not progress):
-        index = index_at(position, size=len(source), seed=0)
-        try:
-            pixels = source[index].pixels
-        except BadImageError as error:
-            bad[source.name(index)] = str(error)
-            continue
+    indices = list(islice(shuffled(source, seed=0), num_images))
+    bar = tqdm(indices, desc="measuring", unit="image", disable=not progress)
+    for index, sample in usable(source, bad, indices=bar):
+        pixels = sample.pixels
         height, width = (min(n, LARGEST) // stride * stride for n in pixels.shape[:2])
         if not height or not width:
             bad[source.name(index)] = f"smaller than the stride of {stride}"

@@ -125,7 +125,7 @@ def last_channel(values: Pixels) -> Pixels:
 
 
 def read_picture(
-    given: bytes | Path, *, channels: int = 3, max_pixels: int = MAX_PIXELS, scratch: Path | None = None
+    file: bytes | Path, *, channels: int = 3, max_pixels: int = MAX_PIXELS, scratch: Path | None = None
 ) -> Picture:
     """From a file or its bytes; the orientation that EXIF names is applied. `scratch` is `read_large`'s folder.
 
@@ -133,14 +133,14 @@ def read_picture(
         BadImageError: there is none in them.
         OSError: the file cannot be read.
     """
-    values = None if scratch is None else large.read_large(given, scratch, channels=None, max_pixels=max_pixels)
+    values = None if scratch is None else large.read_large(file, scratch, channels=None, max_pixels=max_pixels)
     if values is not None:  # PIL would decode it to find its EXIF
-        icc, exif = large.large_metadata(given)
+        icc, exif = large.large_metadata(file)
         return from_pixels(values, channels=channels, icc=icc, exif=without_layout(exif))
-    given = given.read_bytes() if isinstance(given, Path) else given
-    values = read_pixels(given, channels=channels, keep_alpha=True, max_pixels=max_pixels)
+    data = file.read_bytes() if isinstance(file, Path) else file
+    values = read_pixels(data, channels=channels, keep_alpha=True, max_pixels=max_pixels)
     try:
-        with limits_are_ours(), Image.open(io.BytesIO(given), formats=formats()) as image:
+        with limits_are_ours(), Image.open(io.BytesIO(data), formats=formats()) as image:
             icc, exif = metadata_of(image)
     except Exception:  # not a kind of file that PIL knows
         icc = exif = b""

@@ -50,12 +50,12 @@ def compress_to(
     finest, coarsest = codec.tables.qualities[0], codec.tables.qualities[-1]
     if target_bpp is not None:
         quality = first(
-            lambda q: bits_per_pixel(file_at(codec, picture, latents, q, strip), picture) <= target_bpp,
+            lambda q: bits_per_pixel(file_at(codec, picture, latents, q, strip), picture.pixels) <= target_bpp,
             finest,
             coarsest,
         )
         if quality is None:
-            least = bits_per_pixel(file_at(codec, picture, latents, coarsest, strip), picture)
+            least = bits_per_pixel(file_at(codec, picture, latents, coarsest, strip), picture.pixels)
             raise ConfigError(f"{target_bpp:g} bits per pixel cannot be reached: the coarsest file has {least:.3f}")
         return file_at(codec, picture, latents, quality, strip)
     best = psnr_at(codec, picture, latents, finest)
@@ -97,9 +97,9 @@ def first(holds: Callable[[int], bool], low: int, high: int) -> int | None:
     return low
 
 
-def bits_per_pixel(data: bytes, picture: Picture) -> float:
+def bits_per_pixel(data: bytes, pixels: Pixels) -> float:
     """Of a whole file."""
-    return 8 * len(data) / (picture.pixels.shape[0] * picture.pixels.shape[1])
+    return 8 * len(data) / (pixels.shape[0] * pixels.shape[1])
 
 
 def latents_of(codec: LatentCodec, picture: Picture, scratch: Path | None) -> Floats:

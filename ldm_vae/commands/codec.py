@@ -121,17 +121,11 @@ def compress_file(command: Compress) -> None:
     file = read(STREAM) if command.input == STREAM else Path(command.input)
     picture = read_picture(file, channels=codec.network.channels, max_pixels=command.max_pixels, scratch=scratch)
     command.limits().check(picture.pixels.shape[1], picture.pixels.shape[0])
-    if command.target_bpp is None and command.target_psnr is None:
+    bpp, psnr = command.target_bpp, command.target_psnr
+    if bpp is None and psnr is None:
         data = codec.compress(picture, quality=command.quality, strip=command.strip, limits=command.limits())
     else:
-        data = compress_to(
-            codec,
-            picture,
-            target_bpp=command.target_bpp,
-            target_psnr=command.target_psnr,
-            strip=command.strip,
-            scratch=scratch,
-        )
+        data = compress_to(codec, picture, target_bpp=bpp, target_psnr=psnr, strip=command.strip, scratch=scratch)
     write(command.output, data)
 
 
@@ -204,7 +198,8 @@ def transfer(
     if command.input != STREAM and Path(command.input).is_dir():
         if command.output == STREAM:
             raise ConfigError("a folder cannot go to standard output")
-        return transfer_folder(act, command, inputs=inputs, extension=extension)
+        transfer_folder(act, command, inputs=inputs, extension=extension)
+        return
     if command.output != STREAM:
         target = Path(command.output)
         if target.is_dir():
@@ -216,7 +211,6 @@ def transfer(
     warning = act(replace(command, workers=command.workers or os.cpu_count() or 1))
     if warning:
         raise DataError(f"{command.input}: {warning}; the rest was written")
-    return None
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
