@@ -11,7 +11,6 @@ do not allow commercial use.
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -40,7 +39,6 @@ from ldm_vae.models.reconstruction import denoise
 from ldm_vae.progress import progress
 from ldm_vae.report import markdown_table, provenance, write_report
 from ldm_vae.runs.config import Range, check_ranges, parse_flags
-from ldm_vae.runs.run import training_seconds
 
 Method = Callable[[Pixels, float], Pixels]
 """Noisy pixels and sigma -> pixels."""
@@ -191,13 +189,6 @@ def gallery(vae: Any, images: dict[int, Pixels], tuned: Any, sigma: float, seed:
     return labelled_rows(rows)
 
 
-def training_of(run: Path) -> dict[str, Any] | None:
-    """Settings and seconds of the training, when the model lies in its run."""
-    if not (run / "metrics.jsonl").is_file():
-        return None
-    return {"seconds": training_seconds(run), **json.loads((run / "config.json").read_text())}
-
-
 def main(config: Config) -> None:
     check_ranges(config)
     if not config.sigmas:
@@ -219,7 +210,6 @@ def main(config: Config) -> None:
     results = {
         "images": len(images),
         "model": fingerprint(vae),
-        "training": training_of(Path(config.vae)),
         "settings": [{"method": name, "sigma": sigma, **m.keywords} for (name, sigma), m in tuned.items()],
         "results": summary,
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +19,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio
 
 from benchmarks import anomaly, denoising
-from benchmarks.studies import embeddings, prior_samples
+from benchmarks.studies import embeddings
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import Corruption
 from ldm_vae.data.order import Stream, generator_at
@@ -91,7 +90,6 @@ def test_denoisers_see_the_same_noise_and_their_figures_are_right(
                 made = to_pixels(denoise(vae, to_images(damaged)[None], sigma=told))[0]
             values.append(peak_signal_noise_ratio(source[i].pixels, made, data_range=255))
         assert found["ours, blind" if told is None else "ours, told sigma"]["psnr"] == pytest.approx(np.mean(values))
-    assert record["training"] is None  # no run
     assert (tmp_path / "out" / "sigma-25.png").stat().st_size > 0
     with pytest.raises(ConfigError, match="sigmas"):
         denoising.main(denoising.Config(vae="", data="", tune_on="", output=tmp_path, sigmas=()))
@@ -280,27 +278,3 @@ def test_each_class_is_the_good_one_in_turn(
             assert above["by"] == pytest.approx(means[method] - means[pca])
             assert above["low"] <= above["high"]
     assert means["5 nearest on pixels"] > 0.8  # stripes are easily told
-
-
-def test_prior_samples_of_both_kinds_are_judged_against_real_images(
-    fashion: Path, tmp_path: Path, in_process: Callable[..., float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prior_samples, "seconds_of_script", in_process)
-    small = {"length": 4, "steps": 1, "batch_size": 8, "classifier_epochs": 1, "num_samples": 20}
-    prior_samples.main(prior_samples.Config(data=fashion, output=tmp_path, **small))
-    record = json.loads((tmp_path / "results.json").read_text())
-    for name in ("plain", "variational"):
-        drawn = sorted((tmp_path / "explored" / name / "samples").glob("*.png"))
-        assert len(drawn) == 20
-        assert Image.open(drawn[0]).size == (32, 32)
-        assert record["training_seconds"][name] > 0
-        (figures,) = [v for key, v in record["figures"].items() if str(key).endswith(f"{name}/samples")]
-        assert 0 < figures["frechet"] < math.inf
-    vae = load_autoencoder(str(tmp_path / "variational"))
-    noise = torch.randn((20, 4, 1, 1), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        made = to_pixels(vae.decode(noise[7:8]).sample)[0, :, :, 0]
-    assert np.array_equal(np.asarray(Image.open(drawn[7])), made)  # from N(0, 1)
-    with Image.open(tmp_path / "samples.png") as sheet:  # two rows of either, the variational one's below
-        top, left = 2 * (64 + 16 + 4) + 16, 4 + 7 * (64 + 4)
-        assert np.array_equal(np.asarray(sheet)[top : top + 64 : 2, left : left + 64 : 2, 0], made)
