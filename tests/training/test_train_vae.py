@@ -86,7 +86,7 @@ def assert_identical(a: Path, b: Path) -> None:
     x, y = state(a), state(b)
     assert x.keys() == y.keys()
     assert {k.split("/")[0] for k in x} == {
-        *("vae", "ema", "discriminator", "adaptive_weight", "kl_weight", "vae_optimizer", "discriminator_optimizer")
+        *("vae", "ema", "discriminator", "adaptive_weight", "vae_optimizer", "discriminator_optimizer")
     }
     for key in x:
         assert torch.equal(x[key], y[key]), key
@@ -121,7 +121,7 @@ def test_two_processes_and_micro_batches_and_one_process_give_the_same_networks(
 KILLER = """
 import os, signal, sys
 from ldm_vae.objectives import autoencoding
-from ldm_vae.config import parse_config
+from ldm_vae.runs.config import parse_config
 from training import train_vae
 calls, real = 0, autoencoding.noise_at
 def noise_at(*args):
@@ -381,7 +381,7 @@ def test_the_mean_and_deviation_that_are_logged_are_those_of_the_latents(photos:
 def test_nan_steps_are_skipped_counted_and_then_lead_back_to_the_checkpoint(
     reference: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = train_vae.train_step
+    real = train_vae.vae_step
     poisoned = {"left": 3}
 
     def poison(batches: Any, state: Any, config: Config, **keywords: Any) -> Any:
@@ -393,7 +393,7 @@ def test_nan_steps_are_skipped_counted_and_then_lead_back_to_the_checkpoint(
                 batches = iter([batch])
         return real(batches, state, config, **keywords)
 
-    monkeypatch.setattr(train_vae, "train_step", poison)
+    monkeypatch.setattr(train_vae, "vae_step", poison)
     config = config_for(photos, tmp_path / "run", checkpoint_every=3)
     main(config)
     assert "not finite in 3 steps in a row, up to step 6: back to the checkpoint of step 3" in capsys.readouterr().out
@@ -503,7 +503,7 @@ def npy(array: np.ndarray) -> bytes:
         (["--data", "{tmp}/empty"], "no images in"),
         (["--resolution", "34"], "34 is not a multiple of 4: try 32"),
         (["--resolution", "16"], "needs crops of 32 pixels"),
-        (["--coarse-weight", "-1"], "--coarse-weight is -1"),
+        (["--target-bpp", "1"], "target-bpp"),  # the codec's
         (["--resolution", "20", "--perceptual", "none"], "the discriminator needs crops of 24 pixels"),
         (
             ["--gradient-accumulation-steps", "3"],
@@ -572,7 +572,7 @@ def test_the_decoder_of_a_diffusers_autoencoder_is_trained_and_its_encoder_left(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"channels": 1, "reconstruction": "charbonnier", "learned_logvar": True},
+        {"channels": 1, "reconstruction": "charbonnier"},
         {"adversarial": "non-saturating", "spectral_norm": True, "reconstruction": "l2"},
         {"gradient_checkpointing": True, "shorter_side": 40, "tracker": "tensorboard"},
         {"compile": True, "mixed_precision": "bf16"},

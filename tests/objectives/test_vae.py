@@ -1,0 +1,214 @@
+"""Gradient truth: which term reaches which network, and that splitting a batch changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
+from diffusers.training_utils import EMAModel
+
+from ldm_vae.data.loader import Batch
+from ldm_vae.data.order import Stream, noise_at
+from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from ldm_vae.models.discriminator import PatchDiscriminator
+from ldm_vae.models.interface import last_layer
+from ldm_vae.objectives import losses
+from ldm_vae.objectives.autoencoding import TrainableVAE
+from ldm_vae.objectives.perceptual import PerceptualLoss
+from ldm_vae.objectives.vae import VAEConfig, VAEState, discriminator_step, generator_step, vae_step
+
+RATES = {"vae": 1e-4, "discriminator": 1e-4}
+IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+NOISE = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def make_state(config: VAEConfig, spectral_norm: bool = False) -> VAEState:
+    torch.manual_seed(0)
+    bare = TrainableVAE(PatchAutoencoderKL(block_out_channels=(8, 16)))
+    discriminator = PatchDiscriminator(base_channels=8, spectral_norm=spectral_norm)
+    lpips = PerceptualLoss("squeeze", pretrained=False) if config.perceptual != "none" else None
+    trained = [p for p in bare.parameters() if p.requires_grad]
+    optimizers = {
+        "vae": torch.optim.AdamW(trained, weight_decay=0.0),
+        "discriminator": torch.optim.AdamW(discriminator.parameters(), weight_decay=0.0),
+    }
+    return VAEState(
+        network=bare,
+        discriminator=discriminator,
+        lpips=lpips,
+        ema=EMAModel(bare.vae.parameters(), decay=0.9),
+        optimizers=optimizers,
+        adaptive_weight=torch.tensor(0.7),
+        bare=bare,
+    )
+
+
+def micro_batches(images: torch.Tensor, count: int) -> Iterator[Batch]:
+    for images_part, positions in zip(images.chunk(count), torch.arange(len(images)).chunk(count), strict=True):
+        yield Batch(images=images_part, positions=positions.tolist(), bad_images={})
+
+
+def gradient_size(module: torch.nn.Module) -> float:
+    return sum(p.grad.abs().sum().item() for p in module.parameters() if p.grad is not None)
+
+
+def test_lpips_alone_gives_the_decoder_a_gradient() -> None:
+    config = VAEConfig(perceptual="random", kl_weight=0.0)
+    state = make_state(config)
+    done = generator_step(IMAGES, NOISE, state, config, adversarial=False, first=True, accelerator=Accelerator())
+    done.terms["lpips_random"].backward()
+    assert gradient_size(state.bare.vae.decoder) > 0
+    assert gradient_size(state.bare.vae.encoder) > 0
+
+
+def test_each_term_is_weighed() -> None:
+    config = VAEConfig(perceptual="random", lpips_weight=0.3, kl_weight=0.02)
+    state = make_state(config)
+    done = generator_step(IMAGES, NOISE, state, config, adversarial=False, first=True, accelerator=Accelerator())
+    assert state.lpips is not None
+    expected = {
+        "l1": (done.reconstruction - IMAGES).abs().mean(),
+        "lpips_random": 0.3 * state.lpips(done.reconstruction, IMAGES),
+        "kl": 0.02 * done.nats_per_pixel,
+    }
+    assert done.terms.keys() == expected.keys()
+    for name, value in expected.items():
+        assert done.terms[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_gradients_are_clipped_to_the_norm_that_was_given() -> None:
+    config = VAEConfig(perceptual="random", disc_start=0, max_grad_norm=1e-3)
+    state = make_state(config)
+    assert state.discriminator is not None
+    networks = {"vae": state.bare, "discriminator": state.discriminator}
+    state.optimizers = {
+        name: torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 1.0)
+        for name, network in networks.items()
+    }
+    before = copy.deepcopy(networks)
+    rates = {"vae": 1.0, "discriminator": 1.0}
+    result = vae_step(micro_batches(IMAGES, 1), state, config, step=0, learning_rates=rates, accelerator=Accelerator())
+    for name, network in networks.items():
+        assert result.terms[f"{name}_grad_norm"] > 0.01  # as it was
+        pairs = zip(network.parameters(), before[name].parameters(), strict=True)
+        moved = torch.cat([(a - b).flatten() for a, b in pairs]).norm().item()
+        assert moved == pytest.approx(1e-3, rel=1e-2), name
+
+
+def test_each_network_has_no_gradient_from_the_others_step() -> None:
+    config = VAEConfig(perceptual="random")
+    state = make_state(config)
+    assert state.discriminator is not None
+    done = generator_step(IMAGES, NOISE, state, config, adversarial=True, first=True, accelerator=Accelerator())
+    sum(done.terms.values()).backward()
+    assert gradient_size(state.discriminator) == 0
+    assert gradient_size(state.bare.vae) > 0
+    state.bare.zero_grad()
+    terms = discriminator_step(IMAGES, done.reconstruction, state.discriminator, config)
+    terms["discriminator"].backward()
+    assert gradient_size(state.discriminator) > 0
+    assert gradient_size(state.bare) == 0
+    assert all(p.requires_grad for p in state.discriminator.parameters())
+
+
+def test_before_disc_start_the_discriminator_is_never_called_and_nothing_is_paid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = VAEConfig(perceptual="none", disc_start=3)
+    state = make_state(config)
+    before = copy.deepcopy(state.discriminator.state_dict())
+    calls = []
+    state.discriminator.register_forward_pre_hook(lambda *_: calls.append("forward"))
+    real_grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append("grad") or real_grad(*a, **k))
+    accelerator = Accelerator()
+    for step in range(3):
+        result = vae_step(
+            micro_batches(IMAGES, 1), state, config, step=step, learning_rates=RATES, accelerator=accelerator
+        )
+        assert "adversarial" not in result.terms
+    assert calls == []
+    assert all(torch.equal(before[k], v) for k, v in state.discriminator.state_dict().items())
+    vae_step(micro_batches(IMAGES, 1), state, config, step=3, learning_rates=RATES, accelerator=accelerator)
+    assert calls == ["forward", "grad", "forward"]
+    assert not all(torch.equal(before[k], v) for k, v in state.discriminator.state_dict().items())
+
+
+def test_the_adaptive_weight_is_that_of_separate_gradients_over_the_whole_batch() -> None:
+    config = VAEConfig(perceptual="random", disc_start=0, gradient_accumulation_steps=2, max_grad_norm=1e9)
+    state = make_state(config)
+    other = make_state(config)
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    noise = torch.from_numpy(noise_at(0, [0, 1, 2, 3], (4, 4, 4), Stream.POSTERIOR))
+    done = generator_step(IMAGES, noise, other, config, adversarial=True, first=True, accelerator=accelerator)
+    last = last_layer(other.bare.vae)
+    plain = sum(v for k, v in done.terms.items() if k != "adversarial")
+    expected = losses.adaptive_weight(
+        torch.autograd.grad(plain, last, retain_graph=True)[0],
+        torch.autograd.grad(done.terms["adversarial"] / (0.5 * 0.7), last)[0],
+    )
+    vae_step(micro_batches(IMAGES, 2), state, config, step=0, learning_rates=RATES, accelerator=accelerator)
+    assert state.adaptive_weight.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_micro_batches_give_the_update_of_the_whole_batch(spectral_norm: bool) -> None:
+    states, judged = [], []
+    for count in (1, 2, 4):
+        config = VAEConfig(perceptual="random", disc_start=1, gradient_accumulation_steps=count, kl_weight=0.01)
+        state = make_state(config, spectral_norm)
+        GradientState._reset_state()
+        accelerator = Accelerator(gradient_accumulation_steps=count)
+        for step in range(5):
+            images = IMAGES.roll(step, dims=2)
+            result = vae_step(
+                micro_batches(images, count), state, config, step=step, learning_rates=RATES, accelerator=accelerator
+            )
+        states.append(state)
+        judged.append(result.terms)
+    for terms in judged[1:]:
+        for name, value in judged[0].items():
+            assert terms[name].item() == pytest.approx(value.item(), rel=2e-4, abs=1e-6), name
+    for state in states[1:]:
+        for network, reference in ((state.bare, states[0].bare), (state.discriminator, states[0].discriminator)):
+            for a, b in zip(network.state_dict().values(), reference.state_dict().values(), strict=True):
+                assert (a - b).abs().max() < 1e-5
+
+
+def test_ema_equals_its_formula_in_double_precision() -> None:
+    config = VAEConfig(perceptual="none", adversarial="none")
+    state = make_state(config)
+    accelerator = Accelerator()
+    shadow = [p.detach().double().clone() for p in state.bare.vae.parameters()]
+    for step in range(20):
+        vae_step(micro_batches(IMAGES, 1), state, config, step=step, learning_rates=RATES, accelerator=accelerator)
+        decay = min(0.9, (1 + step) / (10 + step)) if step else 0.0
+        for s, p in zip(shadow, state.bare.vae.parameters(), strict=True):
+            s.mul_(decay).add_(p.detach().double(), alpha=1 - decay)
+    for s, p in zip(shadow, state.ema.shadow_params, strict=True):
+        assert p.dtype == torch.float32
+        assert (s - p.double()).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(poison: float) -> None:
+    config = VAEConfig(perceptual="none", disc_start=0)
+    state = make_state(config)
+    accelerator = Accelerator()
+    networks = {"vae": state.bare, "discriminator": state.discriminator}
+    before = {k: copy.deepcopy(v.state_dict()) for k, v in networks.items()}
+    images = IMAGES.clone()
+    images[2, 1, 3, 3] = poison
+    result = vae_step(micro_batches(images, 1), state, config, step=0, learning_rates=RATES, accelerator=accelerator)
+    assert not result.healthy
+    for name, network in networks.items():
+        assert all(torch.equal(before[name][k], v) for k, v in network.state_dict().items())
+        assert gradient_size(network) == 0
+    assert state.adaptive_weight.item() == pytest.approx(0.7)
+    assert vae_step(
+        micro_batches(IMAGES, 1), state, config, step=1, learning_rates=RATES, accelerator=accelerator
+    ).healthy
