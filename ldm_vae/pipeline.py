@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import huggingface_hub
@@ -21,13 +22,40 @@ from ldm_vae.models.interface import channels_of, fingerprint, latent_channels_o
 from ldm_vae.models.loading import find_saved, load_saved
 from ldm_vae.models.reconstruction import encode_mean, turn_on_tiling
 from ldm_vae.models.unet import num_classes_of
-from ldm_vae.sampling import Sampling, Seed, adds_noise, generators_for, prediction_of, sample_latents, slerp
+from ldm_vae.sampling import (
+    Sampling,
+    Seed,
+    StepCallback,
+    check_interpolation,
+    common_count,
+    generators_for,
+    prediction_of,
+    sample_latents,
+    slerp,
+)
 
 AT_ONCE = 8
 """Images that go through the autoencoder together, however many are asked for."""
 
 ClassLabel = int | str
 Callback = Callable[["LatentDiffusionPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What sampling starts from, N of each, or 1 for all."""
+
+    noise: Tensor
+    """(N, c, h, w)."""
+    labels: Tensor | None
+    """(N,)."""
+    generators: list[torch.Generator]
+    images: Tensor | None = None
+    """(M, C, H, W) in [-1, 1], of whose size the results are."""
+    known: Tensor | None = None
+    """Scaled latents (N, c, h, w) of the images."""
+    mask: Tensor | None = None
+    """Bool (M, 1, H, W): True where pixels are generated, False where they are the reconstruction's."""
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
@@ -38,7 +66,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     Args:
         vae: any diffusers autoencoder; its config says how latents are scaled (`latents/scaling.py`).
         unet: a UNet2DModel over scaled latents; with `num_class_embeds` = K + 1 it is conditional, class K being none.
-        scheduler: one of `objectives.diffusion.SCHEDULERS`, for what the denoiser predicts.
+        scheduler: one of `sampling.SCHEDULERS`, for what the denoiser predicts.
         class_names: of the K classes, in the order of their labels.
 
     Raises:
@@ -63,10 +91,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     @classmethod
     def download(cls, pretrained_model_name: str, **keywords: Any) -> str:
         """The folder of a hub id; diffusers' own refuses a repository with a class that is not in diffusers."""
-        known = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-        chosen = {k: v for k, v in keywords.items() if k in known and v is not None}
+        options = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+        keywords = {k: v for k, v in keywords.items() if k in options and v is not None}
         files = ["*.json", "*.safetensors"]
-        return str(huggingface_hub.snapshot_download(pretrained_model_name, allow_patterns=files, **chosen))
+        return str(huggingface_hub.snapshot_download(pretrained_model_name, allow_patterns=files, **keywords))
 
     @property
     def num_classes(self) -> int:
@@ -101,76 +129,37 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
-        """Makes images: `.images`, a list of PIL images unless `output_type` asks for something else.
+        """Generates images: `.images`, a list of PIL images unless `output_type` asks for something else.
 
-        How many is the length of whatever is given as several (labels, generators, images), or `num_images`.
+        There are as many as the options that are lists (labels, generators, images) have entries, or `num_images`.
 
         Args:
             class_labels: 0..K-1, or names of classes; one for all images or one each. None: no class.
-            height, width: in pixels, multiples of the autoencoder's stride; what the denoiser was trained on unless
-                given. An `image` has a size of its own.
-            num_inference_steps: of the scheduler; with FlowMatchHeun each is two forward passes.
-            guidance_scale, guidance_interval: see `sampling.Sampling`.
-            generator: a generator or seed for each image. A single one, for several images, gives the seeds of theirs.
+            height, width: in pixels, multiples of the autoencoder's stride; by default the denoiser's training size.
+            num_inference_steps, guidance_scale, guidance_interval, strength: see `sampling.Sampling`.
+            generator: a generator or seed for each image; a single one draws the seeds of several.
             latents: initial noise (N, c, H/f, W/f) instead.
-            image: to start from, as `data.conversion.images_from` takes it, of any size.
-            strength: how much of the way is noised and made anew, 0..1; at 0 the result is the reconstruction.
-            mask_image: of the image's size; what is white is made anew, the rest is the reconstruction's.
+            image: to start from, of any size, as `data.conversion.images_from` takes it.
+            mask_image: of the image's size; white is generated, the rest is the image's reconstruction.
             output_type: "pil"; "np" (N, H, W, C) or "pt" (N, C, H, W), in [0, 1]; "latent", the scaled latents.
-            callback_on_step_end: called as f(pipeline, step, timestep, {"latents": ...}); may give back a dictionary
-                with other latents.
+            callback_on_step_end: f(pipeline, step, timestep, {"latents": ...}) -> a dictionary, perhaps of new latents.
 
         Raises:
-            ValueError: what cannot be, with what could.
+            ValueError: an option that cannot work, with one that could.
         """
         check_output_type(output_type)
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(f"callbacks can be given {', '.join(self._callback_tensor_inputs)}, not {sorted(unknown)}")
         sampling = Sampling(
             num_inference_steps=num_inference_steps,
             strength=strength,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
         )
-        if mask_image is not None and image is None:
-            raise ValueError("a mask_image was given without the image that it is for")
-        if image is not None and (height or width):
-            raise ValueError("height and width are the image's own: resize the image instead")
-        images = None if image is None else self.images_for(image)
-        mask = None if mask_image is None else self.mask_for(images, mask_image)
-        labels = self.labels_for(class_labels)
-        count = common_count(
-            num_images, class_labels=labels, generator=generator, latents=latents, image=images, mask_image=mask
+        size = (height, width)
+        start = starting_point(
+            self, class_labels, num_images, generator, latents, image=image, mask_image=mask_image, size=size
         )
-        known = None if images is None else spread(self.encode(images), count)
-        size = self.latent_size(height, width, latents) if known is None else tuple(known.shape[-2:])
-        generators = generators_for(generator, count)
-        noise = self.noise_for(generators, count, size) if latents is None else self.check_noise(latents, count, size)
-
-        def on_step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
-            assert callback_on_step_end is not None
-            inputs = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
-            return (callback_on_step_end(self, step, timestep, inputs) or {}).get("latents", latents)
-
-        scaled_latents = sample_latents(
-            self.unet,
-            self.scheduler,
-            noise,
-            spread(labels, count),
-            sampling,
-            generators=generators,
-            known=known,
-            mask=None if mask is None else self.mask_of_latents(mask),
-            progress_bar=self.progress_bar,
-            on_step_end=None if callback_on_step_end is None else on_step_end,
-        )
-        if output_type == "latent":
-            return self.output(scaled_latents, return_dict)
-        decoded = self.decode(scaled_latents, like=images)
-        if mask is not None:
-            decoded = torch.where(mask, decoded, self.decode(known, like=images))
-        return self.output(images_to(decoded, output_type), return_dict)
+        on_step_end = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self.finish(start, sampling, output_type, return_dict, on_step_end=on_step_end)
 
     def interpolate(self, seed_a: Seed, seed_b: Seed, num_images: int = 8, **options: Any) -> Any:
         """Images whose noise goes from seed a's to seed b's along the great circle (Shoemake 1985, section 3.3).
@@ -179,7 +168,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         check_interpolation(num_images, self.scheduler)
         size = self.latent_size(options.pop("height", None), options.pop("width", None), None)
-        a, b = (self.noise_for(seed, 1, size) for seed in (seed_a, seed_b))
+        a, b = (self.noise_for(generators_for(seed, 1), size) for seed in (seed_a, seed_b))
         frames = torch.cat([slerp(a, b, i / (num_images - 1)) for i in range(num_images)])
         return self(num_images=num_images, latents=frames, **options)
 
@@ -211,26 +200,50 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
         )
-        pair = self.images_for([image_a, image_b])
-        if len(pair) != 2:
-            raise ValueError(f"{len(pair)} images were given to interpolate between: give two")
+        images = self.images_for([image_a, image_b])
+        if len(images) != 2:
+            raise ValueError(f"{len(images)} images were given to interpolate between: give two")
         labels = self.labels_for(class_labels)
         common_count(num_images, class_labels=labels)
-        a, b = self.encode(pair).chunk(2)
-        mixed = torch.cat([torch.lerp(a, b, i / (num_images - 1)) for i in range(num_images)])
-        noise = spread(self.noise_for(generator, 1, mixed.shape[-2:]), num_images)
-        scaled_latents = sample_latents(
+        a, b = self.encode(images).chunk(2)
+        known = torch.cat([torch.lerp(a, b, i / (num_images - 1)) for i in range(num_images)])
+        generators = generators_for(generator, 1)
+        noise = spread(self.noise_for(generators, known.shape[-2:]), num_images)
+        start = Start(noise=noise, labels=spread(labels, num_images), generators=generators, images=images, known=known)
+        return self.finish(start, sampling, output_type, return_dict)
+
+    # From noise to images ---------------------------------------------------------------------------------------------
+
+    def finish(
+        self,
+        start: Start,
+        sampling: Sampling,
+        output_type: str,
+        return_dict: bool,
+        *,
+        on_step_end: StepCallback | None = None,
+    ) -> Any:
+        """Samples latents and decodes them; what is not masked is the reconstruction's."""
+        mask, stride = start.mask, stride_of(self.vae)
+        images = sample_latents(
             self.unet,
             self.scheduler,
-            noise,
-            spread(labels, num_images),
+            start.noise,
+            start.labels,
             sampling,
-            known=mixed,
+            generators=start.generators,
+            known=start.known,
+            mask=None if mask is None else nn.functional.max_pool2d(mask.float(), stride, ceil_mode=True) > 0,
             progress_bar=self.progress_bar,
+            on_step_end=on_step_end,
         )
-        if output_type == "latent":
-            return self.output(scaled_latents, return_dict)
-        return self.output(images_to(self.decode(scaled_latents, like=pair), output_type), return_dict)
+        if output_type != "latent":
+            decoded = self.decode(images, like=start.images)
+            if mask is not None:
+                decoded = torch.where(mask, decoded, self.decode(start.known, like=start.images))
+            images = images_to(decoded, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in [-1, 1] of any size -> scaled latents of the posterior's mean, float32."""
@@ -243,17 +256,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         images = torch.cat([self.vae.decode(p).sample.float() for p in parts])
         return images if like is None else images[..., : like.shape[-2], : like.shape[-1]]
 
-    def output(self, images: Any, return_dict: bool) -> Any:
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    # What was given ---------------------------------------------------------------------------------------------------
+    # Options ----------------------------------------------------------------------------------------------------------
 
     def images_for(self, image: Any) -> Tensor:
         return images_from(image, channels=channels_of(self.vae)).to(self._execution_device)
 
     def labels_for(self, class_labels: Any) -> Tensor | None:
-        """What was given as labels -> (N,) of 0..K-1, N = 1 for a single one; None for no class.
+        """Numbers or names of classes -> (N,) of 0..K-1, N = 1 for a single one; None for no class.
 
         Raises:
             ValueError: labels for an unconditional model, or a class that is not there.
@@ -262,21 +271,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             return None
         if not self.num_classes:
             raise ValueError(f"class {class_labels} was asked for, but the model has no classes: leave it out")
-        given = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
-        several = given if isinstance(given, (list, tuple, range)) else [given]
-        return torch.tensor([self.label_of(one) for one in several], device=self._execution_device)
-
-    def label_of(self, name: ClassLabel) -> int:
-        """The label of a class by its name, or by its number. Raises ValueError."""
-        names, last = self.config.class_names or [], self.num_classes - 1
-        if name in names:
-            return int(names.index(name))
-        if isinstance(name, str) and not name.isdecimal():
-            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            raise ValueError(f"there is no class {name}: try {shown or f'0 to {last}'}")
-        if not 0 <= int(name) <= last:
-            raise ValueError(f"there is no class {name}: the model's are 0 to {last}")
-        return int(name)
+        labels = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
+        labels = labels if isinstance(labels, (list, tuple, range)) else [labels]
+        names = self.config.class_names or []
+        numbers = [class_number(label, names, self.num_classes) for label in labels]
+        return torch.tensor(numbers, device=self._execution_device)
 
     def latent_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
         """Height and width in latents. Raises ValueError for pixels that are no multiple of the stride."""
@@ -292,61 +291,92 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         h, w = default if isinstance(default, (tuple, list)) else (default, default)
         return height // stride if height else h, width // stride if width else w
 
-    def noise_for(self, generator: Any, count: int, size: Sequence[int]) -> Tensor:
-        """Standard normal (count, c, *size), each image's from its own generator, drawn on that generator's device."""
-        shape = (count, latent_channels_of(self.vae), *size)
-        own = generators_for(generator, count)
-        noise: Tensor = randn_tensor(shape, generator=own, device=self._execution_device, dtype=torch.float32)
+    def noise_for(self, generators: list[torch.Generator], size: Sequence[int]) -> Tensor:
+        """Standard normal (N, c, *size), each image's from its own generator, drawn on that generator's device."""
+        shape = (len(generators), latent_channels_of(self.vae), *size)
+        noise: Tensor = randn_tensor(shape, generator=generators, device=self._execution_device, dtype=torch.float32)
         return noise
 
-    def check_noise(self, latents: Tensor, count: int, size: Sequence[int]) -> Tensor:
-        shape = (latent_channels_of(self.vae), *size)
-        if latents.ndim != 4 or tuple(latents.shape[1:]) != shape:
-            needed = ", ".join(["N", *map(str, shape)])
-            raise ValueError(f"latents of shape {tuple(latents.shape)} were given: ({needed}) is needed")
-        return latents.to(self._execution_device, torch.float32).expand(count, *shape)
 
-    def mask_for(self, images: Any, mask_image: Any) -> Tensor:
-        """The mask of the pixels of images (M, C, H, W): bool (N, 1, H, W)."""
-        mask = mask_from(mask_image).to(images.device)
-        if mask.shape[-2:] != images.shape[-2:]:
-            sizes = [f"{m.shape[-2]}x{m.shape[-1]}" for m in (mask, images)]
-            raise ValueError(f"a mask of {sizes[0]} was given for an image of {sizes[1]}: make them one size")
-        return mask
+def starting_point(
+    pipeline: LatentDiffusionPipeline,
+    class_labels: Any,
+    num_images: int,
+    generator: Any,
+    latents: Tensor | None,
+    *,
+    image: Any,
+    mask_image: Any,
+    size: tuple[int | None, int | None],
+) -> Start:
+    """What a call starts from, its options checked against each other. Raises ValueError."""
+    if mask_image is not None and image is None:
+        raise ValueError("a mask_image was given without the image that it is for")
+    if image is not None and any(size):
+        raise ValueError("height and width are the image's own: resize the image instead")
+    images = None if image is None else pipeline.images_for(image)
+    mask = None if images is None or mask_image is None else mask_for(images, mask_image)
+    labels = pipeline.labels_for(class_labels)
+    count = common_count(
+        num_images, class_labels=labels, generator=generator, latents=latents, image=images, mask_image=mask
+    )
+    known = None if images is None else spread(pipeline.encode(images), count)
+    shape = pipeline.latent_size(*size, latents) if known is None else tuple(known.shape[-2:])
+    generators = generators_for(generator, count)
+    if latents is None:
+        noise = pipeline.noise_for(generators, shape)
+    else:
+        noise = check_noise(latents.to(pipeline._execution_device), (count, latent_channels_of(pipeline.vae), *shape))
+    labels = spread(labels, count)
+    return Start(noise=noise, labels=labels, generators=generators, images=images, known=known, mask=mask)
 
-    def mask_of_latents(self, mask: Tensor) -> Tensor:
-        """Latents of which any pixel is masked: bool (N, 1, H, W) -> (N, 1, ceil(H/f), ceil(W/f))."""
-        return nn.functional.max_pool2d(mask.float(), stride_of(self.vae), ceil_mode=True) > 0
+
+def class_number(label: ClassLabel, names: Sequence[str], num_classes: int) -> int:
+    """The number of a class, by its name or its number. Raises ValueError."""
+    if label in names:
+        return list(names).index(str(label))
+    if isinstance(label, str) and not label.isdecimal():
+        known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise ValueError(f"there is no class {label}: try {known or f'0 to {num_classes - 1}'}")
+    if not 0 <= int(label) < num_classes:
+        raise ValueError(f"there is no class {label}: the model's are 0 to {num_classes - 1}")
+    return int(label)
+
+
+def check_noise(latents: Tensor, shape: Sequence[int]) -> Tensor:
+    """Initial noise (1 or N, c, h, w) -> (N, c, h, w) of this `shape`, float32. Raises ValueError."""
+    if latents.ndim != 4 or tuple(latents.shape[1:]) != tuple(shape[1:]):
+        needed = ", ".join(["N", *map(str, shape[1:])])
+        raise ValueError(f"latents of shape {tuple(latents.shape)} were given: ({needed}) is needed")
+    return latents.to(torch.float32).expand(*shape)
+
+
+def mask_for(images: Tensor, mask_image: Any) -> Tensor:
+    """The mask of the pixels of images (M, C, H, W): bool (N, 1, H, W)."""
+    mask = mask_from(mask_image).to(images.device)
+    if mask.shape[-2:] != images.shape[-2:]:
+        sizes = [f"{m.shape[-2]}x{m.shape[-1]}" for m in (mask, images)]
+        raise ValueError(f"a mask of {sizes[0]} was given for an image of {sizes[1]}: make them one size")
+    return mask
+
+
+def step_callback(pipeline: Any, callback: Callback | None, inputs: Sequence[str]) -> StepCallback | None:
+    """diffusers' kind of callback as `sample_latents` takes it. Raises ValueError for inputs other than latents."""
+    unknown = set(inputs) - {"latents"}
+    if unknown:
+        raise ValueError(f"callbacks can be given latents, not {sorted(unknown)}")
+
+    def on_step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
+        assert callback is not None
+        changed = callback(pipeline, step, timestep, {"latents": latents} if inputs else {})
+        return (changed or {}).get("latents", latents)
+
+    return None if callback is None else on_step_end
 
 
 def spread(values: Any, count: int) -> Any:
     """(1, ...) or (count, ...) -> (count, ...); None stays None."""
     return None if values is None else values.expand(count, *values.shape[1:])
-
-
-def common_count(num_images: int, **options: Any) -> int:
-    """How many images: the length of the options that have several values, which must agree. Raises ValueError."""
-    if num_images < 1:
-        raise ValueError(f"num_images is {num_images}: it must be at least 1")
-    lengths = {name: len(o) for name, o in options.items() if isinstance(o, (list, tuple, range, Tensor))}
-    count = max([num_images, *lengths.values()])
-    for name, length in lengths.items():
-        if length not in (1, count) or (name == "generator" and length != count):
-            raise ValueError(f"{length} of {name} for {count} images: give one for each")
-    if num_images not in (1, count):
-        raise ValueError(f"num_images is {num_images}, but {count} were described: leave num_images out")
-    return count
-
-
-def check_interpolation(num_images: int, scheduler: Any) -> None:
-    """Raises ValueError."""
-    if num_images < 2:
-        raise ValueError(f"num_images is {num_images}: an interpolation has at least its two ends")
-    if adds_noise(scheduler):
-        raise ValueError(
-            f"this {type(scheduler).__name__} adds noise in each step, in which frames would differ at random: "
-            "set algorithm_type to dpmsolver++"
-        )
 
 
 def fingerprint_of(pipeline: LatentDiffusionPipeline) -> str:

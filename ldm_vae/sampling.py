@@ -16,6 +16,8 @@ from ldm_vae.latents.timesteps import FIRST_BETA, LAST_BETA, NUM_TIMESTEPS, Pred
 from ldm_vae.models.unet import denoiser_output, multiple_of, num_classes_of
 
 Seed = int | torch.Generator
+StepCallback = Callable[[int, Tensor, Tensor], Tensor]
+"""Step, timestep and latents -> the latents to go on with."""
 
 # Schedulers -----------------------------------------------------------------------------------------------------------
 
@@ -201,7 +203,7 @@ def sample_latents(
     known: Tensor | None = None,
     mask: Tensor | None = None,
     progress_bar: Callable[[Any], Iterable[Any]] = iter,
-    on_step_end: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    on_step_end: StepCallback | None = None,
 ) -> Tensor:
     """Noise (N, c, h, w) and labels (N,), None for no class -> scaled latents (N, c, h, w).
 
@@ -211,7 +213,6 @@ def sample_latents(
         mask: bool (N, 1, h, w); where it is False, the latents after each step are the known ones with the noise of
             that time (Lugmayr et al. 2022, equation 8, without resampling, and one noise for all times).
         progress_bar: wraps the timesteps.
-        on_step_end: (step, timestep, latents) -> the latents to go on with.
     """
     check_scheduler(scheduler)
     set_timesteps(scheduler, sampling.num_inference_steps, noise.device)
@@ -253,7 +254,32 @@ def output_at(unet: Any, noisy: Tensor, time: float, labels: Tensor | None) -> T
     return denoiser_output(unet, noisy.to(unet.dtype), timesteps, labels, multiple=multiple_of(unet))
 
 
-# Noise ----------------------------------------------------------------------------------------------------------------
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+def common_count(num_images: int, **options: Any) -> int:
+    """How many images: the length of the options that have several values, which must agree. Raises ValueError."""
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}: it must be at least 1")
+    lengths = {name: len(o) for name, o in options.items() if isinstance(o, (list, tuple, range, Tensor))}
+    count = max([num_images, *lengths.values()])
+    for name, length in lengths.items():
+        if length not in (1, count) or (name == "generator" and length != count):
+            raise ValueError(f"{length} of {name} for {count} images: give one for each")
+    if num_images not in (1, count):
+        raise ValueError(f"num_images is {num_images}, but {count} were described: leave num_images out")
+    return count
+
+
+def check_interpolation(num_images: int, scheduler: Any) -> None:
+    """Raises ValueError for too few images, or a scheduler that adds noise."""
+    if num_images < 2:
+        raise ValueError(f"num_images is {num_images}: an interpolation has at least its two ends")
+    if adds_noise(scheduler):
+        raise ValueError(
+            f"this {type(scheduler).__name__} adds noise in each step, in which frames would differ at random: "
+            "set algorithm_type to dpmsolver++"
+        )
 
 
 def generators_for(generator: Any, count: int) -> list[torch.Generator]:

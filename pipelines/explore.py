@@ -1,11 +1,10 @@
-"""Look into the latent space of autoencoders, beside each other.
+"""Look into the latent space of an autoencoder.
 
-python pipelines/explore.py --vae RUN_OR_MODEL [--vae ...] --data PATH --output DIR
+python pipelines/explore.py --vae RUN_OR_MODEL --data PATH --output DIR
 
-For each autoencoder a folder with grids: samples.png (latents from the prior, or without one from a normal distribution
-of each channel's mean and deviation), interpolations.png, traversals.png (the channels that vary most, one at a time),
-neighbours.png (images with the nearest latents); and channels.csv (mean, deviation, activity and KL of each channel).
---num-samples writes samples one by one, for benchmarks/generation.py.
+Writes grids: samples.png (latents from the prior, or without one from a normal distribution of each channel's mean and
+deviation), interpolations.png, traversals.png (the channels that vary most, one at a time); and channels.csv (mean,
+deviation, activity and KL of each channel). --num-samples writes samples one by one, for benchmarks/generation.py.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from torch import Tensor
 
@@ -42,8 +40,8 @@ SAMPLE = "[0-9][0-9][0-9][0-9][0-9].png"
 class Config:
     """Flags of the explorer."""
 
-    vae: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Run directory, diffusers folder or hub id; repeat the flag for each autoencoder."""
+    vae: str
+    """Run directory, diffusers folder or hub id."""
     data: str
     """Images whose latents are looked at."""
     output: Path
@@ -127,13 +125,6 @@ def traversals(space: Space, config: Config) -> Image.Image:
     return labelled_rows(rows)
 
 
-def neighbours(space: Space, config: Config) -> Image.Image:
-    """Images, and those whose latents are nearest."""
-    vectors = space.latents.flatten(1)
-    nearest = torch.cdist(vectors[: config.rows], vectors).argsort(dim=1)[:, :STEPS]
-    return grid("image, then the nearest ones", [visible(space.images[indices]) for indices in nearest])
-
-
 def channels(space: Space) -> list[dict[str, Any]]:
     """A row per channel. Activity is the variance of the means (Burda et al. 2016, section 2.4: in use above 0.01)."""
     bits = kl_bits_per_channel(posterior_of(space.moments)).tolist() if space.normal_prior else None
@@ -155,44 +146,28 @@ def write_samples(space: Space, folder: Path, config: Config) -> None:
         Image.fromarray(pixels[:, :, 0] if grey else pixels).save(folder / f"{i:05d}.png")
 
 
-def folders_of(config: Config) -> dict[str, Path]:
-    """The folder of each autoencoder's results. Raises ConfigError for one whose samples/ holds other files."""
-    paths = list(dict.fromkeys(config.vae))
-    names = [Path(path).name for path in paths]
-    if len(set(names)) < len(names):  # runs/a/vae and runs/b/vae
-        names = [f"{i}-{name}" for i, name in enumerate(names)]
-    folders = [config.output / name if len(paths) > 1 else config.output for name in names]
-    for folder in folders if config.num_samples else []:
-        if any(not p.match(SAMPLE) for p in (folder / "samples").glob("*")):
-            raise ConfigError(f"{folder / 'samples'} holds other things than samples: choose another --output")
-    return dict(zip(paths, folders, strict=True))
-
-
 def main(config: Config) -> None:
     check_ranges(config)
-    if not config.vae:
-        raise ConfigError("no --vae given: name at least one run directory, diffusers folder or hub id")
-    folders = folders_of(config)
+    if config.num_samples and any(not p.match(SAMPLE) for p in (config.output / "samples").glob("*")):
+        raise ConfigError(f"{config.output / 'samples'} holds other things than samples: choose another --output")
     check_writable(config.output)
-    for path, folder in folders.items():
-        vae = load_autoencoder(path)
-        side = side_for(vae, None) or max(config.resolution // stride_of(vae), 1) * stride_of(vae)
-        source = open_source(config.data, channels=channels_of(vae), resolution=side)
-        images, bad_images = validation_images(source, side=side, count=config.num_images, seed=config.seed)
-        if len(images) < 2:
-            raise ConfigError(f"{config.data} has one usable image: at least two are needed")
-        with torch.inference_mode():
-            moments = torch.cat([encode_moments(vae, image[None]).float() for image in images])
-        space = Space(vae=vae, images=images, moments=moments)
-        folder.mkdir(parents=True, exist_ok=True)
-        for draw in (samples, interpolations, traversals, neighbours):
-            draw(space, config).save(folder / f"{draw.__name__}.png")
-        write_csv(folder / "channels.csv", channels(space))
-        if config.num_samples:
-            write_samples(space, folder / "samples", config)
-        print(f"{path}: {len(images)} images, {len(bad_images)} bad; the grids are in {folder}")
+    vae = load_autoencoder(config.vae)
+    side = side_for(vae, None) or max(config.resolution // stride_of(vae), 1) * stride_of(vae)
+    source = open_source(config.data, channels=channels_of(vae), resolution=side)
+    images, bad_images = validation_images(source, side=side, count=config.num_images, seed=config.seed)
+    if len(images) < 2:
+        raise ConfigError(f"{config.data} has one usable image: at least two are needed")
+    with torch.inference_mode():
+        moments = torch.cat([encode_moments(vae, image[None]).float() for image in images])
+    space = Space(vae=vae, images=images, moments=moments)
+    for draw in (samples, interpolations, traversals):
+        draw(space, config).save(config.output / f"{draw.__name__}.png")
+    write_csv(config.output / "channels.csv", channels(space))
+    if config.num_samples:
+        write_samples(space, config.output / "samples", config)
+    print(f"{len(images)} images, {len(bad_images)} bad; the grids are in {config.output}")
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(parse_flags(Config, description="Look into the latent space of autoencoders."))
+        main(parse_flags(Config, description="Look into the latent space of an autoencoder."))

@@ -26,8 +26,8 @@ from ldm_vae.data.file_sources import FileSource, FolderReader
 from ldm_vae.data.image_files import is_image
 from ldm_vae.data.images import Pixels, centre_square, resize
 from ldm_vae.data.reader import MAX_PIXELS, formats
-from ldm_vae.data.sources import Source, check_finite, check_outside, open_source
-from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
+from ldm_vae.data.sources import Source, check_finite, check_outside, open_source, usable
+from ldm_vae.errors import ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, sha256, write_csv
 from ldm_vae.grids import labelled_rows, visible
 from ldm_vae.models.interface import channels_of, stride_of
@@ -185,13 +185,11 @@ def batches_of(
             yield batch, None
             continue
         by_size: dict[tuple[int, ...], list[tuple[Job, Pixels]]] = {}
+        samples = dict(usable(images, bad_images, indices=(job.position for job in batch)))
         for job in batch:
-            try:
-                pixels = images[job.position].pixels
-            except BadImageError as error:
-                bad_images[images.name(job.position)] = str(error)
-                continue
-            by_size.setdefault(tuple(pixels.shape), []).append((job, pixels))
+            if job.position in samples:
+                pixels = samples[job.position].pixels
+                by_size.setdefault(tuple(pixels.shape), []).append((job, pixels))
         for pairs in by_size.values():
             yield [job for job, _ in pairs], [pixels for _, pixels in pairs]
 

@@ -87,4 +87,4 @@ def test_the_commands_of_the_guide_to_autoencoders_run(here: Path) -> None:
         assert scope["clean"].size == Image.open("photo.png").size
         assert scope["vector"].shape == (8,)
     assert (here / "scored" / "scores.csv").exists()
-    assert (here / "explored" / "vectors" / "samples.png").exists()
+    assert (here / "explored" / "samples.png").exists()
