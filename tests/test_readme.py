@@ -16,6 +16,7 @@ from PIL import Image
 from ldm_vae import cli
 from ldm_vae.runs.run import Run
 from tests.pages import ROOT, blocks, check_command, parsed, run_commands
+from tests.test_layers import LAYERS
 from training import train_vae
 
 README = (ROOT / "README.md").read_text()
@@ -107,3 +108,16 @@ def test_pages_that_the_code_names_are_there() -> None:
         for file in (ROOT / top).rglob("*.py"):
             for name in re.findall(r"docs/[\w/\-.]*\w", file.read_text()):
                 assert list(ROOT.glob(f"{name}*")), f"{file.relative_to(ROOT)} names {name}"
+
+
+def test_a_decision_has_at_most_40_lines() -> None:
+    for page in (ROOT / "docs" / "decisions").glob("*.md"):
+        assert len(page.read_text().splitlines()) <= 40, page.name
+
+
+def test_the_page_on_architecture_shows_twelve_nouns_and_the_layers_that_are_tested() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    nouns = page.split("## Twelve nouns")[1].split("\n## ")[0]
+    assert len(re.findall(r"^\| [A-Z]\w+ \|", nouns, flags=re.M)) == 12
+    lines = blocks(page, "text")[-1].splitlines()
+    assert [line.split(", ") for line in lines] == [[name.removeprefix("ldm_vae.") for name in row] for row in LAYERS]
