@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ldm_vae.codec.fit_contexts import fit_contexts
 from ldm_vae.codec.tables import Floats, Tables, fixed_point
@@ -17,6 +16,7 @@ from ldm_vae.data.conversion import to_images
 from ldm_vae.data.sources import Source, shuffled, usable
 from ldm_vae.errors import ConfigError, ModelError, nothing_usable
 from ldm_vae.models.interface import encode_moments, fingerprint, is_variational, stride_of
+from ldm_vae.progress import progress
 
 QUALITIES = tuple(0.5 * 2 ** (i / 2) for i in range(7))
 """0.5 to 4, a factor of sqrt(2) apart."""
@@ -32,12 +32,13 @@ def fit_tables(
     *,
     num_images: int = 400,
     qualities: Sequence[float] = QUALITIES,
-    progress: bool = False,
+    show: bool = False,
 ) -> Tables:
     """Tables for a VAE from images of a source, in the order of training with seed 0.
 
     Args:
         qualities: at which contexts are fitted; those in between take the nearest.
+        show: whether bars show the progress.
 
     Raises:
         ModelError: a VAE without a posterior, or with one that says nothing.
@@ -48,7 +49,7 @@ def fit_tables(
     fixed = sorted({fixed_point(q) for q in qualities})
     if not fixed:
         raise ConfigError("no qualities are given")
-    means, sigma = measure(vae, source, num_images, progress)
+    means, sigma = measure(vae, source, num_images, show)
     if not (np.isfinite(sigma).all() and (sigma > 0).all()):
         raise ModelError("the VAE's posterior deviations are not finite and above 0")
     latents_mean = np.concatenate([m.reshape(len(m), -1) for m in means], axis=1).mean(axis=1, dtype=np.float64)
@@ -66,20 +67,20 @@ def fit_tables(
     channels = tuple(c for c in tables.channels if used[c] >= RAREST) or (0,)  # in the order of the prior's training
     coded = np.isin(np.arange(len(sigma)), channels)
     tables = replace(tables, channels=channels, means=np.where(coded, centres, latents_mean))
-    bar = tqdm(fixed, desc="fitting", unit="quality", disable=not progress)
+    bar = progress(fixed, description="fitting", unit="quality", show=show)
     fitted = tuple(fit_contexts([tables.quantise(m, q) for m in means]) for q in bar)
     return replace(tables, contexts=fitted)
 
 
 @torch.inference_mode()
-def measure(vae: Any, source: Source, num_images: int, progress: bool) -> tuple[list[Floats], Floats]:
+def measure(vae: Any, source: Source, num_images: int, show: bool) -> tuple[list[Floats], Floats]:
     """Posterior means (c, h, w) of the images' middles, cut to the stride, and the deviations' rms (c,)."""
     stride, device = stride_of(vae), next(vae.parameters()).device
     means: list[Floats] = []
     bad: dict[str, str] = {}
     variance, count = np.zeros(1), 0
     indices = list(islice(shuffled(source, seed=0), num_images))
-    bar = tqdm(indices, desc="measuring", unit="image", disable=not progress)
+    bar = progress(indices, description="measuring", unit="image", show=show)
     for index, sample in usable(source, bad, indices=bar):
         pixels = sample.pixels
         height, width = (min(n, LARGEST) // stride * stride for n in pixels.shape[:2])

@@ -52,9 +52,8 @@ def fit_codec(command: FitCodec) -> None:
     check_writable(target)
     source = open_source(command.data, channels=channels_of(vae))
     check_finite(source, command.data, command.num_images)
-    tables = fit_tables(
-        vae, source, num_images=command.num_images, qualities=command.qualities or QUALITIES, progress=True
-    )
+    qualities = command.qualities or QUALITIES
+    tables = fit_tables(vae, source, num_images=command.num_images, qualities=qualities, show=True)
     if command.output is not None:
         with staged_directory(target / "vae") as staging:
             vae.cpu().save_pretrained(staging)
