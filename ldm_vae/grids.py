@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -9,9 +11,8 @@ from torch import Tensor
 
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.images import centre_square
-from ldm_vae.data.order import index_at
-from ldm_vae.data.sources import Source
-from ldm_vae.errors import BadImageError, nothing_usable
+from ldm_vae.data.sources import Source, shuffled, usable
+from ldm_vae.errors import nothing_usable
 
 MAX_TRIES = 1000
 ERROR_GAIN = 4
@@ -27,14 +28,9 @@ def validation_images(source: Source, *, side: int, count: int = 32, seed: int =
     """
     images: list[Tensor] = []
     bad: dict[str, str] = {}
-    for position in range(min(len(source), MAX_TRIES)):
-        index = index_at(position, size=len(source), seed=seed)
-        try:
-            images.append(to_images(centre_square(source[index].pixels, side)))
-        except BadImageError as error:
-            bad[source.name(index)] = str(error)
-        if len(images) == count:
-            break
+    indices = islice(shuffled(source, seed), MAX_TRIES)
+    for _, sample in islice(usable(source, bad, indices=indices), count):
+        images.append(to_images(centre_square(sample.pixels, side)))
     if not images:
         raise nothing_usable(bad)
     return torch.stack(images), bad

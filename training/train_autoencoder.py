@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ldm_vae.analysis.anomaly import is_finder, viewable
+from ldm_vae.analysis.anomaly import as_images, is_blemish_detector
 from ldm_vae.data.blemishes import with_blemishes
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import UNKNOWN_LEVEL, Corruption, Pairing, parse_corruption
@@ -221,7 +221,7 @@ def loaded(init: str, config: Config) -> Any:
     vae = load_network(init) if detector else load_autoencoder(init)
     if config.posterior == "deterministic" and is_variational(vae):
         raise ConfigError(f"{init} has a posterior: add --posterior gaussian, or leave out --init")
-    if detector and not is_finder(vae):
+    if detector and not is_blemish_detector(vae):
         raise ConfigError(f"{init} does not find blemishes: leave out --init")
     if config.sparsity != "none" and vae.config.get("latent_activation") != ACTIVATION_OF[config.sparsity]:
         raise ConfigError(f"{init} was not made for --sparsity {config.sparsity}: leave out --init")
@@ -264,7 +264,7 @@ def main(config: Config) -> None:
                 loop.log_step(summary.metrics(accelerator) | {"learning_rate": rate})
             if loop.drawing and loop.run.main:
                 sample = reconstructions_of(state, images if inputs is None else inputs, accelerator)
-                draw(loop, images, viewable(vae, sample), inputs)
+                draw(loop, images, as_images(vae, sample), inputs)
             if loop.saving:
                 save(loop, state)
 

@@ -23,8 +23,8 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from ldm_vae.data.conversion import to_images
-from ldm_vae.data.images import centre_square
-from ldm_vae.data.sources import Source
+from ldm_vae.data.images import Sample, centre_square
+from ldm_vae.data.sources import BadImages, Source, usable
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError, nothing_usable
 from ldm_vae.files import write_json
 from ldm_vae.metrics import SMALLEST_FOR_SSIM
@@ -47,14 +47,14 @@ of the errors' variance towards its mean."""
 Map = np.ndarray[Any, Any]
 
 
-def is_finder(vae: Any) -> bool:
-    """Whether it gives no images but where blemishes are."""
+def is_blemish_detector(vae: Any) -> bool:
+    """Whether a network gives no images but, of one channel, the log-odds that a blemish is there."""
     return bool(vae.config.get("finds_blemishes"))
 
 
-def viewable(vae: Any, sample: Tensor) -> Tensor:
+def as_images(vae: Any, output: Tensor) -> Tensor:
     """What a decoder gave, as images in [-1, 1]: of log-odds the probability, 1 where it is sure of a blemish."""
-    return torch.tanh(sample / 2) if is_finder(vae) else sample.clamp(-1, 1)
+    return torch.tanh(output / 2) if is_blemish_detector(vae) else output.clamp(-1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +130,9 @@ class AnomalyDetector:
         if side is not None and (height, width) != (side, side):
             raise BadImageError(f"{width}x{height} pixels: this autoencoder's vector is of {side}x{side}")
         latents = encode_mean(self.vae, images)
-        given = self.vae.decode(latents).sample[..., :height, :width].float()
-        reconstruction = viewable(self.vae, given)
-        found: dict[str, Map] = {}
+        output = self.vae.decode(latents).sample[..., :height, :width].float()
+        reconstruction = as_images(self.vae, output)
+        maps: dict[str, Map] = {}
         for method in self.facts.methods:
             match method:
                 case "l1":
@@ -147,12 +147,12 @@ class AnomalyDetector:
                 case "mahalanobis":
                     raw = self.distances(latents, height, width)
                 case "blemishes":
-                    raw = nn.functional.softplus(given[:, 0])  # -log(1 - p): what is certain counts for more
+                    raw = nn.functional.softplus(output[:, 0])  # -log(1 - p): what is certain counts for more
                 case "standardised":
                     assert self.variance is not None
                     raw = squared_error(images, reconstruction) / torch.from_numpy(self.variance).to(self.device)
-            found[method] = relative(smooth(raw[0].float().cpu().numpy(), self.facts.blur), self.facts.surroundings)
-        return found, reconstruction
+            maps[method] = relative(smooth(raw[0].float().cpu().numpy(), self.facts.blur), self.facts.surroundings)
+        return maps, reconstruction
 
     def distances(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Latents (1, c, h, w) -> Mahalanobis distances (1, H, W)."""
@@ -165,7 +165,7 @@ class AnomalyDetector:
 
     def scores(self, maps: dict[str, Map]) -> dict[str, float]:
         """By method: the mean of the largest `share` of a map, of one pixel at least."""
-        return {method: mean_of_largest(found, self.facts.share) for method, found in maps.items()}
+        return {method: mean_of_largest(values, self.facts.share) for method, values in maps.items()}
 
     def save(self, folder: Path) -> None:
         """Into an existing folder."""
@@ -207,8 +207,8 @@ def dissimilarity(images: Tensor, reconstruction: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     check_side(images, SMALLEST_FOR_SSIM, "ssim")
-    made, given = (reconstruction + 1) / 2, (images + 1) / 2  # its term for the light wants values from 0 on
-    _, full = structural_similarity_index_measure(made, given, data_range=1.0, return_full_image=True, sigma=1.5)
+    pair = (reconstruction + 1) / 2, (images + 1) / 2  # SSIM's luminance term wants values from 0 on
+    _, full = structural_similarity_index_measure(*pair, data_range=1.0, return_full_image=True, sigma=1.5)
     return 1 - full.mean(dim=1)
 
 
@@ -285,18 +285,10 @@ def shrunk(variance: np.ndarray) -> np.ndarray:
     return np.asarray((1 - SHRINKAGE) * variance + SHRINKAGE * max(variance.mean(), 1e-12), np.float32)
 
 
-def images_of(source: Source, vae: Any) -> Any:
-    """(name, images (1, C, H, W) in [-1, 1] or the reason why there are none) of every image, in order.
-
-    For one vector an image they are its centred square, of the side that the autoencoder was made for.
-    """
+def image_for(vae: Any, sample: Sample) -> Tensor:
+    """(1, C, H, W) in [-1, 1]; for one vector an image, the centred square of the side that `vae` was made for."""
     side = side_for(vae, None)
-    for i in range(len(source)):
-        try:
-            pixels = source[i].pixels
-            yield source.name(i), to_images(pixels if side is None else centre_square(pixels, side))[None]
-        except BadImageError as error:
-            yield source.name(i), str(error)
+    return to_images(sample.pixels if side is None else centre_square(sample.pixels, side))[None]
 
 
 def fit_detector(
@@ -311,7 +303,7 @@ def fit_detector(
     share: float = 0.001,
     lpips_backbone: Backbone = "vgg",
     lpips_pretrained: bool = True,
-) -> tuple[AnomalyDetector, dict[str, str]]:
+) -> tuple[AnomalyDetector, BadImages]:
     """A detector for this autoencoder, and the bad images met: name -> reason.
 
     Args:
@@ -323,18 +315,7 @@ def fit_detector(
         ConfigError: a method that this autoencoder does not have, or numbers that cannot be.
         DataError: nothing usable, or too few held out for the rate.
     """
-    finder = is_finder(vae)
-    methods = methods or (("blemishes",) if finder else ("l1", "ssim", "mahalanobis"))
-    if finder != ("blemishes" in methods) or (finder and set(methods) != {"blemishes"}):
-        raise ConfigError("blemishes is the one method of networks that find these, and of no other")
-    if not 0 < false_alarm_rate < 1 or not 0 <= blur < math.inf or not 0 < share <= 1:
-        raise ConfigError("0 < false-alarm rate < 1, blur >= 0 and 0 < share <= 1 are needed")
-    if not 0 <= surroundings < math.inf:
-        raise ConfigError(f"the surroundings are {surroundings:g} pixels: they must be 0 or more")
-    if "standardised" in methods and side_for(vae, None) is None:
-        raise ConfigError("standardised is for one vector an image (--global-latent), whose images are all of one size")
-    if len(held_out) < math.ceil(1 / false_alarm_rate) - 1:
-        threshold_at([0.0] * len(held_out), false_alarm_rate)  # says so before hours are spent
+    methods = methods or (("blemishes",) if is_blemish_detector(vae) else ("l1", "ssim", "mahalanobis"))
     facts = Facts(
         vae=fingerprint(vae),
         methods=tuple(dict.fromkeys(methods)),
@@ -347,37 +328,58 @@ def fit_detector(
         lpips_backbone=lpips_backbone,
         lpips_pretrained=lpips_pretrained,
     )
+    check_facts(facts, vae)
+    if len(held_out) < math.ceil(1 / false_alarm_rate) - 1:
+        threshold_at([0.0] * len(held_out), false_alarm_rate)  # says so before hours are spent
     lpips = lpips_for(vae, facts)
-    device = next(vae.parameters()).device
-    bad: dict[str, str] = {}
-    gaussian = LatentGaussian(latent_channels_of(vae))
-    errors, count = np.zeros(()), 0
-    for name, images in images_of(good, vae):
-        if isinstance(images, str):
-            bad[name] = images
-            continue
-        with torch.inference_mode():
-            latents = encode_mean(vae, images.to(device))
-            gaussian.add(latents[0])
-            if "standardised" in facts.methods:
-                made = vae.decode(latents).sample.clamp(-1, 1)
-                errors = errors + squared_error(images.to(device), made)[0].cpu().double().numpy()
-                count += 1
-    if not gaussian.count:
-        raise nothing_usable(bad)
-    mean, whitening = gaussian.whitening()
-    variance = shrunk(errors / count) if count else None
+    bad_images: BadImages = {}
+    mean, whitening, variance = measure_good(vae, good, facts, bad_images)
     detector = AnomalyDetector(vae, facts, mean=mean, whitening=whitening, variance=variance, lpips=lpips)
-    rows = []
-    for name, images in images_of(held_out, vae):
-        try:
-            if isinstance(images, str):
-                raise BadImageError(images)
-            rows.append(detector.scores(detector.maps(images)[0]))
-        except BadImageError as error:
-            bad[name] = str(error)
+
+    def scores_of(index: int) -> dict[str, float]:
+        return detector.scores(detector.maps(image_for(vae, held_out[index]))[0])
+
+    rows = [scores for _, scores in usable(held_out, bad_images, read=scores_of)]
     if not rows:
-        raise nothing_usable(bad)
+        raise nothing_usable(bad_images)
     thresholds: dict[str, float] = {m: threshold_at([r[m] for r in rows], false_alarm_rate) for m in facts.methods}
     detector.facts = replace(facts, thresholds=thresholds, held_out=len(rows))
-    return detector, bad
+    return detector, bad_images
+
+
+def check_facts(facts: Facts, vae: Any) -> None:
+    """Raises ConfigError for a method that this autoencoder does not have, or numbers that cannot be."""
+    blemishes_alone = facts.methods == ("blemishes",)
+    if blemishes_alone != is_blemish_detector(vae) or ("blemishes" in facts.methods and not blemishes_alone):
+        raise ConfigError("blemishes is the one method of networks that find these, and of no other")
+    if not 0 < facts.false_alarm_rate < 1 or not 0 <= facts.blur < math.inf or not 0 < facts.share <= 1:
+        raise ConfigError("0 < false-alarm rate < 1, blur >= 0 and 0 < share <= 1 are needed")
+    if not 0 <= facts.surroundings < math.inf:
+        raise ConfigError(f"the surroundings are {facts.surroundings:g} pixels: they must be 0 or more")
+    if "standardised" in facts.methods and side_for(vae, None) is None:
+        raise ConfigError("standardised is for one vector an image (--global-latent), whose images are all of one size")
+
+
+@torch.inference_mode()
+def measure_good(
+    vae: Any, good: Source, facts: Facts, bad_images: BadImages
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Of good images: mean and whitening of their latents, and for `standardised` the errors' variance at each pixel.
+
+    Raises:
+        DataError: nothing usable.
+    """
+    device = next(vae.parameters()).device
+    gaussian = LatentGaussian(latent_channels_of(vae))
+    errors, count = np.zeros(()), 0
+    for _, sample in usable(good, bad_images):
+        images = image_for(vae, sample).to(device)
+        latents = encode_mean(vae, images)
+        gaussian.add(latents[0])
+        if "standardised" in facts.methods:
+            reconstruction = vae.decode(latents).sample.clamp(-1, 1)
+            errors = errors + squared_error(images, reconstruction)[0].cpu().double().numpy()
+            count += 1
+    if not gaussian.count:
+        raise nothing_usable(bad_images)
+    return *gaussian.whitening(), shrunk(errors / count) if count else None

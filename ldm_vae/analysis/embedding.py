@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from ldm_vae.data.conversion import to_images
 from ldm_vae.data.images import centre_square
-from ldm_vae.data.sources import Source
-from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
+from ldm_vae.data.sources import BadImages, Source, usable
+from ldm_vae.errors import ConfigError, nothing_usable
 from ldm_vae.models.interface import side_for
 from ldm_vae.models.reconstruction import encode_mean
+from ldm_vae.progress import progress
 
 Pooling = Literal["mean", "flatten"]
 
@@ -30,14 +32,30 @@ def embed(vae: Any, images: Tensor, *, pooling: Pooling = "mean") -> Tensor:
     return latents.mean(dim=(2, 3)) if pooling == "mean" else latents.flatten(1)
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """One vector an image: vectors (N, D), and each image's name and label."""
+
+    vectors: np.ndarray
+    names: list[str]
+    labels: list[int | None]
+
+
 def embed_source(
-    vae: Any, source: Source, *, resolution: int | None = None, pooling: Pooling = "mean", progress: Any = iter
-) -> tuple[np.ndarray, list[str], list[int | None], dict[str, str]]:
-    """Every image of a source, one at a time: vectors (N, D), names, labels, and the bad images: name -> reason.
+    vae: Any,
+    source: Source,
+    bad_images: BadImages,
+    *,
+    resolution: int | None = None,
+    pooling: Pooling = "mean",
+    num_images: int | None = None,
+) -> Embedding:
+    """The images of a source, one at a time; those that cannot be used are put into `bad_images`.
 
     Args:
         resolution: the centred square of each image is resized to this side; for "flatten" it is needed unless all
             images are of one size.
+        num_images: only the first so many.
 
     Raises:
         DataError: nothing usable.
@@ -48,13 +66,8 @@ def embed_source(
     vectors: list[np.ndarray] = []
     names: list[str] = []
     labels: list[int | None] = []
-    bad: dict[str, str] = {}
-    for i in progress(range(len(source))):
-        try:
-            sample = source[i]
-        except BadImageError as error:
-            bad[source.name(i)] = str(error)
-            continue
+    indices = progress(range(min(len(source), num_images or len(source))), unit="image")
+    for _, sample in usable(source, bad_images, indices=indices):
         pixels = sample.pixels if side is None else centre_square(sample.pixels, side)
         vector = embed(vae, to_images(pixels)[None].to(device), pooling=pooling)[0].cpu().numpy()
         if vectors and len(vector) != len(vectors[0]):
@@ -66,5 +79,5 @@ def embed_source(
         names.append(sample.name)
         labels.append(sample.label)
     if not vectors:
-        raise nothing_usable(bad)
-    return np.stack(vectors), names, labels, bad
+        raise nothing_usable(bad_images)
+    return Embedding(np.stack(vectors), names, labels)

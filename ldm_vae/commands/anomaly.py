@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ldm_vae.commands.embed import in_tiles, say_bad
-from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
+from ldm_vae.commands.embed import print_bad, ready
+from ldm_vae.errors import ConfigError, nothing_usable
 from ldm_vae.files import atomic, check_writable, write_csv
 from ldm_vae.hub import is_hub_id
 
@@ -43,6 +43,10 @@ class Fit:
     lpips_backbone: Literal["vgg", "alex", "squeeze"] = "vgg"
     overwrite: bool = False
     device: str = "cpu"
+
+    @property
+    def held_out_images(self) -> str:
+        return f"{self.data}#held-out" if self.held_out is None else self.held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,7 @@ def find_anomalies(command: Anomaly) -> None:
 
 def check_unseen(command: Fit) -> None:
     """Raises ConfigError where the autoencoder was trained on the images that are to be held out."""
-    held_out = command.held_out if command.held_out is not None else f"{command.data}#held-out"
+    held_out = command.held_out_images
     for run in (Path(command.vae), Path(command.vae).parent):  # a run, or the model in it
         try:
             seen = json.loads((run / "config.json").read_text())["config"]["data"]
@@ -104,7 +108,7 @@ def fit(command: Fit) -> None:
     from ldm_vae.data.sources import check_finite, open_source
     from ldm_vae.files import staged_directory
     from ldm_vae.models.interface import channels_of
-    from ldm_vae.models.loading import check_device, load_network
+    from ldm_vae.models.loading import load_network
 
     if command.output is None and is_hub_id(command.vae):
         raise ConfigError(f"{command.vae} is on the hub: add --output, a folder for the detector")
@@ -115,15 +119,14 @@ def fit(command: Fit) -> None:
         if not command.overwrite:
             raise ConfigError(f"{folder} is there: add --overwrite to replace it, or choose another --output")
     check_unseen(command)
-    check_device(command.device)
-    vae = in_tiles(load_network(command.vae).to(command.device))
+    vae = ready(load_network, command.vae, command.device)
     check_writable(folder.parent)
-    given = command.data if command.held_out is not None else f"{command.data}#train"
-    held_out = command.held_out if command.held_out is not None else f"{command.data}#held-out"
-    sources = [open_source(path, channels=channels_of(vae)) for path in (given, held_out)]
-    for source, path in zip(sources, (given, held_out), strict=True):
-        check_finite(source, path, None)
-    detector, bad = fit_detector(
+    good = command.data if command.held_out is not None else f"{command.data}#train"
+    sources = []
+    for path in (good, command.held_out_images):
+        sources.append(open_source(path, channels=channels_of(vae)))
+        check_finite(sources[-1], path, None)
+    detector, bad_images = fit_detector(
         vae,
         *sources,
         methods=command.methods,
@@ -135,61 +138,56 @@ def fit(command: Fit) -> None:
     )
     with staged_directory(folder) as staging:
         detector.save(staging)
-    say_bad(bad)
+    print_bad(bad_images)
     facts = detector.facts
-    said = ", ".join(f"{m} {t:.4g}" for m, t in facts.thresholds.items())
-    print(f"thresholds from {facts.held_out} good images held out, for {facts.false_alarm_rate:.1%} alarms: {said}")
+    thresholds = ", ".join(f"{method} {threshold:.4g}" for method, threshold in facts.thresholds.items())
+    rate = f"{facts.false_alarm_rate:.1%} alarms"
+    print(f"thresholds from {facts.held_out} good images held out, for {rate}: {thresholds}")
     print(f"the detector is in {folder}")
 
 
 def score(command: Score) -> None:
-    from tqdm import tqdm
-
-    from ldm_vae.analysis.anomaly import FOLDER, AnomalyDetector, images_of
+    from ldm_vae.analysis.anomaly import FOLDER, AnomalyDetector, image_for
     from ldm_vae.commands.folders import numbered, result_names, stays_inside
-    from ldm_vae.data.sources import check_finite, check_outside, open_source
+    from ldm_vae.data.sources import BadImages, check_finite, check_outside, open_source, usable
     from ldm_vae.grids import heat_map
     from ldm_vae.models.interface import channels_of
-    from ldm_vae.models.loading import check_device, load_network, local_folder
+    from ldm_vae.models.loading import load_network, local_folder
+    from ldm_vae.progress import progress
 
-    folder = command.detector or local_folder(command.vae, [f"{FOLDER}/*"]) / FOLDER
-    check_device(command.device)
-    vae = in_tiles(load_network(command.vae).to(command.device))
-    detector = AnomalyDetector.load(folder, vae)
-    facts = detector.facts
-    method = command.method or facts.methods[-1]
-    if method not in facts.methods:
-        raise ConfigError(f"the detector has no {method}: it has {', '.join(facts.methods)}")
+    vae = ready(load_network, command.vae, command.device)
+    detector = AnomalyDetector.load(command.detector or local_folder(command.vae, [f"{FOLDER}/*"]) / FOLDER, vae)
+    thresholds = detector.facts.thresholds
+    method = command.method or detector.facts.methods[-1]
+    if method not in thresholds:
+        raise ConfigError(f"the detector has no {method}: it has {', '.join(thresholds)}")
     source = open_source(command.data, channels=channels_of(vae))
     check_finite(source, command.data, None)
     check_outside(command.output, command.data, flag="--data")
     check_writable(command.output)
     names = numbered(source.name(i) for i in range(len(source)))
     files = result_names(names, ".png")
-    rows, bad = [], {}
-    for index, (_, images) in enumerate(tqdm(images_of(source, vae), total=len(source), unit="image")):
-        name = names[index]
-        try:
-            if isinstance(images, str):
-                raise BadImageError(images)
-            maps, reconstruction = detector.maps(images)
-        except BadImageError as error:
-            bad[name] = str(error)
-            continue
-        scores = detector.scores(maps)
-        row: dict[str, Any] = {"name": name}
-        for m, value in scores.items():
-            row |= {m: f"{value:.6g}", f"{m}_anomalous": int(value > facts.thresholds[m])}
+
+    def judge(index: int) -> tuple[Any, Any, Any]:
+        images = image_for(vae, source[index])
+        return images, *detector.maps(images)
+
+    rows: list[dict[str, Any]] = []
+    bad_images: BadImages = {}
+    indices = progress(range(len(source)), unit="image")
+    for index, (images, maps, reconstruction) in usable(source, bad_images, indices=indices, read=judge):
+        row: dict[str, Any] = {"name": names[index]}
+        for m, value in detector.scores(maps).items():
+            row |= {m: f"{value:.6g}", f"{m}_anomalous": int(value > thresholds[m])}
         rows.append(row)
         if command.heat_maps and stays_inside(files[index]):
             target = command.output / "heat_maps" / files[index]
             target.parent.mkdir(parents=True, exist_ok=True)
-            picture = heat_map(images[0], reconstruction[0].cpu(), maps[method], facts.thresholds[method])
             with atomic(target) as out:
-                picture.save(out, "PNG")
+                heat_map(images[0], reconstruction[0].cpu(), maps[method], thresholds[method]).save(out, "PNG")
     if not rows:
-        raise nothing_usable(bad)
+        raise nothing_usable(bad_images)
     write_csv(command.output / "scores.csv", rows)
-    write_csv(command.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(bad.items())])
-    found = sum(r[f"{method}_anomalous"] for r in rows)
-    print(f"{found} of {len(rows)} images are anomalies by {method}, {len(bad)} bad; see {command.output}")
+    write_csv(command.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(bad_images.items())])
+    anomalies = sum(row[f"{method}_anomalous"] for row in rows)
+    print(f"{anomalies} of {len(rows)} images are anomalies by {method}, {len(bad_images)} bad; see {command.output}")

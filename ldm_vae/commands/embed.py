@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ldm_vae.errors import ConfigError
 from ldm_vae.files import atomic, check_writable, write_csv
+from ldm_vae.runs.config import Range, check_ranges
 
 Pooling = Literal["mean", "flatten"]
 
@@ -22,77 +25,94 @@ class Embed:
     """Image folder, .zip, tar shards, Hugging Face dataset, or procedural:NAME."""
     output: Path
     """vectors.npy, with the names and labels in vectors.csv beside it; or vectors.parquet with all three."""
-    resolution: int | None = None
+    resolution: Annotated[int | None, Range(at_least=1)] = None
     """Side of the squares that images are resized to; their own size unless given."""
     pooling: Pooling = "mean"
     """Of a map of latents: their mean over the places, or all of them."""
-    num_images: int | None = None
+    num_images: Annotated[int | None, Range(at_least=1)] = None
     overwrite: bool = False
     device: str = "cpu"
 
 
 def embed_images(command: Embed) -> None:
-    import numpy as np
-    from tqdm import tqdm
-
     from ldm_vae.analysis.embedding import embed_source
-    from ldm_vae.data.sources import HeadSource, check_finite, check_outside, open_source
+    from ldm_vae.data.sources import check_finite, check_outside, open_source
     from ldm_vae.models.interface import channels_of
-    from ldm_vae.models.loading import check_device, load_autoencoder
+    from ldm_vae.models.loading import load_autoencoder
 
+    check_ranges(command)
     kind = command.output.suffix.lower()
     if kind not in (".npy", ".parquet"):
         raise ConfigError(f"--output {command.output}: name a .npy or a .parquet file")
-    for value, name in ((command.resolution, "--resolution"), (command.num_images, "--num-images")):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}: it must be at least 1")
     if kind == ".parquet":
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError:
-            raise ConfigError("parquet files need pyarrow: pip install 'ldm-vae[datasets]', or write .npy") from None
+        check_parquet()
     else:
         check_outside(command.output, command.data, flag="--data")  # .npy are images, too
-    names_file = command.output.with_suffix(".csv")
-    for file in (command.output, *([names_file] if kind == ".npy" else [])):
+    for file in (command.output, *([command.output.with_suffix(".csv")] if kind == ".npy" else [])):
         if file.exists() and not command.overwrite:
             raise ConfigError(f"{file} is there already: add --overwrite to replace it")
-    check_device(command.device)
-    vae = in_tiles(load_autoencoder(command.vae).to(command.device))
+    vae = ready(load_autoencoder, command.vae, command.device)
     check_writable(command.output.parent)
     source = open_source(command.data, channels=channels_of(vae), resolution=command.resolution or 256)
     check_finite(source, command.data, command.num_images)
-    if command.num_images is not None:
-        source = HeadSource(source, command.num_images)
-    vectors, names, labels, bad = embed_source(
-        vae, source, resolution=command.resolution, pooling=command.pooling, progress=tqdm
+    bad_images: dict[str, str] = {}
+    embedding = embed_source(
+        vae,
+        source,
+        bad_images,
+        resolution=command.resolution,
+        pooling=command.pooling,
+        num_images=command.num_images,
     )
-    classes = ["" if label is None else source.classes[label] for label in labels]
-    if kind == ".npy":
-        with atomic(command.output) as out:
-            np.save(out, vectors)
-        rows = [{"name": n, "class": c} for n, c in zip(names, classes, strict=True)]
-        write_csv(names_file, rows)
-    else:
-        texts = [[t.encode(errors="backslashreplace").decode() for t in given] for given in (names, classes)]
-        table = pyarrow.table({"name": texts[0], "class": texts[1], "vector": list(vectors)})
-        with atomic(command.output) as out:
-            parquet.write_table(table, out)
-    say_bad(bad)
-    print(f"{len(vectors)} vectors of {vectors.shape[1]} numbers are in {command.output}")
+    classes = ["" if label is None else source.classes[label] for label in embedding.labels]
+    write = write_parquet if kind == ".parquet" else write_npy
+    write(command.output, embedding, classes)
+    print_bad(bad_images)
+    count, size = embedding.vectors.shape
+    print(f"{count} vectors of {size} numbers are in {command.output}")
 
 
-def in_tiles(vae: Any) -> Any:
-    """Large images in little memory, where that changes nothing."""
+def check_parquet() -> None:
+    """Raises ConfigError where what writes parquet is not installed."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError("parquet files need pyarrow: pip install 'ldm-vae[datasets]', or write .npy")
+
+
+def write_npy(file: Path, embedding: Any, classes: list[str]) -> None:
+    """The vectors, and beside them a CSV of their names and classes."""
+    import numpy as np
+
+    with atomic(file) as out:
+        np.save(out, embedding.vectors)
+    rows = [{"name": n, "class": c} for n, c in zip(embedding.names, classes, strict=True)]
+    write_csv(file.with_suffix(".csv"), rows)
+
+
+def write_parquet(file: Path, embedding: Any, classes: list[str]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    names, classes = (  # names of files can be no text
+        [text.encode(errors="backslashreplace").decode() for text in column] for column in (embedding.names, classes)
+    )
+    table = pyarrow.table({"name": names, "class": classes, "vector": list(embedding.vectors)})
+    with atomic(file) as out:
+        parquet.write_table(table, out)
+
+
+def ready(load: Callable[[str], Any], name: str, device: str) -> Any:
+    """A network on its device, in tiles where that changes nothing: large images in little memory."""
+    from ldm_vae.models.loading import check_device
     from ldm_vae.models.reconstruction import exact_float32
 
+    check_device(device)
     exact_float32()
+    vae = load(name).to(device)
     if hasattr(vae, "decoder_halo"):
         vae.enable_tiling()
     return vae
 
 
-def say_bad(bad: dict[str, str]) -> None:
-    for name, reason in bad.items():
+def print_bad(bad_images: Mapping[str, str]) -> None:
+    for name, reason in bad_images.items():
         print(f"left out: {name}: {reason}")

@@ -10,14 +10,18 @@ import shutil
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tqdm import tqdm
 from tyro.conf import Positional
 
-from ldm_vae.errors import BadImageError, ConfigError, nothing_usable
+from ldm_vae.errors import ConfigError, nothing_usable
 from ldm_vae.files import LOCK, atomic, check_writable, lock, write_csv, write_json
+from ldm_vae.progress import progress
+from ldm_vae.runs.config import Range, check_ranges
+
+if TYPE_CHECKING:
+    from ldm_vae.data.file_sources import FileSource
 
 BEGUN = ".packing"
 """Below the output: shards until all are made."""
@@ -29,11 +33,11 @@ class Pack:
 
     input: Positional[Path]
     output: Positional[Path]
-    shard_mib: int = 512
+    shard_mib: Annotated[int, Range(at_least=1)] = 512
     """Of images in a shard, at most but for one that is larger."""
     overwrite: bool = False
     """Replace shards that are there."""
-    workers: int = 0
+    workers: Annotated[int, Range(at_least=0)] = 0
     """Processes that make the index; 0: one a core."""
 
 
@@ -43,7 +47,7 @@ class Index:
 
     shards: Positional[str]
     """A folder of them, or a pattern: images-{0000..0999}.tar, s3://bucket/images-{0000..0999}.tar."""
-    workers: int = 0
+    workers: Annotated[int, Range(at_least=0)] = 0
     """Processes; 0: one a core."""
 
 
@@ -59,8 +63,7 @@ class Shards:
 
 
 def work_on_shards(command: Shards) -> None:
-    if command.action.workers < 0:
-        raise ConfigError(f"--workers is {command.action.workers}: it must not be negative")
+    check_ranges(command.action)
     if isinstance(command.action, Pack):
         pack(command.action)
     else:
@@ -88,8 +91,6 @@ def pack(command: Pack) -> None:
     from ldm_vae.data.file_sources import FileSource
     from ldm_vae.data.sources import open_source
 
-    if command.shard_mib < 1:
-        raise ConfigError(f"--shard-mib is {command.shard_mib}: it must be at least 1")
     source = open_source(str(command.input))
     if not isinstance(source, FileSource):
         raise ConfigError(f"{command.input} is not a folder or .zip of images")
@@ -122,7 +123,7 @@ def pack(command: Pack) -> None:
         shutil.rmtree(begun)  # at last: what is there before, the same command goes on with
 
 
-def make_shards(source: Any, folder: Path, plan: dict[str, Any]) -> dict[str, str]:
+def make_shards(source: FileSource, folder: Path, plan: dict[str, Any]) -> dict[str, str]:
     """Every image of the source into shards; the bad ones. Those that are there are kept, if they are of this plan."""
     if read_json(folder / "plan.json") != plan:
         for file in folder.iterdir():
@@ -131,7 +132,7 @@ def make_shards(source: Any, folder: Path, plan: dict[str, Any]) -> dict[str, st
         write_json(folder / "plan.json", plan)
     bad: dict[str, str] = {}
     position = number = 0
-    with tqdm(total=len(source), unit="image") as bar:
+    with progress(total=len(source), unit="image") as bar:
         while position < len(source):
             record = folder / f"images-{number:06d}.json"  # written behind its shard
             done = read_json(record)
@@ -144,15 +145,19 @@ def make_shards(source: Any, folder: Path, plan: dict[str, Any]) -> dict[str, st
     return bad
 
 
-def make_shard(source: Any, begin: int, file: Path, size: int) -> dict[str, Any]:
+def make_shard(source: FileSource, begin: int, file: Path, size: int) -> dict[str, Any]:
     """Images from `begin` on, to about that size: where it ends, and the bad ones."""
+    from ldm_vae.data.sources import usable
+
     bad: dict[str, str] = {}
-    position, packed = begin, 0
+    packed = 0
     with atomic(file) as out, tarfile.open(fileobj=out, mode="w") as tar:
-        while position < len(source) and packed < size:
-            packed += add(tar, source, position, bad)
-            position += 1
-    return {"end": position, "bad": bad}
+        for index, content in usable(source, bad, indices=range(begin, len(source)), read=source.content):
+            add(tar, source, index, content)
+            packed += len(content)
+            if packed >= size:
+                return {"end": index + 1, "bad": bad}
+    return {"end": len(source), "bad": bad}
 
 
 def read_json(file: Path) -> Any:
@@ -163,14 +168,9 @@ def read_json(file: Path) -> Any:
         return None
 
 
-def add(tar: tarfile.TarFile, source: Any, position: int, bad: dict[str, str]) -> int:
-    """The image's file and what is known of it: bytes taken."""
+def add(tar: tarfile.TarFile, source: FileSource, position: int, content: bytes) -> None:
+    """The image's file, and what is known of it."""
     name = source.name(position)
-    try:
-        content = source.content(position)
-    except BadImageError as error:
-        bad[name] = str(error)
-        return 0
     label = source.label(position)
     facts = {"name": name} | ({} if label is None else {"class": source.classes[label]})
     parts = {PurePosixPath(name).suffix.lower()[1:]: content, "json": json.dumps(facts).encode()}
@@ -180,4 +180,3 @@ def add(tar: tarfile.TarFile, source: Any, position: int, bad: dict[str, str]) -
         member = tarfile.TarInfo(f"{position:09d}.{extension}")
         member.size = len(part)
         tar.addfile(member, io.BytesIO(part))
-    return len(content)

@@ -26,6 +26,11 @@ def to_pixels(images: Tensor, dtype: Any = np.uint8) -> Pixels:
     return np.moveaxis(values.cpu().numpy().astype(dtype), -3, -1)
 
 
+def as_uint8(pixels: Pixels) -> Pixels:
+    """Pixels of any type, rounded to 8 bits."""
+    return pixels if pixels.dtype == np.uint8 else to_pixels(to_images(pixels))
+
+
 def images_from(given: Any, *, channels: int) -> Tensor:
     """One image or several -> images (N, channels, H, W) in [-1, 1], float32, on the CPU unless a tensor was not.
 

@@ -12,13 +12,10 @@ import numpy as np
 from ldm_vae.data.corruption import UNKNOWN_LEVEL, Pairing
 from ldm_vae.data.images import Pixels, resize, values_of
 from ldm_vae.data.order import Stream, generator_at, index_at, positions_of
-from ldm_vae.data.sources import Source
+from ldm_vae.data.sources import BadImages, Source, first_usable
 from ldm_vae.data.workers import made_ahead
-from ldm_vae.errors import BadImageError, nothing_usable
+from ldm_vae.errors import nothing_usable
 
-MAX_TRIES = 1_000_000
-BadImages = dict[str, str]
-"""Name -> reason."""
 Values = TypeVar("Values")
 """Arrays where rows are made, tensors in the trainer."""
 
@@ -80,41 +77,28 @@ class CropDataset:
         self.mirror, self.pairing = mirror, pairing
         self.cache: dict[int, Pixels] = {}
         self.cache_left = cache_bytes
-        self.bad: dict[int, str] = {}
+        self.known_bad: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, position: int) -> Row:
         index = index_at(position, size=len(self.source), seed=self.seed)
-        met: BadImages = {}
-        pixels = self.load(index, met)
-        tries = 1
-        while pixels is None:
-            if tries >= min(len(self.source), MAX_TRIES):
-                return Row(image=None, position=position, bad_images=met)
-            index, tries = (index + 1) % len(self.source), tries + 1
-            pixels = self.load(index, met)
+        pixels, bad_images = first_usable(self.source, index, self.known_bad, read=self.load)
+        if pixels is None:
+            return Row(image=None, position=position, bad_images=bad_images)
         crop = self.crop(pixels, generator_at(self.seed, position, Stream.CROP))
-        row = Row(image=values_of(crop), position=position, bad_images=met)
+        row = Row(image=values_of(crop), position=position, bad_images=bad_images)
         if self.pairing is None:
             return row
         pair = self.pairing(crop, generator_at(self.seed, position, Stream.CORRUPTION))
         return replace(row, image=values_of(pair.target), input=values_of(pair.input), noise_level=pair.noise_level)
 
-    def load(self, index: int, met: BadImages) -> Pixels | None:
-        """Image `index`, made smaller if that is asked for; None, and a line in `met`, for a bad one."""
+    def load(self, index: int) -> Pixels:
+        """Image `index`, made smaller if that is asked for. Raises BadImageError."""
         if index in self.cache:
             return self.cache[index]
-        if index not in self.bad:
-            try:
-                return self.keep(index, self.source[index].pixels)
-            except BadImageError as error:
-                self.bad[index] = str(error)
-        met[self.source.name(index)] = self.bad[index]
-        return None
-
-    def keep(self, index: int, pixels: Pixels) -> Pixels:
+        pixels = self.source[index].pixels
         height, width = pixels.shape[:2]
         target = max(self.shorter_side or min(height, width), self.resolution)
         if target < min(height, width):

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ldm_vae.data.file_sources import folder_source, zip_source
 from ldm_vae.data.hugging_face import hugging_face_source, is_hugging_face_folder
 from ldm_vae.data.image_files import EXTENSIONS, digest_of
 from ldm_vae.data.images import Sample
+from ldm_vae.data.order import index_at
 from ldm_vae.data.procedural import PROCEDURAL, ProceduralSource
 from ldm_vae.data.reader import MAX_PIXELS
 from ldm_vae.data.shards import ShardSource, is_shards
-from ldm_vae.errors import ConfigError, DataError
+from ldm_vae.errors import BadImageError, ConfigError, DataError
 from ldm_vae.hub import is_hub_id
 
 HELD_OUT_EVERY = 10
 ENDLESS = 10**9
 SPLITS = {"#train": False, "#held-out": True}
+MAX_TRIES = 1_000_000
+BadImages = dict[str, str]
+"""Name -> reason."""
 
 
 class Source(Protocol):
@@ -31,6 +36,56 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
     def name(self, index: int) -> str: ...
     def fingerprint(self) -> str: ...
+
+
+def usable(
+    source: Source,
+    bad_images: BadImages,
+    *,
+    indices: Iterable[int] | None = None,
+    read: Callable[[int], Any] | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Index and sample of each image that can be used; the others are put into `bad_images`.
+
+    Args:
+        indices: of the images, in the order wanted; all of the source unless given.
+        read: of an index, what is yielded in place of the sample; it raises BadImageError for an image of no use.
+    """
+    for index in range(len(source)) if indices is None else indices:
+        try:
+            value = source[index] if read is None else read(index)
+        except BadImageError as error:
+            bad_images[source.name(index)] = str(error)
+        else:
+            yield index, value
+
+
+def first_usable(
+    source: Source, index: int, known_bad: dict[int, str], *, read: Callable[[int], Any], count: int | None = None
+) -> tuple[Any, BadImages]:
+    """read(index), or that of the next index whose image can be used, and the bad images met; None if all are bad.
+
+    Args:
+        known_bad: reasons by index, of this call and those before: a bad image is read once.
+        read: raises BadImageError.
+        count: the images from which to choose are the first so many; all unless given.
+    """
+    bad_images: BadImages = {}
+    count = len(source) if count is None else count
+    for _ in range(min(count, MAX_TRIES)):
+        if index not in known_bad:
+            try:
+                return read(index), bad_images
+            except BadImageError as error:
+                known_bad[index] = str(error)
+        bad_images[source.name(index)] = known_bad[index]
+        index = (index + 1) % count
+    return None, bad_images
+
+
+def shuffled(source: Source, seed: int) -> Iterator[int]:
+    """All indices of a source in a keyed permutation: any part of sorted data is then a fair part."""
+    return (index_at(position, size=len(source), seed=seed) for position in range(len(source)))
 
 
 class SplitSource:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, Protocol
 
 import numpy as np
 
 from ldm_vae.data.images import centre_square, values_of
-from ldm_vae.data.loader import MAX_TRIES, BadImages, Values, stacked
+from ldm_vae.data.loader import Values, stacked
 from ldm_vae.data.order import Stream, generator_at, index_at
-from ldm_vae.data.sources import Source
-from ldm_vae.errors import BadImageError
+from ldm_vae.data.sources import BadImages, Source, first_usable, usable
 from ldm_vae.latents.cache import LatentCache
 from ldm_vae.latents.timesteps import Prediction, timestep_at
 
@@ -52,22 +52,16 @@ class Squares:
     def __init__(self, source: Source, resolution: int, num_images: int | None = None) -> None:
         self.source, self.resolution = source, resolution
         self.count = min(len(source), num_images or len(source))
-        self.bad: dict[int, str] = {}
+        self.known_bad: dict[int, str] = {}
 
     def __len__(self) -> int:
         return self.count
 
     def load(self, index: int, mirrored: bool) -> tuple[np.ndarray | None, int | None, BadImages]:
-        met: BadImages = {}
-        for _ in range(min(self.count, MAX_TRIES)):
-            if index not in self.bad:
-                try:
-                    return *self.square(index, mirrored), met
-                except BadImageError as error:
-                    self.bad[index] = str(error)
-            met[self.source.name(index)] = self.bad[index]
-            index = (index + 1) % self.count
-        return None, None, met
+        read = partial(self.square, mirrored=mirrored)
+        square, bad_images = first_usable(self.source, index, self.known_bad, read=read, count=self.count)
+        image, label = square or (None, None)
+        return image, label, bad_images
 
     def square(self, index: int, mirrored: bool) -> tuple[np.ndarray, int | None]:
         """Raises BadImageError."""
@@ -78,24 +72,21 @@ class Squares:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderBatch(Generic[Values]):
-    """Images of a shard of a cache that can be used, what they are, and the others."""
+    """The usable images of a batch for a cache, and the bad ones."""
 
     tensors: Values
-    """Centred squares (B, C, R, R) and then, in their place, their moments (B, E, 2c, h, w)."""
+    """Centred squares (B, C, R, R); once encoded, their moments (B, E, 2c, h, w)."""
     indices: list[int]
     labels: list[int]
     bad_images: BadImages
 
 
 def squares_of(squares: Squares, indices: range) -> EncoderBatch[np.ndarray]:
-    """These images of the source but for the bad ones, for a VAE to encode."""
-    images, labels, good, bad_images = [], [], [], {}
-    for index in indices:
-        try:
-            image, label = squares.square(index, mirrored=False)
-        except BadImageError as error:
-            bad_images[squares.source.name(index)] = str(error)
-            continue
+    """Reads these images of the source."""
+    images, labels, good = [], [], []
+    bad_images: BadImages = {}
+    read = partial(squares.square, mirrored=False)
+    for index, (image, label) in usable(squares.source, bad_images, indices=indices, read=read):
         images.append(image)
         labels.append(-1 if label is None else label)
         good.append(index)
@@ -104,7 +95,7 @@ def squares_of(squares: Squares, indices: range) -> EncoderBatch[np.ndarray]:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionBatch(Generic[Values]):
-    """What one micro-batch of diffusion training needs. All that is random in it belongs to a position."""
+    """One micro-batch of diffusion training. Its random numbers depend on positions alone."""
 
     inputs: Values
     """Moments (B, 2c, h, w) from a cache if `encoded`, otherwise images (B, C, R, R)."""
