@@ -54,8 +54,8 @@ def test_the_file_holds_the_quantised_mean_and_comes_back_as_its_reconstruction(
         latents = np.empty_like(symbols)
         latents[order] = symbols_in(data, codec)
         latents = latents * steps[:, None, None] + codec.tables.means[:, None, None]
-        made = codec.vae.decode(torch.from_numpy(latents)[None].float()).sample[0]
-    expected = made.clamp(-1, 1).add(1).mul(127.5).round().permute(1, 2, 0).numpy()
+        reconstruction = codec.vae.decode(torch.from_numpy(latents)[None].float()).sample[0]
+    expected = reconstruction.clamp(-1, 1).add(1).mul(127.5).round().permute(1, 2, 0).numpy()
     assert np.abs(expected - np.asarray(codec.decompress(data)).astype(float)).max() <= 1
 
 
@@ -76,8 +76,8 @@ def test_a_finer_quality_takes_more_bytes_and_comes_nearer(codec: LatentCodec, p
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (7, 5), (8, 8), (33, 1), (3, 4097), (4097, 3)])
 def test_any_size_is_restored(size: tuple[int, int], codec: LatentCodec) -> None:
     pixels = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
-    found = codec.decompress_picture(codec.compress(pixels))
-    assert found.pixels.shape == pixels.shape
+    decoded = codec.decompress_picture(codec.compress(pixels))
+    assert decoded.pixels.shape == pixels.shape
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -85,28 +85,28 @@ def test_any_size_is_restored(size: tuple[int, int], codec: LatentCodec) -> None
 def test_grey_colour_alpha_and_depth_are_kept(channels: int, dtype: type, codec: LatentCodec) -> None:
     top = np.iinfo(dtype).max
     pixels = np.random.default_rng(0).integers(top, size=(20, 30, channels), dtype=dtype, endpoint=True)
-    found = codec.decompress_picture(codec.compress(pixels))
-    assert found.whole().shape == pixels.shape
-    assert found.whole().dtype == dtype
+    decoded = codec.decompress_picture(codec.compress(pixels))
+    assert decoded.whole().shape == pixels.shape
+    assert decoded.whole().dtype == dtype
     if channels in (2, 4):
-        assert np.array_equal(found.alpha, pixels[:, :, -1])  # losslessly
+        assert np.array_equal(decoded.alpha, pixels[:, :, -1])  # losslessly
     if dtype == np.uint8:
-        assert np.array_equal(np.atleast_3d(np.asarray(codec.decompress(codec.compress(pixels)))), found.whole())
+        assert np.array_equal(np.atleast_3d(np.asarray(codec.decompress(codec.compress(pixels)))), decoded.whole())
 
 
 def test_16_bits_come_back_with_more_than_8(codec: LatentCodec) -> None:
     pixels = (np.mgrid[:40, :60][0] * 500)[:, :, None].repeat(3, axis=2).astype(np.uint16)
-    found = codec.decompress_picture(codec.compress(pixels, quality=0.5)).pixels
-    assert len(np.unique(found % 257)) > 100  # 8 bits would be multiples of 257
+    decoded = codec.decompress_picture(codec.compress(pixels, quality=0.5)).pixels
+    assert len(np.unique(decoded % 257)) > 100  # 8 bits would be multiples of 257
     eight = codec.decompress_picture(codec.compress((pixels // 257).astype(np.uint8), quality=0.5)).pixels
-    assert np.abs(found / 257 - eight).mean() < 1.5
+    assert np.abs(decoded / 257 - eight).mean() < 1.5
 
 
 def test_profile_and_exif_are_kept_unless_stripped(codec: LatentCodec, photo) -> None:
-    given = Picture(pixels=photo, icc=b"profile" * 100, exif=b"II*\0\x08\0\0\0\0\0")
-    found = codec.decompress_picture(codec.compress(given))
-    assert (found.icc, found.exif) == (given.icc, given.exif)
-    bare = codec.decompress_picture(codec.compress(given, strip=True))
+    picture = Picture(pixels=photo, icc=b"profile" * 100, exif=b"II*\0\x08\0\0\0\0\0")
+    decoded = codec.decompress_picture(codec.compress(picture))
+    assert (decoded.icc, decoded.exif) == (picture.icc, picture.exif)
+    bare = codec.decompress_picture(codec.compress(picture, strip=True))
     assert (bare.icc, bare.exif) == (b"", b"")
 
 
@@ -169,20 +169,20 @@ def test_salvage_marks_what_is_damaged_and_keeps_the_rest(codec: LatentCodec, la
     damaged = bytearray(data)
     damaged[bitstream.unpack(data).tiles[1].begin + 9] ^= 1
     said: list[str] = []
-    found = codec.decompress_picture(bytes(damaged), damage=said).pixels
+    decoded = codec.decompress_picture(bytes(damaged), damage=said).pixels
     assert len(said) == 1
     assert "tile 1" in said[0]
     reach = 4 * codec.vae.decoder_halo  # what the bad tile made wrong around it is marked, too
-    marked = (found == (255, 0, 255)).all(axis=2)
+    marked = (decoded == (255, 0, 255)).all(axis=2)
     assert marked[: 512 + reach, 512 - reach : 1024 + reach].all()
     marked[: 512 + reach, 512 - reach : 1024 + reach] = False
     assert not marked.any()
-    assert np.array_equal(found[:512, : 512 - reach], whole[:512, : 512 - reach])
-    assert np.array_equal(found[512 + reach :], whole[512 + reach :])
+    assert np.array_equal(decoded[:512, : 512 - reach], whole[:512, : 512 - reach])
+    assert np.array_equal(decoded[512 + reach :], whole[512 + reach :])
     cut: list[str] = []
-    found = codec.decompress_picture(data[:-10], damage=cut).pixels
+    decoded = codec.decompress_picture(data[:-10], damage=cut).pixels
     assert [m.split(":")[0] for m in cut] == ["tile 5"]
-    assert np.array_equal(found[:400, :400], whole[:400, :400])
+    assert np.array_equal(decoded[:400, :400], whole[:400, :400])
 
 
 def test_symbols_do_not_depend_on_threads_or_precision(codec: LatentCodec, photo, tmp_path: Path) -> None:
@@ -206,8 +206,8 @@ def test_symbols_do_not_depend_on_threads_or_precision(codec: LatentCodec, photo
     assert np.array_equal(np.load(tmp_path / "symbols.npy"), symbols_in(data, codec))
     half = LatentCodec(make_vae(), codec.tables, dtype=torch.bfloat16)
     assert half.weights == codec.weights
-    found = half.decompress_picture(data).pixels.astype(float)
-    assert np.abs(found - np.asarray(codec.decompress(data))).mean() < 2
+    decoded = half.decompress_picture(data).pixels.astype(float)
+    assert np.abs(decoded - np.asarray(codec.decompress(data))).mean() < 2
     codec.decompress(half.compress(photo))
 
 
@@ -286,8 +286,10 @@ def test_diffusers_own_autoencoder_is_a_codec(sides: tuple[int, int], tmp_path: 
         images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
         pad = torch.nn.functional.pad(images, (0, -sides[1] % 2, 0, -sides[0] % 2), mode="replicate")
         mean = vae.encode(pad).latent_dist.mean
-        made = vae.decode(mean).sample[0, :, : sides[0], : sides[1]].clamp(-1, 1).add(1).mul(127.5)
-    assert np.abs(made.permute(1, 2, 0).numpy() - whole).mean() < 1  # the quantiser's error, at a fine quality
+        reconstruction = vae.decode(mean).sample[0, :, : sides[0], : sides[1]].clamp(-1, 1).add(1).mul(127.5)
+    assert (
+        np.abs(reconstruction.permute(1, 2, 0).numpy() - whole).mean() < 1
+    )  # the quantiser's error, at a fine quality
 
 
 def test_an_autoencoder_without_a_posterior_is_refused() -> None:
@@ -297,40 +299,40 @@ def test_an_autoencoder_without_a_posterior_is_refused() -> None:
 
 
 def test_targets_are_met_as_closely_as_a_quality_can(codec: LatentCodec, photo) -> None:
-    given = Picture(pixels=photo)
+    picture = Picture(pixels=photo)
     sizes = [8 * len(codec.compress(photo, quality=q)) / photo[:, :, 0].size for q in (0.5, 2)]
     target = float(np.mean(sizes))
-    data = compress_to(codec, given, target_bpp=target)
-    assert bits_per_pixel(data, given.pixels) <= target
+    data = compress_to(codec, picture, target_bpp=target)
+    assert bits_per_pixel(data, picture.pixels) <= target
     finer = (bitstream.unpack(data).header.quality - 1) / 256
     assert 8 * len(codec.compress(photo, quality=finer)) / photo[:, :, 0].size > target
     fine, coarse = (psnr_of(photo, np.asarray(codec.decompress(codec.compress(photo, quality=q)))) for q in (0.5, 2))
-    wanted = (fine + coarse) / 2
+    target_psnr = (fine + coarse) / 2
     assert fine > coarse
-    data = compress_to(codec, given, target_psnr=wanted)
-    assert psnr_of(photo, np.asarray(codec.decompress(data))) >= wanted
+    data = compress_to(codec, picture, target_psnr=target_psnr)
+    assert psnr_of(photo, np.asarray(codec.decompress(data))) >= target_psnr
     coarser = (bitstream.unpack(data).header.quality + 1) / 256
-    assert psnr_of(photo, np.asarray(codec.decompress(codec.compress(photo, quality=coarser)))) < wanted
+    assert psnr_of(photo, np.asarray(codec.decompress(codec.compress(photo, quality=coarser)))) < target_psnr
     for impossible in ({"target_bpp": 1e-3}, {"target_psnr": 90.0}):
         with pytest.raises(ConfigError, match="cannot be reached"):
-            compress_to(codec, given, **impossible)
+            compress_to(codec, picture, **impossible)
     with pytest.raises(ConfigError, match="nan"):
-        compress_to(codec, given, target_psnr=float("nan"))
+        compress_to(codec, picture, target_psnr=float("nan"))
 
 
 @pytest.mark.parametrize("target", [{"target_psnr": 12.0}, {"target_bpp": 2.0}])
 def test_targets_of_large_pictures_are_met_by_way_of_the_disk(
     codec: LatentCodec, photo, target: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = Picture(pixels=photo)
+    picture = Picture(pixels=photo)
     monkeypatch.setattr(codec, "log2_tile", 3)
-    whole = compress_to(codec, given, **target)
+    whole = compress_to(codec, picture, **target)
     monkeypatch.setattr(network, "BATCH", 1)
     monkeypatch.setattr(by_disk, "LARGE", 100)
     boxes = []
     encode = codec.network.encode
     monkeypatch.setattr(codec.network, "encode", lambda pixels, box: boxes.append(box) or encode(pixels, box))
-    assert compress_to(codec, given, **target, scratch=tmp_path) == whole
+    assert compress_to(codec, picture, **target, scratch=tmp_path) == whole
     assert max(bottom - top for top, _, bottom, _ in boxes) == 8  # never all latents in memory
     assert list(tmp_path.iterdir()) == []
 

@@ -23,26 +23,26 @@ def test_a_png_holds_every_picture_whole(channels: int, dtype: type) -> None:
     values = pixels_of(channels, dtype)
     exif = Image.Exif()
     exif[0x010E] = "a description"
-    given = Picture(
+    picture = Picture(
         pixels=values[:, :, : channels - 1] if channels in (2, 4) else values,
         alpha=values[:, :, -1] if channels in (2, 4) else None,
         icc=b"a profile" * 50,
         exif=exif.tobytes().removeprefix(b"Exif\0\0"),
     )
-    found = read_picture(png_bytes(given))
-    assert np.array_equal(found.whole(), given.whole())
-    assert found.whole().dtype == dtype
-    assert (found.icc, found.exif) == (given.icc, given.exif)
+    read = read_picture(png_bytes(picture))
+    assert np.array_equal(read.whole(), picture.whole())
+    assert read.whole().dtype == dtype
+    assert (read.icc, read.exif) == (picture.icc, picture.exif)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1", "CMYK", "I;16"])
 def test_any_mode_of_pil_becomes_a_picture(mode: str) -> None:
     image = Image.fromarray(pixels_of(3)).convert("I" if mode == "I;16" else mode)
     image = image.convert(mode)
-    found = as_picture(image)
+    read = as_picture(image)
     reference = image.convert("RGB") if mode in ("P", "CMYK") else image.convert("L") if mode == "1" else image
-    assert np.array_equal(found.whole().squeeze(), np.asarray(reference).squeeze())
-    assert (found.alpha is not None) == (mode in ("LA", "RGBA"))
+    assert np.array_equal(read.whole().squeeze(), np.asarray(reference).squeeze())
+    assert (read.alpha is not None) == (mode in ("LA", "RGBA"))
 
 
 def test_the_orientation_is_applied_and_no_longer_said() -> None:
@@ -50,10 +50,10 @@ def test_the_orientation_is_applied_and_no_longer_said() -> None:
     exif[0x0112], exif[0x010E] = 6, "kept"
     file = io.BytesIO()
     Image.fromarray(pixels_of(3)).save(file, "PNG", exif=exif)
-    found = read_picture(file.getvalue())
-    assert np.array_equal(found.pixels, np.rot90(pixels_of(3), -1))
+    read = read_picture(file.getvalue())
+    assert np.array_equal(read.pixels, np.rot90(pixels_of(3), -1))
     kept = Image.Exif()
-    kept.load(found.exif)
+    kept.load(read.exif)
     assert dict(kept) == {0x010E: "kept"}
 
 
@@ -74,17 +74,17 @@ def test_pages_and_bands_of_a_tiff_are_no_transparency() -> None:
 
 
 def test_other_extensions_hold_what_they_can() -> None:
-    given = Picture(pixels=pixels_of(3))
+    picture = Picture(pixels=pixels_of(3))
     for extension in (".bmp", ".tif", ".npy", ".png", ".webp", ".ppm"):
-        found = read_picture(encode_picture(given, extension))
-        assert np.array_equal(found.pixels, given.pixels)
+        read = read_picture(encode_picture(picture, extension))
+        assert np.array_equal(read.pixels, picture.pixels)
     for extension in ("", ".txt", ".xyz"):
         with pytest.raises(ConfigError, match="image file"):
-            encode_picture(given, extension)
+            encode_picture(picture, extension)
     smooth = Picture(pixels=np.indices((40, 60, 3)).sum(axis=0).astype(np.uint8))
     for extension in (".jpg", ".avif"):
-        found = read_picture(encode_picture(smooth, extension)).pixels.astype(int)
-        assert np.abs(found - smooth.pixels).max() <= 3
+        read = read_picture(encode_picture(smooth, extension)).pixels.astype(int)
+        assert np.abs(read - smooth.pixels).max() <= 3
     with_alpha = Picture(pixels=pixels_of(3), alpha=pixels_of(1)[:, :, 0])
     for extension in (".png", ".npy", ".webp", ".tif"):
         assert np.array_equal(read_picture(encode_picture(with_alpha, extension)).whole(), with_alpha.whole())
@@ -135,10 +135,10 @@ def test_a_phones_photo_comes_upright_with_its_exif_from_pil_and_from_a_file() -
     file = io.BytesIO()
     Image.fromarray(pixels_of(3)).save(file, "JPEG", exif=exif, quality=95)
     from_file, from_pil = read_picture(file.getvalue()), as_picture(Image.open(io.BytesIO(file.getvalue())))
-    for found in (from_file, from_pil):
-        assert found.pixels.shape == (14, 9, 3)
+    for read in (from_file, from_pil):
+        assert read.pixels.shape == (14, 9, 3)
         kept = Image.Exif()
-        kept.load(found.exif)
+        kept.load(read.exif)
         assert dict(kept) == {0x010F: "a phone"}
     assert np.array_equal(from_file.pixels, from_pil.pixels)
     with Image.open(io.BytesIO(encode_picture(from_file, ".jpg"))) as again:
@@ -149,13 +149,13 @@ def test_a_phones_photo_comes_upright_with_its_exif_from_pil_and_from_a_file() -
 def test_how_a_tiff_is_stored_is_not_kept_as_exif() -> None:
     file = io.BytesIO()
     Image.fromarray(pixels_of(3)).save(file, "TIFF", description="kept", compression="tiff_lzw")
-    found = read_picture(file.getvalue())
+    read = read_picture(file.getvalue())
     kept = Image.Exif()
-    kept.load(found.exif)
+    kept.load(read.exif)
     assert dict(kept) == {0x010E: "kept"}
-    part = Picture(pixels=found.pixels[:4, :5], exif=found.exif)
+    part = Picture(pixels=read.pixels[:4, :5], exif=read.exif)
     with Image.open(io.BytesIO(encode_picture(part, ".tif"))) as again:
-        assert np.array_equal(np.asarray(again), found.pixels[:4, :5])
+        assert np.array_equal(np.asarray(again), read.pixels[:4, :5])
 
 
 def test_metadata_that_a_format_cannot_hold_is_one_error() -> None:
