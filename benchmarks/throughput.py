@@ -40,7 +40,7 @@ from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.interface import encode_moments, latent_channels_of, stride_of
 from ldm_vae.models.reconstruction import encode_mean
 from ldm_vae.models.unet import make_denoiser
-from ldm_vae.objectives.autoencoding import TrainableVAE, adamw
+from ldm_vae.objectives.autoencoding import TrainableVAE
 from ldm_vae.objectives.denoising import DenoiserConfig, DenoiserState, denoiser_step
 from ldm_vae.objectives.vae import VAEConfig, VAEState, vae_step
 from ldm_vae.pipeline import LatentDiffusionPipeline
@@ -145,16 +145,7 @@ def autoencoder_stages(config: Config, accelerator: Accelerator) -> dict[str, St
         vae = build(name)
         if config.compile:
             compile_blocks(vae)
-        bare = TrainableVAE(vae).to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        state = VAEState(
-            network=accelerator.prepare(bare),
-            bare=bare,
-            ema=EMAModel(vae.parameters(), foreach=True),
-            optimizers={"vae": adamw(bare, 1e-4)},
-            discriminator=None,
-            lpips=None,
-            adaptive_weight=torch.ones((), device=accelerator.device),
-        )
+        state = VAEState.of(TrainableVAE(vae), objective, accelerator)
         stages[f"{name}: step"] = Stage(call=partial(step, state), images=config.batch_size)
         stages[f"{name}: encode"] = Stage(call=partial(encode, vae), images=1)
         stages[f"{name}: decode"] = Stage(call=partial(decode, vae, encode(vae)), images=1)

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ldm_vae.analysis.anomaly import as_images, is_blemish_detector
@@ -34,19 +33,17 @@ from ldm_vae.objectives.autoencoding import (
     AutoencoderState,
     StepSummary,
     TrainableVAE,
-    adamw,
     check_posterior,
-    describe,
     draw,
     micro_batches,
-    ready_to_train,
+    open_loop,
     reconstructions_of,
     save,
     update,
     validation_set,
 )
 from ldm_vae.runs.config import Range, parse_config
-from ldm_vae.runs.images import ImageConfig, check_network, crops_of, forget_scale, open_loop, start_on_images
+from ldm_vae.runs.images import ImageConfig, check_network, crops_of, forget_scale, start_on_images
 from ldm_vae.runs.step import sent
 
 # Config ---------------------------------------------------------------------------------------------------------------
@@ -187,13 +184,7 @@ def build(config: Config, accelerator: Accelerator) -> AutoencoderState:
         vae = loaded(config.init, config)
     check_network(vae, config)
     check_posterior(vae, config.kl_weight)
-    bare = ready_to_train(TrainableVAE(vae), config, accelerator)
-    return AutoencoderState(
-        network=accelerator.prepare(bare),
-        bare=bare,
-        ema=EMAModel(vae.parameters(), decay=config.ema_decay, foreach=True),
-        optimizers={"vae": adamw(bare, config.learning_rate)},
-    )
+    return AutoencoderState.of(TrainableVAE(vae), config, accelerator)
 
 
 def architecture_of(config: Config) -> dict[str, Any]:
@@ -251,10 +242,9 @@ def main(config: Config) -> None:
     config, accelerator, source, val_source = start_on_images(config)
     state = build(config, accelerator)
     vae = state.bare.vae
-    loop = open_loop(config, state.parts(), source, accelerator)
+    loop = open_loop(config, state, source, accelerator)
     crops = training_crops(source, vae, config)
-    images, inputs = validation_pairs(validation_set(loop.run, val_source, config, vae), pairings(config)[1])
-    accelerator.print(describe(state, source, config, accelerator))
+    images, inputs = validation_pairs(validation_set(loop, val_source, config, vae), pairings(config)[1])
     with loop:
         for _, batches in loop.steps(crops, collate):
             rate = loop.learning_rate(config.learning_rate)

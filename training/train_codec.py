@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ldm_vae.data.loader import Batch, collate
@@ -27,11 +26,9 @@ from ldm_vae.objectives import losses
 from ldm_vae.objectives.autoencoding import (
     AutoencoderState,
     StepSummary,
-    adamw,
-    describe,
     draw,
     micro_batches,
-    ready_to_train,
+    open_loop,
     reconstructions_of,
     save,
     update,
@@ -39,7 +36,7 @@ from ldm_vae.objectives.autoencoding import (
 )
 from ldm_vae.objectives.rate import TrainableCodec, qualities_at, steering
 from ldm_vae.runs.config import Range, parse_config
-from ldm_vae.runs.images import ImageConfig, check_network, crops_of, forget_scale, open_loop, start_on_images
+from ldm_vae.runs.images import ImageConfig, check_network, crops_of, forget_scale, start_on_images
 from ldm_vae.runs.step import sent
 
 # Config ---------------------------------------------------------------------------------------------------------------
@@ -88,7 +85,7 @@ PRESETS = {
 class CodecState(AutoencoderState):
     """With the rate's weight, which changes where a rate is aimed at."""
 
-    rate_weight: Tensor
+    rate_weight: Tensor = field(default_factory=lambda: torch.ones(()))
 
     def parts(self) -> dict[str, Any]:
         return super().parts() | {"rate_weight": self.rate_weight}
@@ -150,24 +147,18 @@ def build(config: Config, accelerator: Accelerator) -> CodecState:
             raise ConfigError(f"{config.init} is not a PatchAutoencoderKL with a posterior: leave out --init")
         forget_scale(vae)
     check_network(vae, config)
-    bare = ready_to_train(TrainableCodec(vae), config, accelerator)
-    return CodecState(
-        network=accelerator.prepare(bare),
-        bare=bare,
-        ema=EMAModel(vae.parameters(), decay=config.ema_decay, foreach=True),
-        optimizers={"vae": adamw(bare, config.learning_rate)},
-        rate_weight=torch.tensor(config.rate_weight, device=accelerator.device),
-    )
+    state = CodecState.of(TrainableCodec(vae), config, accelerator)
+    state.rate_weight = torch.tensor(config.rate_weight, device=accelerator.device)
+    return state
 
 
 def main(config: Config) -> None:
     config, accelerator, source, val_source = start_on_images(config)
     state = build(config, accelerator)
     vae = state.bare.vae
-    loop = open_loop(config, state.parts(), source, accelerator)
+    loop = open_loop(config, state, source, accelerator)
     crops = crops_of(source, vae, config)
-    images = validation_set(loop.run, val_source, config, vae)
-    accelerator.print(describe(state, source, config, accelerator))
+    images = validation_set(loop, val_source, config, vae)
     with loop:
         for _, batches in loop.steps(crops, collate):
             rate = loop.learning_rate(config.learning_rate)

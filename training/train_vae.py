@@ -14,7 +14,6 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
 
 from ldm_vae.data.loader import collate
 from ldm_vae.errors import one_line_errors
@@ -25,9 +24,8 @@ from ldm_vae.objectives.autoencoding import (
     TrainableVAE,
     adamw,
     check_posterior,
-    describe,
     draw,
-    ready_to_train,
+    open_loop,
     reconstructions_of,
     save,
     validation_set,
@@ -35,7 +33,7 @@ from ldm_vae.objectives.autoencoding import (
 from ldm_vae.objectives.perceptual import PerceptualLoss
 from ldm_vae.objectives.vae import VAEConfig, VAEState, vae_step
 from ldm_vae.runs.config import Range, parse_config
-from ldm_vae.runs.images import check_network, crops_of, forget_scale, open_loop, start_on_images
+from ldm_vae.runs.images import check_network, crops_of, forget_scale, start_on_images
 
 # Config ---------------------------------------------------------------------------------------------------------------
 
@@ -86,14 +84,13 @@ PRESETS = {
 def build(config: Config, accelerator: Accelerator) -> VAEState:
     """The networks and their optimizers, the same in every process."""
     set_seed(config.seed)
-    vae = first_vae(config)
-    bare = ready_to_train(TrainableVAE(vae), config, accelerator)
-    discriminator = lpips = None
-    optimizers = {"vae": adamw(bare, config.learning_rate)}
+    state = VAEState.of(TrainableVAE(first_vae(config)), config, accelerator)
+    state.adaptive_weight = state.adaptive_weight.to(accelerator.device)
     if config.adversarial != "none":
         discriminator = PatchDiscriminator(in_channels=config.channels, spectral_norm=config.spectral_norm)
         discriminator = discriminator.to(accelerator.device, memory_format=torch.channels_last)
-        optimizers["discriminator"] = adamw(discriminator, config.disc_learning_rate, betas=(0.5, 0.9))
+        state.optimizers["discriminator"] = adamw(discriminator, config.disc_learning_rate, betas=(0.5, 0.9))
+        state.discriminator = accelerator.prepare(discriminator)
     if config.perceptual != "none":
         with accelerator.local_main_process_first():  # one download a machine
             lpips = PerceptualLoss(
@@ -102,16 +99,8 @@ def build(config: Config, accelerator: Accelerator) -> VAEState:
                 image_channels=config.channels,
                 channels=config.lpips_channels,
             )
-        lpips = lpips.to(accelerator.device).to(memory_format=torch.channels_last)
-    return VAEState(
-        network=accelerator.prepare(bare),
-        bare=bare,
-        ema=EMAModel(vae.parameters(), decay=config.ema_decay, foreach=True),
-        optimizers=optimizers,
-        discriminator=None if discriminator is None else accelerator.prepare(discriminator),
-        lpips=lpips,
-        adaptive_weight=torch.zeros((), device=accelerator.device),
-    )
+        state.lpips = lpips.to(accelerator.device).to(memory_format=torch.channels_last)
+    return state
 
 
 def first_vae(config: Config) -> Any:
@@ -137,10 +126,9 @@ def main(config: Config) -> None:
     config, accelerator, source, val_source = start_on_images(config)
     state = build(config, accelerator)
     vae = state.bare.vae
-    loop = open_loop(config, state.parts(), source, accelerator)
+    loop = open_loop(config, state, source, accelerator)
     crops = crops_of(source, vae, config)
-    images = validation_set(loop.run, val_source, config, vae)
-    accelerator.print(describe(state, source, config, accelerator))
+    images = validation_set(loop, val_source, config, vae)
     if config.perceptual == "random":
         accelerator.print("LPIPS has a random backbone: its values compare with nothing else")
     with loop:

@@ -23,21 +23,19 @@ class CausalPrior(nn.Module):
 
     Args:
         channels: C, latent channels, in the order of coding.
-        neighbours: False for a prior that knows each channel's mean and scale alone (Ballé et al. 2017).
     """
 
     mask: Tensor
 
-    def __init__(self, channels: int, *, neighbours: bool = True) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.neighbours = neighbours
         self.mean_weight, self.spread_weight = (nn.Parameter(torch.zeros(channels, channels, 3, 3)) for _ in range(2))
         self.mean_bias, self.spread_bias, self.spread_by_quality = (
             nn.Parameter(torch.zeros(channels)) for _ in range(3)
         )
         before = torch.tril(torch.ones(channels, channels), -1)[:, :, None, None].expand(-1, -1, 3, 3)
         own = torch.eye(channels)[:, :, None, None] * torch.tensor([[1.0, 1, 1], [1, 0, 0], [0, 0, 0]])
-        self.register_buffer("mask", (before + own) * neighbours, persistent=False)
+        self.register_buffer("mask", before + own, persistent=False)
 
     def forward(self, values: Tensor, quality: Tensor) -> Tensor:
         """Nats (B, C, h, w) that it takes to code `values` rounded, from values with uniform noise in their place.

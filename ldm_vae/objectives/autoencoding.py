@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +34,7 @@ from ldm_vae.models.reconstruction import reconstruct
 from ldm_vae.objectives import losses
 from ldm_vae.runs.config import RunConfig
 from ldm_vae.runs.images import ImageConfig
-from ldm_vae.runs.loop import Loop
+from ldm_vae.runs.loop import FREE_ON_RESUME, Loop
 from ldm_vae.runs.run import Checkpoint, Run
 from ldm_vae.runs.state import state_tensors
 from ldm_vae.runs.step import averaged, parameters_of, sent, set_learning_rate
@@ -66,23 +66,6 @@ class TrainableVAE(nn.Module):
         return self.vae.decode(latents).sample, moments, nats
 
 
-def ready_to_train(network: nn.Module, config: RunConfig, accelerator: Accelerator) -> nn.Module:
-    """A network with its autoencoder in `vae`: on the device, channels last, checkpointed or compiled as configured.
-
-    Raises:
-        ConfigError: --compile for an autoencoder that does not name its repeated blocks.
-    """
-    vae: Any = network.vae
-    if config.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    network = network.to(accelerator.device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    if config.compile:
-        if not getattr(vae, "_repeated_blocks", None):
-            raise ConfigError(f"--compile is not for {type(vae).__name__}, which does not name its repeated blocks")
-        vae.compile_repeated_blocks()
-    return network
-
-
 def check_posterior(vae: Any, kl_weight: float) -> None:
     """Raises ConfigError for a KL of an autoencoder that has none."""
     if kl_weight > 0 and not is_variational(vae):
@@ -106,6 +89,28 @@ class AutoencoderState:
     ema: EMAModel
     optimizers: dict[str, torch.optim.Optimizer]
     """`vae`, and those of other networks that are trained beside it."""
+
+    @classmethod
+    def of(cls, bare: nn.Module, config: RunConfig, accelerator: Accelerator) -> Self:
+        """A network whose `vae` is to be trained, on the device, channels last, with its average and its optimizer.
+
+        Raises:
+            ConfigError: --compile for an autoencoder that does not name its repeated blocks.
+        """
+        vae: Any = bare.vae
+        if config.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        bare = bare.to(accelerator.device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        if config.compile:
+            if not getattr(vae, "_repeated_blocks", None):
+                raise ConfigError(f"--compile is not for {type(vae).__name__}, which does not name its repeated blocks")
+            vae.compile_repeated_blocks()
+        return cls(
+            network=accelerator.prepare(bare),
+            bare=bare,
+            ema=EMAModel(vae.parameters(), decay=config.ema_decay, foreach=True),
+            optimizers={"vae": adamw(bare, config.learning_rate)},
+        )
 
     def parts(self) -> dict[str, Any]:
         """Everything that a checkpoint holds."""
@@ -209,18 +214,27 @@ def update(
 # Beside the steps -----------------------------------------------------------------------------------------------------
 
 
-def describe(state: AutoencoderState, source: Source, config: RunConfig, accelerator: Accelerator) -> str:
+def open_loop(config: ImageConfig, state: AutoencoderState, source: Source, accelerator: Accelerator) -> Loop:
+    """The run's loop, where its last checkpoint left it. Prints what is trained, and whether the images changed."""
+    run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
+    loop = Loop(run, state.parts(), config, accelerator)
+    before = loop.facts.get("number of images", len(source))
+    if before != len(source):
+        accelerator.print(f"warning: {len(source)} images where there were {before}: from here on in another order")
+    loop.facts["number of images"] = len(source)
     parameters = sum(p.numel() for p in state.bare.vae.parameters()) / 1e6
-    return f"{parameters:.2f} M parameters, {len(source)} images; {config.effective_batch(accelerator.num_processes)}"
+    batch = config.effective_batch(accelerator.num_processes)
+    accelerator.print(f"{parameters:.2f} M parameters, {len(source)} images; {batch}")
+    return loop
 
 
-def validation_set(run: Run, source: Source, config: ImageConfig, vae: Any) -> Tensor:
-    """Images (N, C, H, W) in [-1, 1] of the grid and the PSNR; none but in the main process, which draws them."""
-    if not run.main:
+def validation_set(loop: Loop, source: Source, config: ImageConfig, vae: Any) -> Tensor:
+    """Images (N, C, H, W) in [-1, 1] for the grid and the PSNR; N is 0 but in the main process, which draws them."""
+    if not loop.run.main:
         return torch.empty(0)
-    with run.listing_bad_images():
+    with loop.run.listing_bad_images():
         images, bad_images = validation_images(source, side=config.side - config.side % stride_of(vae))
-        run.add_bad_images(bad_images)
+        loop.run.add_bad_images(bad_images)
     return images
 
 

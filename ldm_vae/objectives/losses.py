@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional
 
 ReconstructionLoss = Literal["l1", "l2", "charbonnier"]
-AdversarialLoss = Literal["hinge", "non-saturating"]
 
 
 def reconstruction_loss(

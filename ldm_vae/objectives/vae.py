@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -61,9 +61,9 @@ class VAEConfig(ImageConfig):
 class VAEState(AutoencoderState):
     """With the discriminator, perhaps wrapped by DDP, and LPIPS, each where it is used."""
 
-    discriminator: nn.Module | None
-    lpips: nn.Module | None
-    adaptive_weight: Tensor
+    discriminator: nn.Module | None = None
+    lpips: nn.Module | None = None
+    adaptive_weight: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def parts(self) -> dict[str, Any]:
         parts = super().parts() | {"adaptive_weight": self.adaptive_weight}

@@ -1,8 +1,7 @@
-"""What the trainers of autoencoders share about their images: flags, sources, and batches of crops."""
+"""What the trainers of autoencoders share about their images: flags, sources, and crops."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -15,9 +14,7 @@ from ldm_vae.data.sources import Source, check_outside, open_source
 from ldm_vae.errors import ConfigError
 from ldm_vae.models.interface import SCALE, channels_of, check_resolution, has_vector, stride_of
 from ldm_vae.runs.config import Range, RunConfig
-from ldm_vae.runs.loop import FREE_ON_RESUME, Loop, start
-from ldm_vae.runs.run import Run
-from ldm_vae.runs.state import Part
+from ldm_vae.runs.loop import start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +94,3 @@ def crops_of(
         mirror=config.mirror,
         pairing=pairing,
     )
-
-
-def open_loop(config: ImageConfig, parts: Mapping[str, Part], source: Source, accelerator: Accelerator) -> Loop:
-    """The run's loop, where its last checkpoint left it; warns of a number of images that has changed since."""
-    run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
-    loop = Loop(run, parts, config, accelerator)
-    before = loop.facts.get("number of images", len(source))
-    if before != len(source):
-        accelerator.print(f"warning: {len(source)} images where there were {before}: from here on in another order")
-    loop.facts["number of images"] = len(source)
-    return loop

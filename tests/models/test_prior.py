@@ -53,16 +53,6 @@ def test_nats_are_those_of_a_logistic_distribution() -> None:
     assert torch.allclose(interval_nats(values - 0.4, torch.tensor(1.7).double()), expected, atol=1e-6)
 
 
-def test_without_neighbours_each_value_stands_alone() -> None:
-    prior = CausalPrior(2, neighbours=False)
-    torch.nn.init.normal_(prior.mean_weight)
-    values = torch.randn(1, 2, 4, 4)
-    changed = values.clone()
-    changed[0, 0, 1, 1] += 3
-    moved = (prior(values, torch.ones(1)) != prior(changed, torch.ones(1))).sum()
-    assert moved == 1
-
-
 def test_the_scale_follows_the_quality() -> None:
     prior = CausalPrior(1)
     with torch.no_grad():

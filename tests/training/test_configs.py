@@ -65,7 +65,7 @@ def test_fsdp_is_of_version_2_and_for_the_denoiser_alone(monkeypatch: pytest.Mon
         said.device, said.print = torch.device("cuda"), print
         monkeypatch.setattr("ldm_vae.runs.loop.Accelerator", lambda **_: said)
 
-    config = replace(train_diffusion.PRESETS["tiny"][1], output=tmp_path)
+    config = replace(train_diffusion.PRESETS["tiny"][1], output=tmp_path, latents=tmp_path)
     launched(1)
     with pytest.raises(ConfigError, match=r"FSDP 1 cannot be used: launch with configs/fsdp_unet\.yaml"):
         start(config)
