@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from ldm_vae.data.conversion import to_images, to_pixels
+from ldm_vae.data.conversion import as_uint8, to_images, to_pixels
 from ldm_vae.data.corruption import Corruption
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.order import Stream, generator_at
-from ldm_vae.data.sources import HeadSource, Source, check_finite, open_source
-from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
+from ldm_vae.data.sources import BadImages, HeadSource, Source, check_finite, open_source, usable
+from ldm_vae.errors import ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import check_writable, write_csv
 from ldm_vae.grids import labelled_rows, middle
 from ldm_vae.metrics import mean_with_interval, psnr, ssim
@@ -65,16 +65,12 @@ class Config:
 
 def read_usable(source: Source) -> dict[int, Pixels]:
     """uint8 images by index; those that cannot be used are named and left out. Raises DataError if all are bad."""
-    images: dict[int, Pixels] = {}
-    bad: dict[str, str] = {}
-    for index in range(len(source)):
-        try:
-            images[index] = to_pixels(to_images(source[index].pixels))
-        except BadImageError as error:
-            bad[source.name(index)] = str(error)
-            print(f"left out: {source.name(index)}: {error}")
+    bad_images: BadImages = {}
+    images = {index: as_uint8(sample.pixels) for index, sample in usable(source, bad_images)}
+    for name, reason in bad_images.items():
+        print(f"left out: {name}: {reason}")
     if not images:
-        raise nothing_usable(bad)
+        raise nothing_usable(bad_images)
     return images
 
 

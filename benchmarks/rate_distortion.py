@@ -28,11 +28,11 @@ from PIL import Image, features
 
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.search import bits_per_pixel
-from ldm_vae.data.conversion import to_images, to_pixels
+from ldm_vae.data.conversion import as_uint8, to_images
 from ldm_vae.data.images import Pixels
-from ldm_vae.data.sources import check_finite, open_source
+from ldm_vae.data.sources import BadImages, check_finite, open_source, usable
 from ldm_vae.data.workers import default_workers
-from ldm_vae.errors import BadImageError, ConfigError, LdmVaeError, nothing_usable, one_line_errors
+from ldm_vae.errors import ConfigError, LdmVaeError, nothing_usable, one_line_errors
 from ldm_vae.files import check_writable, write_csv
 from ldm_vae.grids import labelled_rows, middle
 from ldm_vae.metrics import bjontegaard_rate, mean_with_interval, ms_ssim, psnr, ssimulacra2
@@ -152,18 +152,14 @@ def load_images(config: Config) -> dict[str, Pixels]:
     """uint8 (H, W, 3) by name; images that cannot be used are named and left out."""
     source = open_source(config.data)
     check_finite(source, config.data, config.num_images)
-    images: dict[str, Pixels] = {}
-    bad: dict[str, str] = {}
-    for i in range(min(len(source), config.num_images or len(source))):
-        try:
-            pixels = source[i].pixels
-            images[source.name(i)] = pixels if pixels.dtype == np.uint8 else to_pixels(to_images(pixels))
-        except BadImageError as error:
-            bad[source.name(i)] = str(error)
-    for name, reason in bad.items():
+    bad_images: BadImages = {}
+    indices = range(min(len(source), config.num_images or len(source)))
+    samples = usable(source, bad_images, indices=indices)
+    images: dict[str, Pixels] = {source.name(i): as_uint8(sample.pixels) for i, sample in samples}
+    for name, reason in bad_images.items():
         print(f"left out: {name}: {reason}")
     if not images:
-        raise nothing_usable(bad)
+        raise nothing_usable(bad_images)
     return images
 
 

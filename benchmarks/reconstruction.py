@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,10 +23,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
-from ldm_vae.data.conversion import to_images, to_pixels
+from ldm_vae.data.conversion import as_uint8, to_images, to_pixels
 from ldm_vae.data.images import Pixels, centre_square
-from ldm_vae.data.sources import Source, check_finite, open_source
-from ldm_vae.errors import BadImageError, ConfigError, nothing_usable, one_line_errors
+from ldm_vae.data.sources import BadImages, Source, check_finite, open_source, usable
+from ldm_vae.errors import ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import check_writable, write_csv
 from ldm_vae.grids import labelled_rows, visible
 from ldm_vae.metrics import mean_with_interval, ms_ssim, psnr, ssim, ssimulacra2
@@ -69,7 +70,7 @@ def protocol_pixels(source: Source, index: int, config: Config) -> Pixels:
     """The image as the protocol measures it: uint8 (H, W, C). Raises BadImageError."""
     pixels = source[index].pixels
     pixels = pixels if config.full else centre_square(pixels, config.resolution)
-    return pixels if pixels.dtype == np.uint8 else to_pixels(to_images(pixels))
+    return as_uint8(pixels)
 
 
 @torch.inference_mode()
@@ -88,18 +89,15 @@ def lpips_of(lpips: PerceptualLoss, pixels: Pixels, reconstruction: Pixels, conf
 
 def measure_images(
     vae: Any, source: Source, lpips: PerceptualLoss | None, config: Config, accelerator: Accelerator
-) -> tuple[list[Row], dict[str, str]]:
+) -> tuple[list[Row], BadImages]:
     """One row per image and the bad images (name -> reason), of this process's share of the images."""
     count = min(len(source), config.num_images or len(source))
     lpips_name = f"lpips_{config.lpips_backbone}" + ("_random" if config.perceptual == "random" else "")
     rows: list[Row] = []
-    bad_images: dict[str, str] = {}
-    for index in range(accelerator.process_index, count, accelerator.num_processes):
-        try:
-            pixels = protocol_pixels(source, index, config)
-        except BadImageError as error:
-            bad_images[source.name(index)] = str(error)
-            continue
+    bad_images: BadImages = {}
+    indices = range(accelerator.process_index, count, accelerator.num_processes)
+    read = partial(protocol_pixels, source, config=config)
+    for index, pixels in usable(source, bad_images, indices=indices, read=read):
         reconstruction = reconstruct_pixels(vae, pixels, accelerator.device)
         row: Row = {
             "index": index,
@@ -204,7 +202,7 @@ def main(config: Config) -> None:
     check_writable(config.output)
     results: dict[str, Row] = {}
     rows_of: dict[str, list[Row]] = {}
-    bad_images: dict[str, str] = {}
+    bad_images: BadImages = {}
     for name, vae in vaes.items():
         own_rows, own_bad_images = measure_images(vae, source, lpips, config, accelerator)
         rows_of[name] = sorted(gather_object(own_rows), key=lambda row: row["index"])
