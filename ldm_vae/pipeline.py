@@ -148,12 +148,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             ValueError: an option that cannot work, with one that could.
         """
         check_output_type(output_type)
-        sampling = Sampling(
-            num_inference_steps=num_inference_steps,
-            strength=strength,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-        )
+        sampling = Sampling(num_inference_steps, strength, guidance_scale, guidance_interval)
         size = (height, width)
         start = starting_point(
             self, class_labels, num_images, generator, latents, image=image, mask_image=mask_image, size=size
@@ -194,12 +189,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         check_output_type(output_type)
         check_interpolation(num_images, self.scheduler)
-        sampling = Sampling(
-            num_inference_steps=num_inference_steps,
-            strength=strength,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-        )
+        sampling = Sampling(num_inference_steps, strength, guidance_scale, guidance_interval)
         images = self.images_for([image_a, image_b])
         if len(images) != 2:
             raise ValueError(f"{len(images)} images were given to interpolate between: give two")

@@ -77,15 +77,15 @@ def prediction_of(scheduler: Any) -> Prediction:
 
 
 def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device) -> None:
-    """So many steps, evenly spaced in the time of the prediction, from pure noise to none.
+    """Sets N steps, evenly spaced in the time of the prediction, from pure noise to none.
 
-    The own choice of the FlowMatch schedulers ends with a step from 0.001 to 0; even steps are 1/N apart. For some N
-    (61, 103, ...) "trailing" spacing rounds to one timestep more than was asked for, -1: that one is taken away.
+    FlowMatch schedulers by themselves end with a step from 0.001 to 0; even steps are 1/N apart. For some N
+    (61, 103, ...) "trailing" spacing rounds to one timestep too many, -1, which is removed.
 
     Raises:
-        ValueError: a number of steps that DDIMScheduler cannot take. In each it removes the noise of 1000 // N
-            timesteps, whatever their distance is: with 600 steps samples would end a third too wide. Or more steps
-            than there are timesteps, of which a solver would meet some twice and divide by their distance.
+        ValueError: a number of steps that DDIMScheduler cannot take: each removes the noise of 1000 // N timesteps,
+            whatever their distance, so that with 600 steps samples would end a third too wide. Or more steps than
+            timesteps: a solver would meet some twice, and divide by their distance.
     """
     if prediction_of(scheduler) != "flow" and num_inference_steps > NUM_TIMESTEPS:
         raise ValueError(f"{num_inference_steps} steps are more than the {NUM_TIMESTEPS} timesteps that there are")
@@ -112,7 +112,7 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseLevel:
-    """A sample on its way: alpha * x + sigma * noise, at a time in [0, 1] of which 1 is pure noise."""
+    """Of a sample alpha * x + sigma * noise, at a time in [0, 1]; 1 is pure noise."""
 
     time: float
     alpha: float
@@ -123,7 +123,7 @@ class NoiseLevel:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raises ValueError for one whose noise levels are not known here, or that draws noise without generators."""
+    """Raises ValueError for a scheduler whose noise levels are unknown, or that draws noise without generators."""
     known = {c.__name__: c for fitting in SCHEDULERS.values() for c, _ in fitting.values()}
     if not any(isinstance(scheduler, c) for c in known.values()):
         names = ", ".join(sorted(known))
@@ -136,15 +136,15 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def adds_noise(scheduler: Any) -> bool:
-    """Whether its steps take generators and draw noise: it solves the reverse SDE, not the ODE of equal marginals."""
+    """Whether its steps draw noise, from generators: it solves the reverse SDE, not the ODE of equal marginals."""
     return "sde" in str(scheduler.config.get("algorithm_type"))
 
 
 def noise_levels(scheduler: Any) -> list[NoiseLevel]:
     """Before each of the scheduler's timesteps, and after the last.
 
-    The schedulers' own `add_noise` and `scale_noise` answer for the step that they are in, which has to be set first
-    and differently for each; and the timesteps of the multistep ones are cut to integers, which a flow's times are not.
+    The schedulers' own `add_noise` and `scale_noise` answer for their current step, which has to be set first, in a
+    way that differs between them; and multistep schedulers round timesteps to integers, which a flow's times are not.
     """
     timesteps = [*scheduler.timesteps.tolist(), 0.0]
     if not hasattr(scheduler, "sigmas"):  # DDIM
@@ -161,7 +161,7 @@ def noise_levels(scheduler: Any) -> list[NoiseLevel]:
 # The loop -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sampling:
     """The options of a sampling run. Raises ValueError for values that are out of range."""
 
@@ -283,7 +283,7 @@ def check_interpolation(num_images: int, scheduler: Any) -> None:
 
 
 def generators_for(generator: Any, count: int) -> list[torch.Generator]:
-    """A generator for each image: those given, or new ones with seeds drawn from the one given (None: from torch's)."""
+    """A generator per image: those of a list, or new ones with seeds drawn from a single one (None: from torch's)."""
     if isinstance(generator, (list, tuple, range)):
         return [seeded(g) for g in generator]
     if count == 1 and generator is not None:
@@ -302,7 +302,7 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     """From a (weight 0) to b (weight 1) at even speed along the arc between them (Shoemake 1985, section 3.3)."""
     cosine = nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).clamp(-1, 1)
     angle = cosine.acos()
-    if angle.sin() < 1e-6:  # of the same direction
+    if angle.sin() < 1e-6:  # parallel
         return torch.lerp(a, b, weight)
     shares = [float(((1 - weight) * angle).sin() / angle.sin()), float((weight * angle).sin() / angle.sin())]
     return shares[0] * a + shares[1] * b

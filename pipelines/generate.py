@@ -22,10 +22,10 @@ from PIL import Image
 
 from ldm_vae.commands.resumable import CONTACT_SHEET, read_png, share_work, write_png
 from ldm_vae.data.conversion import check_viewable, to_images, to_pixels
-from ldm_vae.data.file_sources import FileSource, FolderReader
+from ldm_vae.data.file_sources import FolderSource
 from ldm_vae.data.image_files import is_image
 from ldm_vae.data.images import Pixels, centre_square, resize
-from ldm_vae.data.reader import MAX_PIXELS, formats
+from ldm_vae.data.reader import ImageReader, formats
 from ldm_vae.data.sources import Source, check_finite, check_outside, open_source, usable
 from ldm_vae.errors import ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, sha256, write_csv
@@ -110,7 +110,7 @@ def open_images(config: Config, channels: int) -> Source | None:
         return None
     file = Path(config.image)
     if file.is_file() and is_image(file.name):
-        return FileSource([file.name], FolderReader(file.parent), channels=channels, max_pixels=MAX_PIXELS)
+        return FolderSource(file.parent, ImageReader(channels=channels), names=[file.name])
     check_outside(config.output, config.image, flag="--image")
     source = open_source(config.image, channels=channels)
     check_finite(source, config.image, config.num_images)
@@ -221,31 +221,27 @@ def generate(
 
 def contact_sheet(output: Path, jobs: Sequence[Job]) -> Image.Image:
     """Up to 10 x 10 of the images: a row per class or, without classes, in the order of their seeds."""
-    rows: dict[str, list[Pixels]] = {}
+    groups: dict[str, list[Job]] = {}
     for i, job in enumerate(jobs):
-        seeds = f"seeds from {jobs[i - i % TILES].seed}"
-        row = rows.setdefault(seeds if job.label is None else job.facts["class"], [])
-        if len(rows) <= TILES and len(row) < TILES:
-            row.append(read_png(output / job.file))
-    shown = {label: row for label, row in rows.items() if row}
-    same_size = len({pixels.shape[:2] for row in shown.values() for pixels in row}) == 1
-    columns = max(len(row) for row in shown.values())
-    labelled = []
-    for label, row in shown.items():
-        tiles = [tile_of(pixels, whole=same_size) for pixels in row]
-        blank = [np.full_like(tiles[0], 255)] * (columns - len(tiles))
-        labelled.append((label, np.stack(tiles + blank)))
-    return labelled_rows(labelled)
+        label = f"seeds from {jobs[i - i % TILES].seed}" if job.label is None else job.facts["class"]
+        groups.setdefault(label, []).append(job)
+    rows = {k: [read_png(output / job.file) for job in v[:TILES]] for k, v in list(groups.items())[:TILES]}
+    same_size = len({pixels.shape[:2] for row in rows.values() for pixels in row}) == 1
+    tiles = {label: [tile_of(pixels, whole=same_size) for pixels in row] for label, row in rows.items()}
+    columns = max(len(row) for row in tiles.values())
+    return labelled_rows(
+        [(label, np.stack(row + [np.full_like(row[0], 255)] * (columns - len(row)))) for label, row in tiles.items()]
+    )
 
 
 def tile_of(pixels: Pixels, *, whole: bool) -> Pixels:
     """The image, at most TILE_SIDE pixels high and wide; unless `whole`, its centred square."""
     height, width = pixels.shape[:2]
-    scale = TILE_SIDE / max(height, width)
+    longer = max(height, width)
     if not whole:
         pixels = centre_square(pixels, TILE_SIDE // 2)
-    elif scale < 1:
-        pixels = resize(pixels, (max(round(height * scale), 1), max(round(width * scale), 1)))
+    elif longer > TILE_SIDE:
+        pixels = resize(pixels, (max(height * TILE_SIDE // longer, 1), max(width * TILE_SIDE // longer, 1)))
     return visible(to_images(pixels)[None])[0]
 
 

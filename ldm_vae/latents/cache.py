@@ -41,7 +41,7 @@ class Plan:
     data: str
     """Fingerprint of the data."""
     num_images: int
-    """Images of the source that were gone through, the bad ones among them."""
+    """Images of the source that were read, bad ones included."""
     resolution: int
     flip: bool
     latent_shape: tuple[int, int, int]
@@ -62,7 +62,7 @@ class Plan:
 
 
 def begin(folder: Path, plan: Plan) -> Plan:
-    """Writes the plan, or compares it with the one that is there, whose shard size stands.
+    """Writes the plan, or checks it against the saved one, whose shard size is kept.
 
     Raises:
         DataError: the folder holds latents of something else, or cannot be read.
@@ -87,7 +87,7 @@ def shard_file(folder: Path, shard: int) -> Path:
 
 
 def unfinished(folder: Path, plan: Plan) -> list[int]:
-    """The shards that are still to be made."""
+    """The shards that are not complete."""
     return [s for s in range(plan.num_shards) if not is_finished(folder, s)]
 
 
@@ -109,7 +109,7 @@ def write_shard(
     labels: list[int],
     bad_images: Mapping[str, str],
 ) -> None:
-    """One shard, complete or not there. moments: (N, E, 2c, h, w), `as_stored`; with N = 0 there is only a record."""
+    """Writes one shard atomically. moments: (N, E, 2c, h, w), `as_stored`; with N = 0 there is only a record."""
     file = shard_file(folder, shard)
     record: dict[str, Any] = {"bytes": 0, "sha256": None, "count": len(indices)}
     if len(indices):
@@ -127,7 +127,7 @@ def write_shard(
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What all shards say together."""
+    """The totals over all shards."""
 
     statistics: Statistics
     bad_images: dict[str, str]
@@ -135,7 +135,7 @@ class Summary:
 
 
 def summarise(folder: Path, plan: Plan) -> Summary:
-    """Of a cache whose shards are all there. Raises DataError when none of the images is usable."""
+    """Of a cache with all its shards. Raises DataError when none of the images is usable."""
     bad_images: dict[str, str] = {}
     statistics = Statistics()
     shards = []
@@ -155,7 +155,7 @@ def summarise(folder: Path, plan: Plan) -> Summary:
 
 
 def write_index(folder: Path, summary: Summary) -> None:
-    """The last thing to be written: with it, the cache is whole."""
+    """Written last: it marks the cache as complete."""
     index = {"statistics": summary.statistics.as_json(), "shards": summary.shards, "plan": sha256(folder / "plan.json")}
     write_json(folder / "index.json", index | {"sha256": digest_of_json(index)})
 
@@ -185,7 +185,7 @@ class LatentCache:
     """The latents of a data set: `len(cache)` images, `cache.row(index, mirrored)`.
 
     Raises:
-        DataError: it is not there, not finished, or a shard is missing or damaged.
+        DataError: it is missing or unfinished, or a shard is missing or damaged.
     """
 
     def __init__(self, folder: Path, *, shards_to_verify: Callable[[int], bool] = lambda shard: True) -> None:
@@ -215,12 +215,12 @@ class LatentCache:
         self.open = lru_cache(OPEN_SHARDS)(self.open_shard)
 
     def open_shard(self, shard: int) -> tuple[Any, list[int], list[int]]:
-        """Its moments, to be sliced, its indices and its labels."""
+        """Its moments, which are read when sliced, its indices and its labels."""
         handle = safe_open(shard_file(self.folder, shard), "np")
         return handle.get_slice("moments"), handle.get_tensor("indices").tolist(), handle.get_tensor("labels").tolist()
 
     def row(self, index: int, mirrored: bool = False) -> Encoded:
-        """Image `index` of the source or, in the place of a bad one, the next one that can be used."""
+        """Image `index` of the source or, in place of a bad one, the next usable one."""
         shard, offset = divmod(index, self.plan.shard_size)
         if self.shards[shard]["count"] < len(self.plan.indices(shard)):
             shard, offset = self.next_usable(index)
@@ -230,7 +230,7 @@ class LatentCache:
         return Encoded(moments=moments[offset][entry].astype(np.float32), label=None if label < 0 else label)
 
     def next_usable(self, index: int) -> tuple[int, int]:
-        """Shard and row of the first usable image from `index` on, beginning again at the end."""
+        """Shard and row of the first usable image from `index` on, wrapping around at the end."""
         count = self.plan.num_shards
         for turn in range(count + 1):
             shard = (index // self.plan.shard_size + turn) % count

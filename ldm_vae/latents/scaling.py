@@ -1,4 +1,4 @@
-"""Latents as a diffusion model sees them: rounded as a cache has them, and scaled by what the VAE's config says."""
+"""Latents as a diffusion model sees them: rounded as a cache stores them, and scaled as the VAE's config says."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ STORED = torch.float16
 
 
 def as_stored(moments: Tensor) -> Tensor:
-    """Moments as a cache gives them back: rounded to float16, in float32. Its relative error is at most 2^-11."""
+    """Moments as a cache returns them: rounded to float16, in float32. Its relative error is at most 2^-11."""
     largest = torch.finfo(STORED).max
     return moments.float().clamp(-largest, largest).to(STORED).float()
 
 
 def put_statistics(vae: Any, statistics: Statistics) -> None:
-    """Into the VAE's config, where `scale_latents` and `save_pretrained` find them; older factors are cleared."""
+    """Puts them into the VAE's config, for `scale_latents` and `save_pretrained`; clears older factors."""
     vae.register_to_config(
         latents_mean=statistics.mean.tolist(), latents_std=statistics.std.tolist(), scaling_factor=1.0, shift_factor=0.0
     )
@@ -33,7 +33,7 @@ def has_scale(vae: Any) -> bool:
 
 
 def mean_and_std(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """What is subtracted from latents and what they are divided by, (c, 1, 1) or (1, 1, 1), as `like` is.
+    """What latents are shifted and divided by, (c, 1, 1) or (1, 1, 1), with the type and device of `like`.
 
     `latents_mean` and `latents_std` when the config has them; otherwise the scalars of older diffusers VAEs, for which
     scaled latents are (z - shift_factor) * scaling_factor (Rombach et al. 2022, appendix G).
@@ -50,14 +50,14 @@ def mean_and_std(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 def on_device(
     mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Made once, as a GPU would be waited for whenever numbers are sent there."""
+    """Cached, because sending numbers to a GPU waits for it."""
     with torch.inference_mode(False):  # wherever the first call is
-        made = [torch.tensor(v, dtype=dtype, device=device).view(-1, 1, 1) for v in (mean, std)]
-    return made[0], made[1]
+        tensors = [torch.tensor(v, dtype=dtype, device=device).view(-1, 1, 1) for v in (mean, std)]
+    return tensors[0], tensors[1]
 
 
 def scale_of(vae: Any) -> list[list[float]] | None:
-    """What the VAE says of the mean and the deviation of its latents, as lists; None where it says nothing."""
+    """The mean and deviation of the latents by the VAE's config, as lists; None where it has none."""
     if not has_scale(vae):
         return None
     return [v.flatten().tolist() for v in mean_and_std(vae, torch.zeros(1, dtype=torch.float64))]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 SMALLEST_STD = 1e-6
-"""A channel that never changes is not divided by zero."""
+"""So that a constant channel is not divided by zero."""
 
 
 @dataclass(kw_only=True)
@@ -17,7 +17,7 @@ class Statistics:
     """Count, mean and sum of squared deviations per channel, in float64.
 
     Merged by the parallel form of Welford's algorithm (Chan, Golub & LeVeque 1979, equations 2.1), which does not
-    cancel like a difference of sums, and gives the same however the latents are split, but for rounding.
+    cancel like a difference of sums, and gives the same however the latents are split, up to rounding.
     """
 
     count: int = 0

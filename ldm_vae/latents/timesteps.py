@@ -1,4 +1,4 @@
-"""When in the diffusion a training image stands: a pure function of its position. No torch here."""
+"""The timestep of each training image: a pure function of its position. No torch here."""
 
 from __future__ import annotations
 

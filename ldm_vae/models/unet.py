@@ -14,23 +14,17 @@ CONVOLUTIONAL: dict[str, Any] = {
     "attention_head_dim": 64,
     "resnet_time_scale_shift": "scale_shift",
 }
+ATTENTIVE: dict[str, Any] = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "attention_head_dim": 64,
+}
 DENOISERS: dict[str, dict[str, Any]] = {
     "demo": {"block_out_channels": (64, 128), **CONVOLUTIONAL},
     "tiny": {"block_out_channels": (128, 256), **CONVOLUTIONAL},
-    "small": {
-        "block_out_channels": (128, 256, 384),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 2,
-        "attention_head_dim": 64,
-    },
-    "base": {
-        "block_out_channels": (256, 512, 768),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 2,
-        "attention_head_dim": 64,
-    },
+    "small": {"block_out_channels": (128, 256, 384), **ATTENTIVE},
+    "base": {"block_out_channels": (256, 512, 768), **ATTENTIVE},
 }
 """Keywords of UNet2DModel for each preset."""
 

@@ -37,7 +37,7 @@ def alpha_and_sigma(prediction: Prediction, timesteps: Tensor) -> tuple[Tensor, 
 
 @cache
 def cumulative_alphas(prediction: Prediction, device: torch.device) -> Tensor:
-    """abar (1000,): the product of 1 - beta; for v rescaled so that the last one is 0 (Lin et al. 2024). Made once."""
+    """abar (1000,): the product of 1 - beta; for v rescaled so that the last one is 0 (Lin et al. 2024). Cached."""
     with torch.inference_mode(False):  # wherever the first call is
         betas = torch.linspace(FIRST_BETA, LAST_BETA, NUM_TIMESTEPS, dtype=torch.float64)
         root = (1 - betas).cumprod(0).sqrt()

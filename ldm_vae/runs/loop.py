@@ -220,7 +220,10 @@ class Loop:
         self.bar.update(self.step * self.config.batch_size - self.bar.n)
 
     def log_step(self, metrics: Mapping[str, float]) -> None:
-        """Logs a step's metrics with the speed since the last line; one line of text where output is no terminal."""
+        """Logs a step's metrics with the speed since the last line.
+
+        Where standard output is no terminal, this prints a line, too, without the metrics of parts (`NAME/PART`).
+        """
         steps, seconds = self.step - self.logged_at[0], self.facts["seconds"] - self.logged_at[1]
         speed = {
             "images_per_second": steps * self.config.batch_size / seconds,
@@ -231,7 +234,7 @@ class Loop:
         self.waited, self.logged_at = 0.0, (self.step, self.facts["seconds"])
         if self.run.main and not sys.stdout.isatty():
             left = tqdm.format_interval((self.config.steps - self.step) * seconds / steps)
-            values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" not in name)
             rate = f"{speed['images_per_second']:.4g} images/s"
             print(f"step {self.step}/{self.config.steps}, {rate}, {left} left: {values}", flush=True)
 

@@ -21,7 +21,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_vae.errors import DataError, RunError
-from ldm_vae.files import atomic, check_writable, digest_of_json, lock, said_of, sha256, staged_directory, write_json
+from ldm_vae.files import (
+    atomic,
+    check_writable,
+    digest_of_json,
+    lock,
+    said_of,
+    sha256,
+    staged_directory,
+    write_csv,
+    write_json,
+)
 from ldm_vae.runs.config import as_json, differences
 
 PACKAGES = (
@@ -108,17 +118,12 @@ class Run:
             return {}
 
     def add_bad_images(self, bad_images: Mapping[str, str]) -> None:
-        """Appends to `bad_images.csv` (name,reason) the images that are not in it yet."""
-        new = {name: reason for name, reason in bad_images.items() if name not in self.seen_bad_images}
-        self.seen_bad_images |= new
+        """Adds images to `bad_images.csv` (name,reason); one that is there keeps its reason."""
+        new = bad_images.keys() - self.seen_bad_images.keys()
+        self.seen_bad_images = {**bad_images, **self.seen_bad_images}
         if self.main and new:
-            file = self.directory / "bad_images.csv"
-            is_new = not file.exists()
-            with said_of(file), open(file, "a", newline="", encoding="utf-8", errors="surrogateescape") as out:
-                writer = csv.writer(out)
-                if is_new:
-                    writer.writerow(["name", "reason"])
-                writer.writerows(sorted(new.items()))
+            rows = [{"name": name, "reason": reason} for name, reason in sorted(self.seen_bad_images.items())]
+            write_csv(self.directory / "bad_images.csv", rows)
 
     @contextmanager
     def listing_bad_images(self) -> Iterator[None]:
