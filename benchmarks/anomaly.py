@@ -77,7 +77,7 @@ class Config:
     """Images are resized to these for the methods on pixels."""
     false_alarm_rate: Annotated[float, Range(above=0, below=1)] = 0.1
     num_test: Annotated[int | None, Range(at_least=1)] = None
-    """Only so many of Fashion-MNIST's test images, drawn by the seed."""
+    """At most this many of Fashion-MNIST's test images, drawn with the seed."""
     seed: int = 0
 
 

@@ -53,7 +53,7 @@ class Config:
     full: bool = False
     """Whole images at their own size instead."""
     num_images: Annotated[int | None, Range(at_least=1)] = None
-    """Only the first so many."""
+    """Only the first N images."""
     perceptual: Literal["pretrained", "random", "none"] = "pretrained"
     """LPIPS with pretrained features, with random ones (labelled so), or no LPIPS."""
     lpips_backbone: Backbone = "alex"

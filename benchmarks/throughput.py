@@ -81,7 +81,7 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Each call handles so many images."""
+    """A call, and the number of images that it handles."""
 
     call: Callable[[], Any]
     images: int

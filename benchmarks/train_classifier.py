@@ -60,7 +60,7 @@ class Config:
     """Side of the squares."""
     channels: Annotated[int, Range(at_least=1)] = 3
     num_images: Annotated[int | None, Range(at_least=1)] = None
-    """Only so many of the training images, and of the validation images."""
+    """At most this many training images, and as many validation images."""
     seed: int = 0
 
 
