@@ -71,11 +71,12 @@ def work_on_shards(command: Shards) -> None:
 
 
 def index(path: str, workers: int) -> None:
+    from ldm_vae.data.reader import ImageReader
     from ldm_vae.data.shards import ShardSource, build_index, shards_of
 
     shards = shards_of(path)
     folder = build_index(shards, workers=workers or os.cpu_count() or 1)
-    source = ShardSource(path, channels=3, max_pixels=1 << 62)
+    source = ShardSource(path, ImageReader())
     classes = f", {len(source.classes)} classes" if source.classes else ""
     print(f"{len(source)} images in {len(shards)} shards{classes}; the index is {folder}")
 

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import os
 import zipfile
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from ldm_vae.data.image_files import MAX_FILE_BYTES, UNREADABLE, digest_of, files_below, is_image, patiently
 from ldm_vae.data.images import Sample
 from ldm_vae.data.large import read_large
-from ldm_vae.data.reader import read_pixels
+from ldm_vae.data.reader import ImageReader
 from ldm_vae.errors import BadImageError, DataError
 
 
-class Reader(Protocol):
-    """The bytes of a file by its name, and what tells it from another one without reading it."""
+class FileSource(ABC):
+    """Image files under one root; the first folder of a name is its class."""
 
-    def __call__(self, name: str) -> bytes: ...
-    def mark(self, name: str) -> str: ...
-
-
-class FileSource:
-    """Files under one root, each read by `read(name)`; the first folder of a name is its class."""
-
-    def __init__(
-        self, names: list[str], read: Reader, *, channels: int, max_pixels: int, scratch: Path | None = None
-    ) -> None:
-        self.names = sorted(names)
-        self.read = read
-        self.channels = channels
-        self.max_pixels, self.scratch = max_pixels, scratch
-        folders = {class_of(n) for n in self.names} - {None}
-        self.classes: tuple[str, ...] = tuple(sorted(f for f in folders if f))
+    def __init__(self, names: Iterable[str], reader: ImageReader) -> None:
+        self.names, self.reader = sorted(names), reader
+        self.classes: tuple[str, ...] = tuple(sorted({folder for name in self.names if (folder := class_of(name))}))
         self.label_of = {folder: label for label, folder in enumerate(self.classes)}
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """A file's bytes. Raises BadImageError, or one of UNREADABLE."""
+
+    @abstractmethod
+    def mark(self, name: str) -> str:
+        """What tells a file from another one, without reading it."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -44,8 +40,8 @@ class FileSource:
 
     def fingerprint(self) -> str:
         """sha256 of all names and sizes (of a zip: checksums, too), in their order; the files are not read."""
-        lines = (f"{name} {self.read.mark(name)}" for name in self.names)
-        return digest_of([f"{self.channels} channels, at most {self.max_pixels} pixels", *self.classes], lines)
+        lines = (f"{name} {self.mark(name)}" for name in self.names)
+        return digest_of([str(self.reader), *self.classes], lines)
 
     def label(self, index: int) -> int | None:
         folder = class_of(self.names[index])
@@ -59,14 +55,17 @@ class FileSource:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise BadImageError(f"cannot be read: {reason}") from None
 
+    def path_or_content(self, index: int) -> Path | bytes:
+        """The path of a file on its own, whose bytes need not lie in memory; otherwise its bytes."""
+        return self.content(index)
+
     def __getitem__(self, index: int) -> Sample:
-        pixels = None
-        if self.scratch is not None:
-            in_folder = isinstance(self.read, FolderReader)  # then the file's bytes need not lie in memory, either
-            image_file = self.read.root / self.names[index] if in_folder else self.content(index)  # type: ignore[attr-defined]
-            pixels = read_large(image_file, self.scratch, channels=self.channels, max_pixels=self.max_pixels)
+        pixels, reader = None, self.reader
+        if reader.scratch is not None:
+            image_file = self.path_or_content(index)
+            pixels = read_large(image_file, reader.scratch, channels=reader.channels, max_pixels=reader.max_pixels)
         if pixels is None:
-            pixels = read_pixels(self.content(index), channels=self.channels, max_pixels=self.max_pixels)
+            pixels = reader(self.content(index))
         return Sample(pixels=pixels, label=self.label(index), name=self.name(index))
 
 
@@ -76,20 +75,22 @@ def class_of(name: str) -> str | None:
     return parts[0] if len(parts) > 1 else None
 
 
-def folder_source(root: Path, *, channels: int, max_pixels: int, scratch: Path | None) -> FileSource:
-    """Every image below a folder."""
-    names = files_below(root, is_image)
-    return FileSource(names, FolderReader(root), channels=channels, max_pixels=max_pixels, scratch=scratch)
+def check_bytes(size: int) -> None:
+    """Raises BadImageError for a file that is too large."""
+    if size > MAX_FILE_BYTES:
+        raise BadImageError(f"file larger than {MAX_FILE_BYTES} bytes")
 
 
-@dataclass(frozen=True)
-class FolderReader:
-    root: Path
+class FolderSource(FileSource):
+    """Every image below a folder, or those named."""
 
-    def __call__(self, name: str) -> bytes:
+    def __init__(self, root: Path, reader: ImageReader, *, names: Iterable[str] | None = None) -> None:
+        self.root = root
+        super().__init__(files_below(root, is_image) if names is None else names, reader)
+
+    def read(self, name: str) -> bytes:
         path = self.root / name
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise BadImageError(f"file larger than {MAX_FILE_BYTES} bytes")
+        check_bytes(path.stat().st_size)
         return path.read_bytes()
 
     def mark(self, name: str) -> str:
@@ -98,24 +99,31 @@ class FolderReader:
         except OSError:
             return "not there"
 
+    def path_or_content(self, index: int) -> Path | bytes:
+        return self.root / self.names[index]
 
-class ZipReader:
-    """Members of a zip by name; the file is opened anew in each process that reads."""
 
-    def __init__(self, path: Path) -> None:
+class ZipSource(FileSource):
+    """Every image in a zip of a folder; the file is opened anew in each process that reads."""
+
+    def __init__(self, path: Path, reader: ImageReader) -> None:
         self.path = path
         self.archive: zipfile.ZipFile | None = None
         self.process = 0
+        try:
+            names = [name for name in self.open().namelist() if is_image(name)]
+        except UNREADABLE as error:
+            raise DataError(f"{path} is not a zip that can be read: {error}") from None
+        super().__init__(names, reader)
 
     def open(self) -> zipfile.ZipFile:
         if self.archive is None or self.process != os.getpid():
             self.archive, self.process = zipfile.ZipFile(self.path), os.getpid()
         return self.archive
 
-    def __call__(self, name: str) -> bytes:
+    def read(self, name: str) -> bytes:
         info = self.open().getinfo(name)
-        if info.file_size > MAX_FILE_BYTES:
-            raise BadImageError(f"file larger than {MAX_FILE_BYTES} bytes")
+        check_bytes(info.file_size)
         return self.open().read(info)
 
     def mark(self, name: str) -> str:
@@ -123,14 +131,4 @@ class ZipReader:
         return f"{info.file_size} {info.CRC}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "archive": None, "process": 0}
-
-
-def zip_source(path: Path, *, channels: int, max_pixels: int, scratch: Path | None) -> FileSource:
-    """Every image in a zip of a folder."""
-    reader = ZipReader(path)
-    try:
-        names = [n for n in reader.open().namelist() if is_image(n)]
-    except UNREADABLE as error:
-        raise DataError(f"{path} is not a zip that can be read: {error}") from None
-    return FileSource(names, reader, channels=channels, max_pixels=max_pixels, scratch=scratch)
+        return self.__dict__ | {"archive": None}

@@ -8,7 +8,7 @@ from typing import Any
 
 from ldm_vae.data.image_files import digest_of, patiently
 from ldm_vae.data.images import Sample
-from ldm_vae.data.reader import read_pixels
+from ldm_vae.data.reader import ImageReader
 from ldm_vae.errors import BadImageError, DataError
 
 
@@ -18,7 +18,7 @@ class HuggingFaceSource:
     Rows that name a file are read below `roots` alone: elsewhere they may name anything.
     """
 
-    def __init__(self, dataset: Any, *, channels: int, max_pixels: int, roots: tuple[str | Path, ...] = ()) -> None:
+    def __init__(self, dataset: Any, reader: ImageReader, *, roots: tuple[str | Path, ...] = ()) -> None:
         import datasets
 
         images = [k for k, v in dataset.features.items() if isinstance(v, datasets.Image)]
@@ -28,7 +28,7 @@ class HuggingFaceSource:
         self.image, self.label = images[0], labels[0] if labels else None
         self.classes: tuple[str, ...] = tuple(dataset.features[self.label].names) if self.label else ()
         self.dataset = dataset.cast_column(self.image, datasets.Image(decode=False))
-        self.channels, self.max_pixels = channels, max_pixels
+        self.reader = reader
         self.roots = {name(root) for root in roots for name in (os.path.abspath, os.path.realpath)}
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class HuggingFaceSource:
 
     def fingerprint(self) -> str:
         """Of what the `datasets` library says its content is."""
-        return digest_of([f"{self.channels} channels, at most {self.max_pixels} pixels"], [self.dataset._fingerprint])
+        return digest_of([str(self.reader)], [self.dataset._fingerprint])
 
     def __getitem__(self, index: int) -> Sample:
         row = self.dataset[index]
@@ -50,13 +50,13 @@ class HuggingFaceSource:
             if not inside or not os.path.isfile(path):
                 raise BadImageError("names a file that is not in the data set")
             data = patiently(Path(path).read_bytes, path)
-        pixels = read_pixels(data or b"", channels=self.channels, max_pixels=self.max_pixels)
+        pixels = self.reader(data or b"")
         label = row[self.label] if self.label else None
         label = label if label is not None and label >= 0 else None  # the library's -1 is "not labelled"
         return Sample(pixels=pixels, label=label, name=self.name(index))
 
 
-def hugging_face_source(path: str, *, channels: int, max_pixels: int) -> HuggingFaceSource:
+def hugging_face_source(path: str, reader: ImageReader) -> HuggingFaceSource:
     """A hub id, a parquet file, a folder of parquet files, what `save_to_disk` wrote, or imagefolder:FOLDER."""
     try:
         import datasets
@@ -81,10 +81,8 @@ def hugging_face_source(path: str, *, channels: int, max_pixels: int) -> Hugging
             roots = (str(datasets.config.HF_DATASETS_CACHE), HF_HUB_CACHE)  # where the library puts files
     except Exception as error:  # the library raises many kinds: offline, unknown, damaged, no train split
         raise DataError(f"cannot load the Hugging Face dataset {path}: {type(error).__name__}: {error}") from None
-    return HuggingFaceSource(dataset, channels=channels, max_pixels=max_pixels, roots=roots)
+    return HuggingFaceSource(dataset, reader, roots=roots)
 
 
 def is_hugging_face_folder(path: Path) -> bool:
-    if (path / "state.json").is_file():
-        return True
-    return any(path.glob("*.parquet")) or any((path / "data").glob("*.parquet"))
+    return (path / "state.json").is_file() or any(path.glob("*.parquet")) or any((path / "data").glob("*.parquet"))

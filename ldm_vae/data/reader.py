@@ -6,7 +6,9 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pyvips
@@ -57,6 +59,26 @@ def read_pixels(data: bytes, *, channels: int = 3, keep_alpha: bool = False, max
     except Exception as error:  # decoders raise nearly anything on damaged files
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadImageError(f"cannot be decoded: {reason}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReader:
+    """How a source reads its files: the arguments of `read_pixels`, and a folder for large images.
+
+    With `scratch`, images that would not fit into memory are kept on disk there (`read_large`).
+    """
+
+    channels: int = 3
+    max_pixels: int = MAX_PIXELS
+    scratch: Path | None = None
+
+    def __str__(self) -> str:
+        """For fingerprints of sources."""
+        return f"{self.channels} channels, at most {self.max_pixels} pixels"
+
+    def __call__(self, data: bytes) -> Pixels:
+        """Raises BadImageError."""
+        return read_pixels(data, channels=self.channels, max_pixels=self.max_pixels)
 
 
 def read_pil(data: bytes, max_pixels: int) -> Pixels:

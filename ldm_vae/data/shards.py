@@ -25,7 +25,7 @@ from fsspec.core import url_to_fs
 
 from ldm_vae.data.image_files import MAX_FILE_BYTES, digest_of, is_image, patiently
 from ldm_vae.data.images import Sample
-from ldm_vae.data.reader import read_pixels
+from ldm_vae.data.reader import ImageReader
 from ldm_vae.errors import BadImageError, DataError
 from ldm_vae.files import check_writable, staged_directory, write_json
 
@@ -248,34 +248,6 @@ def in_parts(file: Path, rows: int = 1 << 16) -> Iterator[np.ndarray]:
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Rows:
-    """The index's rows, read where they lie; the file is opened anew in each process."""
-
-    file: Path
-    count: int
-    begin: int
-    descriptor: int | None = None
-    process: int = 0
-
-    @classmethod
-    def of(cls, file: Path) -> Rows:
-        """Raises ValueError or OSError for what is no such array."""
-        mapped = np.load(file, mmap_mode="r")
-        if mapped.dtype != ROW or mapped.ndim != 1:
-            raise ValueError(f"{file} does not hold rows")
-        return cls(file, len(mapped), mapped.offset)
-
-    def __getitem__(self, index: int) -> np.void:
-        if self.descriptor is None or self.process != os.getpid():
-            self.descriptor, self.process = os.open(self.file, os.O_RDONLY), os.getpid()
-        content = os.pread(self.descriptor, ROW.itemsize, self.begin + index * ROW.itemsize)
-        return np.frombuffer(content, ROW)[0]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"file": self.file, "count": self.count, "begin": self.begin, "descriptor": None, "process": 0}
-
-
 def local_content(shard: str, begin: int, end: int) -> bytes:
     with open(shard, "rb") as file:
         return os.pread(file.fileno(), end - begin, begin)
@@ -298,8 +270,8 @@ class ShardSource:
         DataError: there is no index, it is damaged, or a shard has changed since it was made.
     """
 
-    def __init__(self, path: str, *, channels: int, max_pixels: int) -> None:
-        self.shards = shards_of(path)
+    def __init__(self, path: str, reader: ImageReader) -> None:
+        self.shards, self.reader = shards_of(path), reader
         folder = index_folder(self.shards)
         advice = f"run `ldm-vae shards index '{path}'`"
         if not (folder / FACTS).is_file():
@@ -308,27 +280,28 @@ class ShardSource:
             facts = json.loads((folder / FACTS).read_text())
             if facts["version"] != VERSION:
                 raise ValueError(f"version {facts['version']}")
-            self.rows = Rows.of(folder / ROWS)
+            rows = np.load(folder / ROWS, mmap_mode="r")  # not read yet
+            if rows.dtype != ROW or rows.ndim != 1:
+                raise ValueError(f"{folder / ROWS} does not hold rows")
+            self.rows_file, self.count, self.begin = folder / ROWS, len(rows), rows.offset
             self.classes: tuple[str, ...] = tuple(facts["classes"])
             self.digest: str = facts["rows"]
             self.marks: list[list[Any]] = facts["marks"]
-            if self.rows.count != facts["samples"] or len(self.marks) != len(self.shards):
+            if self.count != facts["samples"] or len(self.marks) != len(self.shards):
                 raise ValueError("its parts do not belong together")
         except Exception as error:  # damaged arrays raise many kinds
             raise DataError(f"the index {folder} is damaged ({error}): {advice}") from None
         for shard, then, now in zip(self.shards, self.marks, marks_of(self.shards), strict=True):
             if then != now:
                 raise DataError(f"{shard} has changed since it was indexed: {advice}")
-        self.channels, self.max_pixels = channels, max_pixels
 
     def __len__(self) -> int:
-        return self.rows.count
+        return self.count
 
     def fingerprint(self) -> str:
         """Of the shards' names and sizes, and all rows; the shards are not read."""
         lines = [f"{PurePosixPath(s).name} {size}" for s, (size, _) in zip(self.shards, self.marks, strict=True)]
-        settings = [f"{self.channels} channels, at most {self.max_pixels} pixels", *self.classes]
-        return digest_of(settings, [self.digest, *lines])
+        return digest_of([str(self.reader), *self.classes], [self.digest, *lines])
 
     def content(self, shard: str, begin: int, end: int) -> bytes:
         """Raises BadImageError, or DataError where a server does not answer: that says nothing of the image."""
@@ -351,7 +324,9 @@ class ShardSource:
 
     def place(self, index: int) -> tuple[str, int, int, int]:
         """Shard, offset, size and label. Raises DataError for a row that cannot be."""
-        number, offset, size, label = (int(self.rows[index][name]) for name in ("shard", "offset", "size", "label"))
+        begin = self.begin + index * ROW.itemsize
+        row = np.fromfile(self.rows_file, ROW, 1, offset=begin)[0]
+        number, offset, size, label = (int(row[name]) for name in ("shard", "offset", "size", "label"))
         if not 0 <= number < len(self.shards) or not -1 <= label < len(self.classes) or offset < HEADER or size < 0:
             raise DataError(
                 f"the index of {self.shards[0]} is damaged at row {index}: run `ldm-vae shards index` again"
@@ -371,5 +346,4 @@ class ShardSource:
             raise BadImageError(f"file larger than {MAX_FILE_BYTES} bytes")
         content = self.content(shard, offset - HEADER, offset + size)
         name = self.header(shard, offset, content, size)
-        pixels = read_pixels(content[HEADER:], channels=self.channels, max_pixels=self.max_pixels)
-        return Sample(pixels=pixels, label=label if label >= 0 else None, name=name)
+        return Sample(pixels=self.reader(content[HEADER:]), label=label if label >= 0 else None, name=name)

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from ldm_vae.data.file_sources import folder_source, zip_source
+from ldm_vae.data.file_sources import FolderSource, ZipSource
 from ldm_vae.data.hugging_face import hugging_face_source, is_hugging_face_folder
 from ldm_vae.data.image_files import EXTENSIONS, digest_of
 from ldm_vae.data.images import Sample
 from ldm_vae.data.order import index_at
 from ldm_vae.data.procedural import PROCEDURAL, ProceduralSource
-from ldm_vae.data.reader import MAX_PIXELS
+from ldm_vae.data.reader import MAX_PIXELS, ImageReader
 from ldm_vae.data.shards import ShardSource, is_shards
 from ldm_vae.errors import BadImageError, ConfigError, DataError
 from ldm_vae.hub import is_hub_id
@@ -171,46 +171,43 @@ def open_source(
     Raises:
         DataError: nothing there, or nothing in it that is an image.
     """
-    for suffix, held_out in SPLITS.items():
-        if path.endswith(suffix):
-            whole = open_source(
-                path.removesuffix(suffix),
-                channels=channels,
-                resolution=resolution,
-                max_pixels=max_pixels,
-                scratch=scratch,
-            )
-            split = SplitSource(whole, held_out=held_out)
-            if len(split) == 0:
-                raise DataError(f"{path} is empty: the {len(whole)} images of the whole are too few to be split")
-            return split
+    suffix = next((suffix for suffix in SPLITS if path.endswith(suffix)), "")
+    reader = ImageReader(channels=channels, max_pixels=max_pixels, scratch=scratch)
+    whole = open_whole(path.removesuffix(suffix), reader, resolution)
+    if not suffix:
+        return whole
+    split = SplitSource(whole, held_out=SPLITS[suffix])
+    if len(split) == 0:
+        raise DataError(f"{path} is empty: the {len(whole)} images of the whole are too few to be split")
+    return split
+
+
+def open_whole(path: str, reader: ImageReader, resolution: int) -> Source:
+    """What `open_source` gives, of a path without a split."""
     if path.startswith("procedural:"):
         match = re.fullmatch(r"procedural:([a-z-]+)(?:@(\d+))?", path)
         if not match or match[1] not in PROCEDURAL:
             raise DataError(f"{path} is not known: try {', '.join(f'procedural:{n}' for n in PROCEDURAL)}")
-        return ProceduralSource(match[1], seed=int(match[2] or 0), size=resolution, channels=channels)
-    local = Path(path)
+        return ProceduralSource(match[1], seed=int(match[2] or 0), size=resolution, channels=reader.channels)
     source: Source
+    local = Path(path.removeprefix("imagefolder:"))
     if path.startswith("imagefolder:"):
-        if not Path(path.removeprefix("imagefolder:")).is_dir():
-            raise DataError(f"no such folder: {path.removeprefix('imagefolder:')}")
-        source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
+        if not local.is_dir():
+            raise DataError(f"no such folder: {local}")
+        source = hugging_face_source(path, reader)
     elif is_shards(path):
-        source = ShardSource(path, channels=channels, max_pixels=max_pixels)
+        source = ShardSource(path, reader)
     elif local.is_dir():
-        if is_hugging_face_folder(local):
-            source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
-        else:
-            source = folder_source(local, channels=channels, max_pixels=max_pixels, scratch=scratch)
+        source = hugging_face_source(path, reader) if is_hugging_face_folder(local) else FolderSource(local, reader)
     elif local.is_file():
         if local.suffix.lower() == ".parquet":
-            source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
+            source = hugging_face_source(path, reader)
         elif zipfile.is_zipfile(local):
-            source = zip_source(local, channels=channels, max_pixels=max_pixels, scratch=scratch)
+            source = ZipSource(local, reader)
         else:
             raise DataError(f"{path} is a file, but neither a .zip nor a .parquet: give the folder of images")
     elif is_hub_id(path):
-        source = hugging_face_source(path, channels=channels, max_pixels=max_pixels)
+        source = hugging_face_source(path, reader)
     else:
         raise DataError(f"no such folder or file: {path}")
     if len(source) == 0:

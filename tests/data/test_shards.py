@@ -17,6 +17,7 @@ from PIL import Image
 from ldm_vae import cli
 from ldm_vae.commands import shards as packing
 from ldm_vae.data.loader import CropDataset
+from ldm_vae.data.reader import ImageReader
 from ldm_vae.data.shards import FACTS, ROW, ROWS, ShardSource, build_index, index_folder, shards_of
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import BadImageError, DataError
@@ -224,7 +225,7 @@ def test_a_changed_shard_is_noticed(tmp_path: Path) -> None:
     file = tmp_path / "a.tar"
     write_tar(file, [(f"{i}.png", png(i)) for i in range(3)])
     build_index([str(file)])
-    source = ShardSource(str(file), channels=3, max_pixels=1000)
+    source = ShardSource(str(file), ImageReader(max_pixels=1000))
     before = source.fingerprint()
     write_tar(file, [("0.png", png(0, side=40)), ("1.png", png(1)), ("2.png", png(2))])
     with pytest.raises(BadImageError, match="has changed since"):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ldm_vae.data.hugging_face import HuggingFaceSource
 from ldm_vae.data.procedural import SHAPES
+from ldm_vae.data.reader import ImageReader
 from ldm_vae.data.sources import check_outside, open_source
 from ldm_vae.errors import BadImageError, ConfigError, DataError
 
@@ -73,11 +74,11 @@ def test_a_file_that_a_row_names_is_read_below_its_root_alone(photos: Path, tmp_
     dataset = datasets.Dataset.from_dict(rows, features=features)
     for roots in ((), (tmp_path,), (tmp_path / ".." / tmp_path.name,)):
         with pytest.raises(BadImageError, match="names a file that is not in the data set"):
-            HuggingFaceSource(dataset, channels=3, max_pixels=10**6, roots=roots)[0]
-    source = HuggingFaceSource(dataset, channels=3, max_pixels=10**6, roots=(tmp_path, photos))
+            HuggingFaceSource(dataset, ImageReader(max_pixels=10**6), roots=roots)[0]
+    source = HuggingFaceSource(dataset, ImageReader(max_pixels=10**6), roots=(tmp_path, photos))
     assert source[0].pixels.shape == (60, 72, 3)
     rows["image"][0]["path"] = str(photos)
-    source = HuggingFaceSource(datasets.Dataset.from_dict(rows, features=features), channels=3, max_pixels=10**6)
+    source = HuggingFaceSource(datasets.Dataset.from_dict(rows, features=features), ImageReader(max_pixels=10**6))
     with pytest.raises(BadImageError, match="names a file"):
         source[0]
 

@@ -32,7 +32,7 @@ from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.data import large
 from ldm_vae.data.procedural import ProceduralSource
-from ldm_vae.data.reader import read_pixels
+from ldm_vae.data.reader import ImageReader, read_pixels
 from ldm_vae.data.shards import ShardSource, build_index
 from ldm_vae.data.sources import Source, open_source
 from ldm_vae.errors import BadImageError, LdmVaeError, one_line_errors
@@ -47,6 +47,7 @@ from ldm_vae.runs.run import Checkpoint, Run
 from tests.endurance.fuzzing.mutations import mutate
 
 MAX_PIXELS = 1 << 20
+READER = ImageReader(max_pixels=MAX_PIXELS)
 SLOW = 20.0
 """Seconds of computing."""
 Mutate = Callable[[bytes], bytes]
@@ -138,7 +139,7 @@ def make_shards(folder: Path) -> None:
 
 def index_again(folder: Path) -> None:
     build_index(sorted(map(str, folder.glob("*.tar"))))
-    read_all(ShardSource(str(folder), channels=3, max_pixels=MAX_PIXELS))
+    read_all(ShardSource(str(folder), READER))
 
 
 def read_all(source: Source) -> None:
@@ -223,7 +224,7 @@ def make_tables(folder: Path) -> None:
 FOLDERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "zip": (make_zip, lambda f: read_all(open_source(str(f / "images.zip"), max_pixels=MAX_PIXELS))),
     "shards, indexed again": (make_shards, index_again),
-    "shards and their index": (make_shards, lambda f: read_all(ShardSource(str(f), channels=3, max_pixels=MAX_PIXELS))),
+    "shards and their index": (make_shards, lambda f: read_all(ShardSource(str(f), READER))),
     "run directory": (make_run, read_run),
     "model": (make_model, lambda f: load_autoencoder(str(f))),
     "cache of latents": (make_cache, read_cache),
