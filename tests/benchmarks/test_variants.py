@@ -1,4 +1,4 @@
-"""The benchmarks of denoising, anomalies and embeddings, small: their figures against independent ones."""
+"""The benchmarks of denoising and anomalies, small: their figures against independent ones."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio
 
 from benchmarks import anomaly, denoising
-from benchmarks.studies import embeddings
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import Corruption
 from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, DataError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.reconstruction import denoise
 
 pytest.importorskip("sklearn")
@@ -104,38 +102,6 @@ def test_photos_of_16_bits_are_denoised_as_those_of_8(tmp_path: Path) -> None:
     for count in (0, -1):
         with pytest.raises(ConfigError, match="num-images"):
             denoising.main(denoising.Config(vae="", data="", tune_on="", output=tmp_path, num_images=count))
-
-
-def test_embeddings_are_compared_at_equal_length(
-    fashion: Path, tmp_path: Path, in_process: Callable[..., float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(embeddings, "seconds_of_script", in_process)
-    config = embeddings.Config(data=fashion, output=tmp_path, lengths=(2, 5), steps=1, batch_size=8)
-    embeddings.main(config)
-    rows = {(r["length"], r["method"]): r for r in json.loads((tmp_path / "results.json").read_text())["results"]}
-    assert rows.keys() == {(n, m) for n in (2, 5) for m in ("ours", "PCA", "random projection")}
-    train, labels = embeddings.read_fashion_mnist(fashion, "train")
-    test, test_labels = embeddings.read_fashion_mnist(fashion, "t10k")
-    x, y = (p.reshape(len(p), -1) / 255 for p in (train, test))
-    _, _, directions = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
-    for length in (2, 5):
-        basis = directions[:length]
-        error = np.square((y - x.mean(axis=0)) - (y - x.mean(axis=0)) @ basis.T @ basis).mean()
-        assert rows[length, "PCA"]["squared_error"] == pytest.approx(error, rel=1e-3)
-        assert rows[length, "random projection"]["squared_error"] > error
-        own, seen = (y - x.mean(axis=0)) @ basis.T, (x - x.mean(axis=0)) @ basis.T
-        near = [np.bincount(labels[np.linalg.norm(seen - v, axis=1).argsort()[:5]]).argmax() for v in own]
-        found = rows[length, "PCA"]["nearest_neighbours"]
-        assert found == pytest.approx(np.mean(np.array(near) == test_labels), abs=0.04)  # but for ties
-        assert rows[length, "PCA"]["linear_probe"] > 0.2
-        vae = load_autoencoder(str(tmp_path / f"run-{length}"))
-        with torch.inference_mode():
-            made = vae.decode(vae.encode(to_images(test)).latent_dist.mode()).sample.add(1).div(2).clamp(0, 1)
-        error = np.square(made.flatten(1).numpy() - y).mean()
-        assert rows[length, "ours"]["squared_error"] == pytest.approx(error, rel=1e-3)
-    assert labels.max() == 9
-    with pytest.raises(DataError, match="idx"):
-        embeddings.main(embeddings.Config(data=tmp_path / "no", output=tmp_path))
 
 
 def test_defects_of_tiles_are_judged_by_image_pixel_and_kind(

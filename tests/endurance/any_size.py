@@ -1,6 +1,6 @@
 """Seconds and memory of the commands on images of 2,048 to 16,384 pixels a side.
 
-python benchmarks/studies/any_size.py --model RUN_OR_MODEL --output DIR
+python -m tests.endurance.any_size --model RUN_OR_MODEL --output DIR
 
 The model needs a codec's tables. An image of any size is one procedural tile, repeated; each command is a process of
 its own, whose peak resident memory is read from /proc.

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.studies.any_size import TILE, Config, main, measure, write_image
 from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import RunError
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
+from tests.endurance.any_size import TILE, Config, main, measure, write_image
 
 
 def test_the_image_has_its_size_and_no_two_tiles_beside_each_other_alike(tmp_path: Path) -> None:
