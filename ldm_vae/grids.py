@@ -1,4 +1,4 @@
-"""Pictures for people: grids of originals, reconstructions and errors."""
+"""Grids of images to look at: originals, reconstructions and errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LABEL_HEIGHT = 16
 
 
 def validation_images(source: Source, *, side: int, count: int = 32, seed: int = 0) -> tuple[Tensor, dict[str, str]]:
-    """Up to `count` images (N, C, side, side) in [-1, 1], the same ones always, and the bad ones met: name -> reason.
+    """Up to `count` images (N, C, side, side) in [-1, 1], always the same, and the bad ones: name -> reason.
 
     Raises:
         DataError: none of those tried is usable.
@@ -43,9 +43,9 @@ def visible(images: Tensor) -> np.ndarray:
 
 
 def reconstruction_grid(images: Tensor, reconstructions: Tensor, inputs: Tensor | None = None) -> Image.Image:
-    """Rows, an image a column: originals, reconstructions, and absolute errors, enlarged by ERROR_GAIN.
+    """A column an image, in rows: originals, reconstructions, and absolute errors times ERROR_GAIN.
 
-    `inputs`, where they are not the originals, are a row of their own.
+    `inputs`, where they differ from the originals, have a row of their own.
     """
     errors = (images - reconstructions).abs() * ERROR_GAIN - 1
     rows = [
@@ -58,28 +58,28 @@ def reconstruction_grid(images: Tensor, reconstructions: Tensor, inputs: Tensor 
 
 
 def heat_map(image: Tensor, reconstruction: Tensor, values: np.ndarray, threshold: float) -> Image.Image:
-    """An image (C, H, W), its reconstruction, and the image with a map (H, W) over it, beside each other.
+    """Side by side: an image (C, H, W), its reconstruction, and the image with a map (H, W) over it.
 
-    The map shows in red from half of the threshold on, and fully from one and a half times that on.
+    The map shows in red from half of the threshold on, fully from one and a half times the threshold on.
     """
-    seen, made = (visible(x[None])[0] for x in (image, reconstruction))
+    original, reconstructed = (visible(x[None])[0] for x in (image, reconstruction))
     strength = np.clip(values / max(threshold, 1e-12) - 0.5, 0, 1)[:, :, None]
-    marked = seen * (1 - 0.7 * strength) + np.array([255, 0, 0]) * 0.7 * strength
-    gap = np.full((seen.shape[0], GAP, 3), 255, np.uint8)
-    return Image.fromarray(np.concatenate([seen, gap, made, gap, marked.round().astype(np.uint8)], axis=1))
+    marked = original * (1 - 0.7 * strength) + np.array([255, 0, 0]) * 0.7 * strength
+    gap = np.full((original.shape[0], GAP, 3), 255, np.uint8)
+    return Image.fromarray(np.concatenate([original, gap, reconstructed, gap, marked.round().astype(np.uint8)], axis=1))
 
 
 def labelled_rows(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
-    """Rows of pixels (N, H, W, 3) below their labels, as one picture."""
+    """Rows of pixels (N, H, W, 3) below their labels, as one grid."""
     count, height, width = rows[0][1].shape[:3]
-    sheet = Image.new("RGB", (count * (width + GAP) + GAP, len(rows) * (height + LABEL_HEIGHT + GAP)), "white")
-    draw = ImageDraw.Draw(sheet)
+    grid = Image.new("RGB", (count * (width + GAP) + GAP, len(rows) * (height + LABEL_HEIGHT + GAP)), "white")
+    draw = ImageDraw.Draw(grid)
     for r, (label, pixels) in enumerate(rows):
         top = r * (height + LABEL_HEIGHT + GAP)
         draw.text((GAP, top + 2), label, fill="black")
         for c, tile in enumerate(pixels):
-            sheet.paste(Image.fromarray(tile), (GAP + c * (width + GAP), top + LABEL_HEIGHT))
-    return sheet
+            grid.paste(Image.fromarray(tile), (GAP + c * (width + GAP), top + LABEL_HEIGHT))
+    return grid
 
 
 def middle(pixels: np.ndarray, side: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -34,11 +34,11 @@ from ldm_vae.objectives.autoencoding import (
     StepSummary,
     TrainableVAE,
     check_posterior,
-    draw,
+    draw_reconstructions,
     micro_batches,
     open_loop,
     reconstructions_of,
-    save,
+    save_autoencoder,
     update,
     validation_set,
 )
@@ -81,19 +81,20 @@ class Config(ImageConfig):
             raise ConfigError("--global-latent makes a new network: leave out --init")
 
 
-def preset(architecture: str, **changes: Any) -> Config:
-    return Config(architecture=architecture, **{"resolution": 64, "batch_size": 16, "learning_rate": 1e-3} | changes)
+def preset(architecture: str, *, resolution: int = 64, batch_size: int = 16, **others: Any) -> Config:
+    shared = Config(architecture=architecture, learning_rate=1e-3, resolution=resolution, batch_size=batch_size)
+    return replace(shared, **others)
 
 
 PRESETS = {
     "plain": ("stride 8, 8 channels, no KL and no noise", preset("plain")),
     "sparse": ("stride 8, 32 channels, of which few are not 0", preset("sparse", sparsity="l1")),
     "denoise": (
-        "stride 4, 48 channels, takes Gaussian noise of up to 55 of 255 away",
+        "stride 4, 48 channels, removes Gaussian noise of up to 55 of 255",
         preset("denoise", corruption="gaussian:0-55", resolution=96, batch_size=8),
     ),
     "find": (
-        "stride 8, 64 channels, says what does not belong there: for anomalies",
+        "stride 8, 64 channels, finds what does not belong there: for anomalies",
         preset("find", reconstruction="cross-entropy"),
     ),
 }
@@ -105,7 +106,7 @@ def corruption_of(config: Config) -> Corruption | None:
 
 
 def pairings(config: Config) -> tuple[Pairing | None, Pairing | None]:
-    """What makes an input and its target of a crop in training, and of a validation image; None where both are it."""
+    """How a crop becomes an input and its target, in training and in validation; None where it is both itself."""
     if config.reconstruction == "cross-entropy":
         return with_blemishes, with_blemishes
     corruption = corruption_of(config)
@@ -132,7 +133,7 @@ def loss_terms(
 
 
 @torch.no_grad()
-def figures(moments: Tensor, nats: Tensor, vae: Any, config: Config) -> dict[str, Tensor]:
+def rate_and_activity(moments: Tensor, nats: Tensor, vae: Any, config: Config) -> dict[str, Tensor]:
     """For the log: the rate, and the share of active latents: above 0, or above 1/2 where they are in 0..1."""
     values = {}
     if is_variational(vae):
@@ -142,8 +143,8 @@ def figures(moments: Tensor, nats: Tensor, vae: Any, config: Config) -> dict[str
     return values
 
 
-def noise_levels(batch: Batch[Tensor], vae: Any) -> Tensor | None:
-    """(B,), for a network that takes them."""
+def levels_of(batch: Batch[Tensor], vae: Any) -> Tensor | None:
+    """Noise levels (B,), for a network that takes them."""
     if vae.config.get("noise_level") is None:
         return None
     unknown = torch.full((len(batch),), UNKNOWN_LEVEL)
@@ -163,10 +164,10 @@ def autoencoder_step(
     for batch, noise in micro_batches(batches, vae, config, summary, accelerator):
         inputs = batch.images if batch.inputs is None else batch.inputs
         with accelerator.accumulate(state.network):
-            reconstruction, moments, nats = state.network(inputs, noise, noise_levels(batch, vae))
+            reconstruction, moments, nats = state.network(inputs, noise, levels_of(batch, vae))
             terms = loss_terms(batch.images, reconstruction, moments, nats, config)
             accelerator.backward(sum(terms.values()))
-        summary.add(terms | figures(moments, nats, vae, config))
+        summary.add(terms | rate_and_activity(moments, nats, vae, config))
         summary.moments = moments.detach()
     update(state, summary, {"vae": learning_rate}, config, accelerator)
     return summary
@@ -254,9 +255,9 @@ def main(config: Config) -> None:
                 loop.log_step(summary.metrics(accelerator) | {"learning_rate": rate})
             if loop.drawing and loop.run.main:
                 sample = reconstructions_of(state, images if inputs is None else inputs, accelerator)
-                draw(loop, images, as_images(vae, sample), inputs)
+                draw_reconstructions(loop, images, as_images(vae, sample), inputs)
             if loop.saving:
-                save(loop, state)
+                save_autoencoder(loop, state)
 
 
 if __name__ == "__main__":

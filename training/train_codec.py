@@ -26,11 +26,11 @@ from ldm_vae.objectives import losses
 from ldm_vae.objectives.autoencoding import (
     AutoencoderState,
     StepSummary,
-    draw,
+    draw_reconstructions,
     micro_batches,
     open_loop,
     reconstructions_of,
-    save,
+    save_autoencoder,
     update,
     validation_set,
 )
@@ -83,7 +83,7 @@ PRESETS = {
 
 @dataclass(kw_only=True)
 class CodecState(AutoencoderState):
-    """With the rate's weight, which changes where a rate is aimed at."""
+    """With the rate's weight, which changes where the rate has a target."""
 
     rate_weight: Tensor = field(default_factory=lambda: torch.ones(()))
 
@@ -139,8 +139,10 @@ def build(config: Config, accelerator: Accelerator) -> CodecState:
     """The network, its prior and their optimizer, the same in every process."""
     set_seed(config.seed)
     if config.init is None:
-        channels = {} if config.latent_channels is None else {"latent_channels": config.latent_channels}
-        vae = PatchAutoencoderKL(in_channels=config.channels, **ARCHITECTURES[config.architecture] | channels)
+        arguments = ARCHITECTURES[config.architecture]
+        if config.latent_channels is not None:
+            arguments = arguments | {"latent_channels": config.latent_channels}
+        vae = PatchAutoencoderKL(in_channels=config.channels, **arguments)
     else:
         vae = load_autoencoder(config.init)
         if not isinstance(vae, PatchAutoencoderKL) or not is_variational(vae):
@@ -167,9 +169,9 @@ def main(config: Config) -> None:
             if loop.logging:
                 loop.log_step(summary.metrics(accelerator) | {"learning_rate": rate})
             if loop.drawing and loop.run.main:
-                draw(loop, images, reconstructions_of(state, images, accelerator).clamp(-1, 1))
+                draw_reconstructions(loop, images, reconstructions_of(state, images, accelerator).clamp(-1, 1))
             if loop.saving:
-                save(loop, state)
+                save_autoencoder(loop, state)
 
 
 if __name__ == "__main__":

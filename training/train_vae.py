@@ -24,10 +24,10 @@ from ldm_vae.objectives.autoencoding import (
     TrainableVAE,
     adamw,
     check_posterior,
-    draw,
+    draw_reconstructions,
     open_loop,
     reconstructions_of,
-    save,
+    save_autoencoder,
     validation_set,
 )
 from ldm_vae.objectives.perceptual import PerceptualLoss
@@ -140,9 +140,9 @@ def main(config: Config) -> None:
             if loop.logging:
                 loop.log_step(summary.metrics(accelerator) | {"learning_rate": rates["vae"]})
             if loop.drawing and loop.run.main:
-                draw(loop, images, reconstructions_of(state, images, accelerator).clamp(-1, 1))
+                draw_reconstructions(loop, images, reconstructions_of(state, images, accelerator).clamp(-1, 1))
             if loop.saving:
-                save(loop, state)
+                save_autoencoder(loop, state)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ Values = TypeVar("Values")
 
 @dataclass(frozen=True, kw_only=True)
 class Batch(Generic[Values]):
-    """images (B, C, R, R) in [-1, 1], their positions, and the bad images met on the way."""
+    """images (B, C, R, R) in [-1, 1], their positions, and the bad images passed on the way."""
 
     images: Values
     positions: list[int]
@@ -95,7 +95,7 @@ class CropDataset:
         return replace(row, image=values_of(pair.target), input=values_of(pair.input), noise_level=pair.noise_level)
 
     def load(self, index: int) -> Pixels:
-        """Image `index`, made smaller if that is asked for. Raises BadImageError."""
+        """Image `index`, shrunk to the shorter side where it is larger. Raises BadImageError."""
         if index in self.cache:
             return self.cache[index]
         pixels = self.source[index].pixels
@@ -111,7 +111,7 @@ class CropDataset:
         return pixels
 
     def crop(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
-        """(R, R, C): where and whether mirrored is drawn from `rng`."""
+        """A crop (R, R, C); `rng` draws its place, and whether it is mirrored."""
         height, width = pixels.shape[:2]
         target = max(self.shorter_side or min(height, width), self.resolution)
         side = self.resolution * min(height, width) / target  # in pixels of this image; below R it is enlarged
@@ -146,7 +146,7 @@ class MicroBatches:
 
 
 def collate(rows: list[Row]) -> Batch[np.ndarray]:
-    """A batch without images when there are none that can be used."""
+    """A batch; without images when none is usable."""
     bad_images: BadImages = {}
     for row in rows:
         bad_images |= row.bad_images
@@ -162,7 +162,7 @@ def collate(rows: list[Row]) -> Batch[np.ndarray]:
 
 
 def stacked(arrays: list[np.ndarray]) -> np.ndarray:
-    """(N, ...), one row after the other as they are counted, or (0,) of none."""
+    """Rows (N, ...) one after another in memory; of none (0,)."""
     if not arrays:
         return np.empty(0, np.float32)
     return np.stack(arrays, out=np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype))
@@ -180,11 +180,11 @@ def load_batches(
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[Any]:
-    """The micro-batches of `order`, with tensors, made by `num_workers` processes, or by this one when that is 0.
+    """The micro-batches of `order`, as tensors, made by `num_workers` processes, or by this one when that is 0.
 
     Args:
-        rows: by position, without any torch in them.
-        collate: a list of rows -> a batch of arrays, with `bad_images` and a length: 0 where nothing can be used.
+        rows: indexed by position; free of torch, which workers do not import.
+        collate: a list of rows -> a batch of arrays, with `bad_images` and a length: 0 where nothing is usable.
 
     Raises:
         DataError: nothing in the source can be used.
@@ -196,7 +196,7 @@ def load_batches(
 
 
 def with_tensors(batch: Any, *, pin_memory: bool = False) -> Any:
-    """The same batch with tensors in the place of its arrays, whose memory they share unless it is pinned."""
+    """The batch with tensors for arrays; they share the arrays' memory unless it is pinned."""
     import torch  # the trainer has it, workers do not
 
     arrays = {f.name: getattr(batch, f.name) for f in fields(batch)}

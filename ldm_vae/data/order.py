@@ -1,4 +1,4 @@
-"""Which sample comes when: pure functions of (seed, position), so that resuming and splitting change nothing."""
+"""The order of samples: pure functions of (seed, position), so that resuming and splitting change nothing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def index_at(position: int, *, size: int, seed: int) -> int:
 
 
 def generator_at(seed: int, position: int, stream: Stream) -> np.random.Generator:
-    """Random numbers that belong to one image: a counter-based generator (Philox, Salmon et al. 2011)."""
+    """The random numbers of one position: a counter-based generator (Philox, Salmon et al. 2011)."""
     return np.random.Generator(np.random.Philox(key=[seed & MASK, position & MASK], counter=[0, 0, 0, int(stream)]))
 
 

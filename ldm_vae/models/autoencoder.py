@@ -30,15 +30,15 @@ class PatchAutoencoderKL(PatchNetwork, ModelMixin, ConfigMixin):
         block_out_channels: width of each resolution, finest first. The stride is
             `f = patch_size * 2 ** (len(block_out_channels) - 1)`.
         encoder_layers_per_block, decoder_layers_per_block: residual blocks at each resolution, finest first.
-        linear_path: beside the network, a linear transform of patches of the stride's side and its inverse, which begin
-            as the cosine transform; the network begins at nothing, and learns the rest (docs/decisions/011).
-        pool: one latent for so many positions of the coarsest resolution, each way, and the stride as much larger. With
-            crops of that stride's side, an image is one vector of `latent_channels` numbers.
+        linear_path: adds a linear transform of patches of the stride's side, and its inverse, which start as the cosine
+            transform; the network's own output starts at 0 and learns the rest (docs/decisions/011).
+        pool: one latent for pool x pool positions of the coarsest resolution; the stride grows by the same factor. An
+            image of that side becomes one vector of `latent_channels` numbers.
         deterministic: a plain autoencoder: the posterior is its mean.
         latent_activation: of the mean: "none", or for sparse latents "relu" or "sigmoid".
-        noise_level: the encoder takes the standard deviation of the noise in an image where it is known, up to this, in
-            0..255. It begins with no effect.
-        finds_blemishes: what it gives is no image but, of one channel, the log-odds that a blemish is there.
+        noise_level: the encoder takes the standard deviation of an image's noise where it is known, in 0..255 and up to
+            this one. At the start of training it has no effect.
+        finds_blemishes: a detector: its one output channel is no image, but the log-odds of a blemish at each place.
         latents_mean, latents_std: per latent channel, measured over a data set; (z - mean) / std are scaled latents.
         scaling_factor, shift_factor: the scalar convention of older diffusers VAEs, for code that asks for it.
 

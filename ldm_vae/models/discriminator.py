@@ -1,4 +1,4 @@
-"""PatchDiscriminator: says of each patch of an image whether it is real."""
+"""PatchDiscriminator: judges whether each patch of an image is real."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
         widths = [base_channels * min(2**i, 8) for i in range(num_layers + 1)]
         layers: list[nn.Module] = []
         for i, (before, after) in enumerate(zip([in_channels, *widths[:-1]], widths, strict=True)):
-            normed = i > 0 and not spectral_norm  # what is normed needs no bias
+            normed = i > 0 and not spectral_norm  # normalised layers need no bias
             layers.append(nn.Conv2d(before, after, 4, stride=2 if i < num_layers else 1, padding=1, bias=not normed))
             if normed:
                 layers.append(nn.GroupNorm(min(16, after), after))
@@ -48,5 +48,5 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
 
     @staticmethod
     def smallest_image(num_layers: int) -> int:
-        """The least height and width for which there is a logit."""
+        """The smallest height and width that give a logit."""
         return 3 * 2**num_layers

@@ -1,4 +1,4 @@
-"""A linear transform of patches beside a network: it begins as the cosine transform's lowest frequencies.
+"""A linear transform of patches beside a network, which starts as the cosine transform's lowest frequencies.
 
 What JPEG does (Wallace 1991, "The JPEG still picture compression standard", section 4.1) is where training starts, and
 the network learns what a linear transform cannot do.
@@ -15,7 +15,7 @@ GAIN = 2.5
 """Of the latents over an orthonormal transform's. A step of 1 in a latent is then 0.4 in the transform, which is where
 squared error and rate balance at a weight of 0.008 per pixel-nat: sqrt(18 * 0.008) = 0.38."""
 CHROMA = 12.0
-"""How much less the differences of the channels count than their mean, in the order of the basis."""
+"""By how much the differences between channels come later than their mean in the order of the basis."""
 
 
 def cosine_basis(channels: int, side: int, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The density that training assumes of quantised latents: what the codec's contexts will be, in differentiable form."""
+"""The density that training assumes of quantised latents: the codec's contexts in differentiable form."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ STEP_LOGVAR = -math.log(12.0)
 
 
 class CausalPrior(nn.Module):
-    """Each value is logistic around a linear prediction, as wide as its neighbours are large.
+    """A logistic density for each value: around a linear prediction, and the wider the larger its neighbours are.
 
-    The neighbours are those that `ldm_vae.codec.contexts` decodes before it: W, N, NW and NE in its own channel, and
-    3 x 3 in each channel before. So training lowers the rate that the codec will have, and not that of a code without
+    Its neighbours are what `ldm_vae.codec.contexts` has decoded before it: W, N, NW and NE in its own channel, and
+    3 x 3 in each previous channel. Training thus lowers the rate of the real codec, not that of a code without
     contexts (Ballé et al. 2018, "Variational image compression with a scale hyperprior", equations 4 and 6, with
     decoded neighbours in place of a hyperprior as in Minnen et al. 2018).
 
@@ -38,7 +38,7 @@ class CausalPrior(nn.Module):
         self.register_buffer("mask", before + own, persistent=False)
 
     def forward(self, values: Tensor, quality: Tensor) -> Tensor:
-        """Nats (B, C, h, w) that it takes to code `values` rounded, from values with uniform noise in their place.
+        """Nats (B, C, h, w) for coding `values` rounded, estimated from values with uniform noise instead.
 
         Args:
             values: (B, C, h, w) latents in units of the quantiser's step.

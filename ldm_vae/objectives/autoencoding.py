@@ -43,7 +43,7 @@ from ldm_vae.runs.step import averaged, parameters_of, sent, set_learning_rate
 
 
 class TrainableVAE(nn.Module):
-    """The one forward pass that DDP wraps: encode, sample, decode, with the KL beside it."""
+    """The forward pass that DDP wraps: encode, sample, decode, and the KL."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ def reconstructions_of(state: AutoencoderState, images: Tensor, accelerator: Acc
         return torch.cat([reconstruct(vae, image[None].to(accelerator.device)).float().cpu() for image in images])
 
 
-def draw(loop: Loop, images: Tensor, reconstructions: Tensor, inputs: Tensor | None = None) -> None:
+def draw_reconstructions(loop: Loop, images: Tensor, reconstructions: Tensor, inputs: Tensor | None = None) -> None:
     """The sample grid, and the PSNR of the reconstructions for the log; all in [-1, 1]."""
     grid = reconstruction_grid(images[:8], reconstructions[:8], None if inputs is None else inputs[:8])
     grid.save(loop.run.directory / "samples" / f"step-{loop.step}.png")
@@ -252,8 +252,8 @@ def draw(loop: Loop, images: Tensor, reconstructions: Tensor, inputs: Tensor | N
     loop.log({"val_psnr": val_psnr, "seconds": loop.facts["seconds"]})
 
 
-def save(loop: Loop, state: AutoencoderState) -> None:
-    """The averaged autoencoder in diffusers' layout, then the checkpoint: where that is, the model of its step is."""
+def save_autoencoder(loop: Loop, state: AutoencoderState) -> None:
+    """The averaged autoencoder in diffusers' layout, then the checkpoint: every checkpoint has its model beside it."""
     if loop.run.main:
         with state.averaged() as vae, staged_directory(loop.run.directory / "vae") as staging:
             vae.save_pretrained(staging)

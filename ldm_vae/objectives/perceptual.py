@@ -49,8 +49,8 @@ class PerceptualLoss(nn.Module):
         channels: three indices, needed unless C is 1 or 3.
 
     Raises:
-        ConfigError: C without a policy.
-        ModelError: the backbone's pretrained weights are not there and cannot be downloaded.
+        ConfigError: C is neither 1 nor 3, and `channels` is missing or out of range.
+        ModelError: the pretrained weights are missing and cannot be downloaded.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class PerceptualLoss(nn.Module):
         return images.expand(-1, 3, -1, -1)  # (B, 3, H, W): one channel repeated, three as they are
 
     def train(self, mode: bool = True) -> PerceptualLoss:
-        return super().train(False)  # its dropout stays off
+        return super().train(False)  # dropout stays off
 
 
 def load_backbone(backbone: Backbone, pretrained: bool) -> lpips.LPIPS:

@@ -17,11 +17,11 @@ STEERING = 0.001
 
 
 class TrainableCodec(nn.Module):
-    """The one forward pass that DDP wraps: encode, quantise, decode, with the rate beside it.
+    """The forward pass that DDP wraps: encode, quantise, decode, and the rate.
 
-    The posterior's deviation is that of uniform noise of width 1, everywhere and for good: a latent's scale says how
-    exactly it is kept. Noise stands for rounding in the rate alone: the decoder sees what is rounded, and the gradient
-    passes it (Minnen & Singh 2020, "Channel-wise autoregressive entropy models", section 3.3).
+    The posterior's deviation is fixed to that of uniform noise of width 1, so that a latent's scale says how exactly it
+    is kept. Noise replaces rounding in the rate alone: the decoder sees rounded latents, with a straight-through
+    gradient (Minnen & Singh 2020, "Channel-wise autoregressive entropy models", section 3.3).
     """
 
     def __init__(self, vae: Any) -> None:
