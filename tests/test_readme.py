@@ -121,3 +121,11 @@ def test_the_page_on_architecture_shows_twelve_nouns_and_the_layers_that_are_tes
     assert len(re.findall(r"^\| [A-Z]\w+ \|", nouns, flags=re.M)) == 12
     lines = blocks(page, "text")[-1].splitlines()
     assert [line.split(", ") for line in lines] == [[name.removeprefix("ldm_vae.") for name in row] for row in LAYERS]
+
+
+def test_the_walks_on_the_page_on_architecture_stop_at_files_and_functions_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    stops = re.findall(r"^\d+\. `([\w/]+\.py)`(?:, `(\w+)`)?", page, flags=re.M)
+    assert len(stops) == 10 + 8
+    for file, function in stops:
+        assert f"def {function}" in (ROOT / file).read_text(), f"{file} has no {function}"
