@@ -6,10 +6,7 @@ python benchmarks/anomaly.py fashion-mnist --data ../shared/data/fashion-mnist -
 Training sees good images alone; every tenth of them is held out for the thresholds. magnetic-tile has folders
 train/good, test/KIND and ground_truth/KIND. Of Fashion-MNIST each class is the good one in turn. The baselines, on
 pixels: the reconstruction error of principal components (PCA), for each number of components and each way to score its
-error map; and the mean distance to the 5 nearest good images. The PCA that is best on the test images has an advantage;
-for tiles the one that would be chosen without them, by blemishes made on held-out good tiles, is reported, too.
-
-The same command resumes, and does not train again what was trained.
+error map; and the mean distance to the 5 nearest good images. The same command resumes.
 """
 
 from __future__ import annotations
@@ -22,6 +19,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from sklearn.decomposition import PCA
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
 
 from ldm_vae.analysis.anomaly import AnomalyDetector, Method, fit_detector, mean_of_largest, relative, shrunk, smooth
 from ldm_vae.data.blemishes import blemished
@@ -42,7 +42,7 @@ from ldm_vae.timing import seconds_of_script
 
 COMPONENTS = (4, 8, 16, 32, 64, 128)
 VARIANCES = (0.95, 0.99)
-"""PCA is usually given as many components as keep this share of the variance."""
+"""Shares of the variance that PCA's components usually keep."""
 TILE_SIDE = 256
 PCA_SCORINGS = {"smooth": (8.0, 0.0, 0.05), "relative to the surroundings": (8.0, 24.0, 0.05)}
 """Blur and surroundings in pixels of a tile of 256 x 256, and share, as in `fit_detector`."""
@@ -102,7 +102,7 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Scored:
     """A method's score for each test image (N,), and its maps (H, W)."""
 
@@ -142,7 +142,7 @@ def detector_scores(detector: AnomalyDetector, images: Sequence[Pixels], descrip
     maps = [detector.maps(to_images(p)[None])[0] for p in progress(images, unit="image", description=description)]
     scores = [detector.scores(m) for m in maps]
     return [
-        Scored(method=f"ours, {name}", scores=np.array([s[name] for s in scores]), maps=[m[name] for m in maps])
+        Scored(f"ours, {name}", np.array([s[name] for s in scores]), [m[name] for m in maps])
         for name in detector.facts.methods
     ]
 
@@ -166,8 +166,6 @@ def flattened(images: Sequence[Pixels], side: int) -> np.ndarray:
 
 def pca_scores(good: Sequence[Pixels], test: Sequence[Pixels], config: Config) -> Iterator[Scored]:
     """The error of PCA's reconstruction, for each size, number of components and scoring."""
-    from sklearn.decomposition import PCA
-
     for side in config.sides:
         x, y = flattened(good, side), flattened(test, side)
         counts = [c for c in COMPONENTS if c < min(x.shape)]
@@ -176,17 +174,14 @@ def pca_scores(good: Sequence[Pixels], test: Sequence[Pixels], config: Config) -
             errors = np.square(y - pca.inverse_transform(pca.transform(y)))
             maps = errors.reshape(-1, side, side)
             name = f"PCA of {count}{' of the variance' if count < 1 else ''} at {side}x{side}"
-            yield Scored(method=f"{name}, mean", scores=errors.mean(axis=1), maps=maps)
+            yield Scored(f"{name}, mean", errors.mean(axis=1), maps)
             if config.dataset == "fashion-mnist":
                 variance = shrunk(np.square(x - pca.inverse_transform(pca.transform(x))).mean(axis=0))
-                standardised = (errors / variance).mean(axis=1)
-                yield Scored(
-                    method=f"{name}, standardised", scores=standardised, maps=maps / variance.reshape(side, side)
-                )
+                standardised = errors / variance
+                yield Scored(f"{name}, standardised", standardised.mean(axis=1), standardised.reshape(maps.shape))
             for scoring, (blur, surroundings, share) in pca_scorings(config, side).items():
                 smoothed = [relative(smooth(m, blur), surroundings) for m in np.sqrt(maps)]
-                scores = np.array([mean_of_largest(m, share) for m in smoothed])
-                yield Scored(method=f"{name}, {scoring}", scores=scores, maps=smoothed)
+                yield Scored(f"{name}, {scoring}", np.array([mean_of_largest(m, share) for m in smoothed]), smoothed)
 
 
 def pca_scorings(config: Config, side: int) -> dict[str, tuple[float, float, float]]:
@@ -200,8 +195,6 @@ def pca_scorings(config: Config, side: int) -> dict[str, tuple[float, float, flo
 
 def neighbour_distances(good: Sequence[Pixels], test: Sequence[Pixels], side: int) -> np.ndarray:
     """Mean distance to the nearest good images, on pixels: (N,)."""
-    from sklearn.neighbors import NearestNeighbors
-
     nearest = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(flattened(good, side))
     return nearest.kneighbors(flattened(test, side))[0].mean(axis=1)
 
@@ -211,30 +204,28 @@ def neighbour_distances(good: Sequence[Pixels], test: Sequence[Pixels], side: in
 
 def auroc(scores: Any, anomalous: Any) -> float:
     """Area under the receiver operating characteristic."""
-    from sklearn.metrics import roc_auc_score
-
     return float(roc_auc_score(anomalous, scores))
 
 
-def ordered_pairs(scores: Any, anomalous: np.ndarray) -> np.ndarray:
+def ordered_pairs(scores: np.ndarray, anomalous: np.ndarray) -> np.ndarray:
     """1 where an anomalous image (row) scores above a good one (column), 1/2 at a tie; the mean is the area."""
-    values = np.asarray(scores)
-    bad, good = values[anomalous][:, None], values[~anomalous][None]
+    bad, good = scores[anomalous][:, None], scores[~anomalous][None]
     return (bad > good) + 0.5 * (bad == good)
 
 
-def difference_interval(ours: Any, theirs: Any, anomalous: np.ndarray, seed: int) -> tuple[float, float]:
+def middle_95_percent(values: Any) -> Row:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return {"low": float(low), "high": float(high)}
+
+
+def difference_interval(ours: np.ndarray, theirs: np.ndarray, anomalous: np.ndarray, seed: int) -> Row:
     """95 % interval of the difference of two areas, over 2,000 resamplings of the good and the anomalous images."""
     rng = np.random.default_rng(seed)
     gain = ordered_pairs(ours, anomalous) - ordered_pairs(theirs, anomalous)
-    differences = [gain[np.ix_(*(rng.choice(n, n) for n in gain.shape))].mean() for _ in range(2000)]
-    low, high = np.percentile(differences, [2.5, 97.5])
-    return float(low), float(high)
+    return middle_95_percent([gain[np.ix_(*(rng.choice(n, n) for n in gain.shape))].mean() for _ in range(2000)])
 
 
-def mean_difference_interval(
-    ours: list[np.ndarray], theirs: list[np.ndarray], labels: np.ndarray, seed: int
-) -> tuple[float, float]:
+def mean_difference_interval(ours: list[np.ndarray], theirs: list[np.ndarray], labels: np.ndarray, seed: int) -> Row:
     """95 % interval of the difference of two mean areas, over 2,000 resamplings of the images of each class.
 
     Scores (N,) of the same images with class 0, 1, ... in turn as the good one; a resampling serves all of them.
@@ -249,14 +240,13 @@ def mean_difference_interval(
         bad = labels != label
         gain = (ordered_pairs(a, bad) - ordered_pairs(b, bad)).astype(np.float32)
         total += ((times[:, bad] @ gain) * times[:, ~bad]).sum(axis=1) / gain.size
-    low, high = np.percentile(total / len(ours), [2.5, 97.5])
-    return float(low), float(high)
+    return middle_95_percent(total / len(ours))
 
 
 # Defects of tiles ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TestImage:
     """Pixels (H, W, 1), the kind of defect or "good", and where it is defective (H, W)."""
 
@@ -274,7 +264,7 @@ def read_test_images(config: Config) -> list[TestImage]:
         if kind != "good":
             truth = config.data / "ground_truth" / kind / f"{file.stem}.png"
             mask = read_pixels(truth.read_bytes(), channels=1)[:, :, 0] > 127
-        images.append(TestImage(kind=kind, pixels=pixels, mask=mask))
+        images.append(TestImage(kind, pixels, mask))
     if not images or not (config.data / "train" / "good").is_dir():
         raise DataError(f"{config.data} does not hold train/good, test/KIND and ground_truth/KIND")
     return images
@@ -321,8 +311,10 @@ def above_pca(ours: Scored, pca: list[Scored], by_blemishes: Row, anomalous: np.
         "chosen by blemishes": max(by_blemishes, key=by_blemishes.__getitem__),
     }
     scores = {s.method: s.scores for s in pca}
-    intervals = {how: difference_interval(ours.scores, scores[name], anomalous, seed) for how, name in chosen.items()}
-    return {how: {"than": chosen[how], "low": low, "high": high} for how, (low, high) in intervals.items()}
+    return {
+        how: {"than": name, **difference_interval(ours.scores, scores[name], anomalous, seed)}
+        for how, name in chosen.items()
+    }
 
 
 def judge_tiles(config: Config) -> Row:
@@ -370,7 +362,7 @@ def judge_fashion(config: Config) -> Row:
         good, anomalous = [train[i].pixels for i in range(len(train))], test_labels != label
         ours = detector_scores(detector, list(test), name)
         near = neighbour_distances(good, list(test), config.sides[0])
-        nearest = Scored(method=f"{NEIGHBOURS} nearest on pixels", scores=near, maps=())
+        nearest = Scored(f"{NEIGHBOURS} nearest on pixels", near, ())
         for scored in [*ours, *pca_scores(good, list(test), config), nearest]:
             scores.setdefault(scored.method, []).append(scored.scores)
             row = {"class": name, "method": scored.method, "image_auroc": auroc(scored.scores, anomalous)}
@@ -381,8 +373,8 @@ def judge_fashion(config: Config) -> Row:
     for scoring in ("mean", "standardised", "smooth"):
         pca = max((m for m in area if m.startswith("PCA") and m.endswith(f", {scoring}")), key=area.__getitem__)
         for method in [m for m in scores if m.startswith("ours")]:
-            low, high = mean_difference_interval(scores[method], scores[pca], test_labels, config.seed)
-            above.setdefault(method, {})[pca] = {"by": area[method] - area[pca], "low": low, "high": high}
+            interval = mean_difference_interval(scores[method], scores[pca], test_labels, config.seed)
+            above.setdefault(method, {})[pca] = {"by": area[method] - area[pca], **interval}
     return {"training_seconds": seconds, "above_pca": above, "rows": means + rows}
 
 

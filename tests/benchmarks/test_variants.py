@@ -199,8 +199,8 @@ def test_the_mean_of_the_ordered_pairs_is_the_area_under_the_curve() -> None:
     area = anomaly.ordered_pairs(scores, anomalous).mean()
     assert area == pytest.approx(anomaly.auroc(scores, anomalous))
     assert 0.3 < area < 0.7
-    low, high = anomaly.difference_interval(scores + 9 * anomalous, scores, anomalous, seed=0)
-    assert low < 1 - area < high
+    interval = anomaly.difference_interval(scores + 9 * anomalous, scores, anomalous, seed=0)
+    assert interval["low"] < 1 - area < interval["high"]
 
 
 def test_the_interval_of_mean_areas_is_that_of_images_drawn_again_class_by_class() -> None:
@@ -215,8 +215,8 @@ def test_the_interval_of_mean_areas_is_that_of_images_drawn_again_class_by_class
         differences.append(np.mean(areas[0]) - np.mean(areas[1]))
     expected = np.percentile(differences, [2.5, 97.5])
     found = anomaly.mean_difference_interval(ours, theirs, labels, seed=1)
-    assert found == pytest.approx(expected, abs=0.15 * (expected[1] - expected[0]))
-    assert anomaly.mean_difference_interval(ours, ours, labels, seed=1) == (0, 0)
+    assert (found["low"], found["high"]) == pytest.approx(expected, abs=0.15 * (expected[1] - expected[0]))
+    assert anomaly.mean_difference_interval(ours, ours, labels, seed=1) == {"low": 0, "high": 0}
 
 
 def tile(rng: np.random.Generator) -> np.ndarray:
