@@ -149,15 +149,11 @@ class StepSummary:
         vectors = {"latents_mean": latents.mean(dim=1), "latents_square": latents.square().mean(dim=1)}
         if "kl" in self.terms:
             vectors["kl_bits"] = losses.kl_bits_per_channel(posterior)
-        names = list(self.terms)
-        values = torch.cat([torch.stack([self.terms[n].float() for n in names]), *vectors.values()])
-        means = accelerator.reduce(values, "mean").tolist()
-        metrics = dict(zip(names, means, strict=False))
-        channels = len(latents)
-        for i, name in enumerate(vectors):
-            for c in range(channels):
-                metrics[f"{name}/{c}"] = means[len(names) + i * channels + c]
-        for c in range(channels):
+        channels = {f"{name}/{c}": value for name, vector in vectors.items() for c, value in enumerate(vector)}
+        values = self.terms | channels
+        means = accelerator.reduce(torch.stack([value.float() for value in values.values()]), "mean").tolist()
+        metrics = dict(zip(values, means, strict=True))
+        for c in range(len(latents)):
             variance = metrics.pop(f"latents_square/{c}") - metrics[f"latents_mean/{c}"] ** 2
             metrics[f"latents_std/{c}"] = math.sqrt(max(variance, 0.0))
         return metrics
