@@ -111,9 +111,6 @@ class Scored:
     maps: Sequence[np.ndarray]
 
 
-# Detectors -----------------------------------------------------------------------------------------------------------
-
-
 def train_detector(
     config: Config, data: Path, run: Path, methods: Sequence[Method] | None = None
 ) -> tuple[AnomalyDetector, Source, Source]:
@@ -339,9 +336,6 @@ def judge_tiles(config: Config) -> Row:
         "above_pca": above_pca(ours[0], pca, by_blemishes, anomalous, config.seed),
         "rows": [*rows, nearest | kind_areas(near, images)],
     }
-
-
-# Clothes -------------------------------------------------------------------------------------------------------------
 
 
 def judge_fashion(config: Config) -> Row:

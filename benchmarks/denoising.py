@@ -23,13 +23,15 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from skimage.restoration import denoise_nl_means
 
-from ldm_vae.data.conversion import as_uint8, to_images, to_pixels
+from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import Corruption
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.order import Stream, generator_at
-from ldm_vae.data.sources import BadImages, HeadSource, Source, check_finite, open_source, usable
-from ldm_vae.errors import ConfigError, nothing_usable, one_line_errors
+from ldm_vae.data.sources import Source, check_finite, open_source
+from ldm_vae.data.squares import read_usable
+from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import check_writable, write_csv
 from ldm_vae.grids import labelled_rows, middle
 from ldm_vae.metrics import mean_with_interval, psnr, ssim
@@ -63,17 +65,6 @@ class Config:
     seed: int = 0
 
 
-def read_usable(source: Source) -> dict[int, Pixels]:
-    """uint8 images by index; those that cannot be used are named and left out. Raises DataError if all are bad."""
-    bad_images: BadImages = {}
-    images = {index: as_uint8(sample.pixels) for index, sample in usable(source, bad_images)}
-    for name, reason in bad_images.items():
-        print(f"left out: {name}: {reason}")
-    if not images:
-        raise nothing_usable(bad_images)
-    return images
-
-
 def noisy(pixels: Pixels, sigma: float, index: int, seed: int) -> Pixels:
     return Corruption("gaussian", sigma, sigma)(pixels, generator_at(seed, index, Stream.CORRUPTION)).input
 
@@ -86,8 +77,6 @@ def blur(pixels: Pixels, sigma: float, *, strength: float) -> Pixels:
 
 def non_local_means(pixels: Pixels, sigma: float, *, strength: float, patch: int) -> Pixels:
     """scikit-image's fast version (Buades et al. 2005; Darbon et al. 2008), its width `strength` times sigma."""
-    from skimage.restoration import denoise_nl_means
-
     values = denoise_nl_means(
         pixels / 255,
         h=strength * sigma / 255,
@@ -118,7 +107,7 @@ def classical_methods() -> dict[str, list[Method]]:
 
 def tune(config: Config, source: Source) -> dict[tuple[str, float], Any]:
     """The setting of each classical method at each sigma that has the best mean PSNR on these images."""
-    images = read_usable(HeadSource(source, config.num_tuning))
+    images = read_usable(source, config.num_tuning)
     best: dict[tuple[str, float], Any] = {}
     tasks = list(itertools.product(classical_methods().items(), config.sigmas))
     for (name, settings), sigma in progress(tasks, unit="method"):
@@ -197,8 +186,7 @@ def main(config: Config) -> None:
     source, others = open_source(config.data), open_source(config.tune_on)
     check_finite(source, config.data, config.num_images)
     check_finite(others, config.tune_on, config.num_tuning)
-    source = HeadSource(source, len(source) if config.num_images is None else config.num_images)
-    images = read_usable(source)
+    images = read_usable(source, config.num_images)
     tuned = tune(config, others)
     rows = measure(vae, source, images, tuned, config)
     summary = summarise(rows)

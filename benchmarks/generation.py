@@ -37,7 +37,7 @@ from ldm_vae.data.squares import shuffled_squares
 from ldm_vae.errors import ConfigError, DataError, one_line_errors
 from ldm_vae.files import check_writable
 from ldm_vae.metrics import SMALLEST_SET, frechet_distance, kernel_distance, mean_with_interval, precision_recall
-from ldm_vae.models.features import FeatureExtractor, NetworkInput, load_features
+from ldm_vae.models.features import NetworkInput, load_features
 from ldm_vae.pipeline import LatentDiffusionPipeline, load_pipeline
 from ldm_vae.report import markdown_table, provenance, with_interval, write_report
 from ldm_vae.runs.config import Range, check_ranges, parse_flags
@@ -105,9 +105,7 @@ class Protocol:
     """Turns images of any kind into an ImageSet: which squares, how many channels, which features."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.extract: FeatureExtractor = load_features(
-            config.features, network_input=config.features_input, device=device
-        )
+        self.extract = load_features(config.features, network_input=config.features_input, device=device)
         self.channels = config.channels or self.extract.channels or 3
         if self.extract.channels not in (None, self.channels):
             raise ConfigError(f"--channels is {self.channels}: {self.extract.name} takes {self.extract.channels}")
@@ -127,8 +125,8 @@ class Protocol:
     def measure_source(self, name: str, source: Source, limit: int | None) -> ImageSet:
         """The first `limit` usable images in the order that the seed gives; all of them without a limit."""
         bad = self.bad_images.setdefault(name, {})
-        count = min(len(source), limit or len(source))
-        samples = shuffled_squares(source, resolution=self.resolution, seed=self.seed, limit=count, bad_images=bad)
+        limit = limit or len(source)
+        samples = shuffled_squares(source, resolution=self.resolution, seed=self.seed, limit=limit, bad_images=bad)
         return self.measure((s.pixels, None if s.label is None else source.classes[s.label]) for s in samples)
 
     def measure(self, squares: Iterator[Square]) -> ImageSet:
@@ -145,8 +143,9 @@ class Protocol:
     def generate(self, pipeline: LatentDiffusionPipeline, config: Config) -> Iterator[Square]:
         """The images that pipelines/generate.py makes: image i from seed + i, all classes in turn."""
         num_classes, names = pipeline.num_classes, pipeline.config.class_names
-        for start in range(0, config.num_images or 0, self.batch_size):
-            numbers = range(start, min(start + self.batch_size, config.num_images or 0))
+        all_numbers = range(config.num_images or 0)
+        for start in all_numbers[:: self.batch_size]:
+            numbers = all_numbers[start : start + self.batch_size]
             labels = [i % num_classes for i in numbers] if num_classes else None
             images = pipeline(
                 labels,
@@ -191,21 +190,23 @@ def measure_sets(
     for name, source in sources.items():
         check_finite(source, name, config.num_images)
         check_count(name, len(source), config, halved=name == data and config.real is None)
-    sets = {n: protocol.measure_source(n, sources[n], config.num_images) for n in dict.fromkeys(config.samples)}
+
+    def images_of(name: str, limit: int | None, *, halved: bool = False) -> ImageSet:
+        images = protocol.measure_source(name, sources[name], limit)
+        check_count(name, len(images.features), config, halved=halved)
+        return images
+
+    sets = {name: images_of(name, config.num_images) for name in dict.fromkeys(config.samples)}
     if pipeline is not None:
-        sets[generated_name(config)] = protocol.measure(protocol.generate(pipeline, config))
-    for name, images in sets.items():
-        check_count(name, len(images.features), config)
+        guidance = f", guidance {config.guidance_scale:g}" if config.guidance_scale != 1 else ""
+        name = f"{config.pipeline} ({config.num_inference_steps} steps{guidance})"
+        sets[name] = protocol.measure(protocol.generate(pipeline, config))
     count = min(len(images.features) for images in sets.values())
     if config.real is None:
-        both = protocol.measure_source(data, sources[data], 2 * count)
-        check_count(data, len(both.features), config, halved=True)
+        both = images_of(data, 2 * count, halved=True)
         count = min(count, len(both.features) // 2)
         return both.part(0, count), {REAL: both.part(count, 2 * count), **sets}
-    reference, real = (protocol.measure_source(name, sources[name], count) for name in (data, config.real))
-    check_count(data, len(reference.features), config)
-    check_count(config.real, len(real.features), config)
-    return reference, {REAL: real, **sets}
+    return images_of(data, count), {REAL: images_of(config.real, count), **sets}
 
 
 def check_count(name: str, count: int, config: Config, *, halved: bool = False) -> None:
@@ -214,11 +215,6 @@ def check_count(name: str, count: int, config: Config, *, halved: bool = False) 
     if count < needed:
         why = ", for it is halved: --real PATH would spare that" if halved else ""
         raise DataError(f"{name} has {count} usable images, --num-images {config.num_images} needs {needed}{why}")
-
-
-def generated_name(config: Config) -> str:
-    guidance = f", guidance {config.guidance_scale:g}" if config.guidance_scale != 1 else ""
-    return f"{config.pipeline} ({config.num_inference_steps} steps{guidance})"
 
 
 def figures(reference: ImageSet, images: ImageSet, class_names: tuple[str, ...], seed: int) -> Row:
@@ -258,27 +254,24 @@ def time_pipeline(pipeline: LatentDiffusionPipeline, config: Config, device: tor
     batch_size, prediction = config.time_batch_size, prediction_of(pipeline.scheduler)
     labels = [i % pipeline.num_classes for i in range(batch_size)] if pipeline.num_classes else None
 
-    def sample(steps: int) -> Tensor:
-        output = pipeline(
-            labels,
-            num_images=batch_size,
-            num_inference_steps=steps,
-            guidance_scale=config.guidance_scale,
-            generator=list(range(batch_size)),
-            output_type="latent",
-        )
-        return output.images
+    sample = partial(
+        pipeline,
+        labels,
+        num_images=batch_size,
+        guidance_scale=config.guidance_scale,
+        generator=list(range(batch_size)),
+        output_type="latent",
+    )
 
     def median_seconds(call: Callable[[], object]) -> float:
         return statistics.median(seconds_of(call, device=device, seconds=config.time_seconds, warmup=1))
 
-    latents = sample(2)
-    decoding = median_seconds(lambda: pipeline.decode(latents))
+    decoding = median_seconds(partial(pipeline.decode, sample(num_inference_steps=2).images))
     rows = []
     for name in SCHEDULERS[prediction]:
         pipeline.scheduler = make_scheduler(prediction, name)
         for steps in config.time_steps:
-            denoising = median_seconds(partial(sample, steps))
+            denoising = median_seconds(partial(sample, num_inference_steps=steps))
             row = {"scheduler": name, "steps": steps, "seconds_per_image": (denoising + decoding) / batch_size}
             rows.append(row | {"milliseconds_per_step": 1e3 * denoising / steps / batch_size})
     return rows
@@ -305,15 +298,8 @@ def comparison_table(comparison: Row) -> str:
 
 
 def timing_table(rows: list[Row], config: Config) -> str:
-    cells = [
-        {
-            "scheduler": row["scheduler"],
-            "steps": str(row["steps"]),
-            "seconds an image": f"{row['seconds_per_image']:.4g}",
-            "ms an image and step": f"{row['milliseconds_per_step']:.4g}",
-        }
-        for row in rows
-    ]
+    names = {"seconds_per_image": "seconds an image", "milliseconds_per_step": "ms an image and step"}
+    cells = [{names.get(k, k): v if isinstance(v, str) else f"{v:.4g}" for k, v in row.items()} for row in rows]
     return f"{config.time_batch_size} images at once\n\n" + markdown_table(cells)
 
 

@@ -24,15 +24,17 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 from PIL import Image, features
 
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.search import bits_per_pixel
-from ldm_vae.data.conversion import as_uint8, to_images
+from ldm_vae.data.conversion import to_images
 from ldm_vae.data.images import Pixels
-from ldm_vae.data.sources import BadImages, check_finite, open_source, usable
+from ldm_vae.data.sources import check_finite, open_source
+from ldm_vae.data.squares import read_usable
 from ldm_vae.data.workers import default_workers
-from ldm_vae.errors import ConfigError, LdmVaeError, nothing_usable, one_line_errors
+from ldm_vae.errors import ConfigError, LdmVaeError, one_line_errors
 from ldm_vae.files import check_writable, write_csv
 from ldm_vae.grids import labelled_rows, middle
 from ldm_vae.metrics import bjontegaard_rate, mean_with_interval, ms_ssim, psnr, ssimulacra2
@@ -149,21 +151,10 @@ def load_codecs(config: Config) -> list[Codec]:
 
 
 def load_images(config: Config) -> dict[str, Pixels]:
-    """uint8 (H, W, 3) by name; images that cannot be used are named and left out."""
+    """uint8 (H, W, 3) by name."""
     source = open_source(config.data)
     check_finite(source, config.data, config.num_images)
-    bad_images: BadImages = {}
-    indices = range(min(len(source), config.num_images or len(source)))
-    samples = usable(source, bad_images, indices=indices)
-    images: dict[str, Pixels] = {source.name(i): as_uint8(sample.pixels) for i, sample in samples}
-    for name, reason in bad_images.items():
-        print(f"left out: {name}: {reason}")
-    if not images:
-        raise nothing_usable(bad_images)
-    return images
-
-
-# Measuring -----------------------------------------------------------------------------------------------------------
+    return {source.name(i): pixels for i, pixels in read_usable(source, config.num_images).items()}
 
 
 def measure(codec: Codec, images: dict[str, Pixels], pool: ProcessPoolExecutor) -> list[Row]:
@@ -178,10 +169,9 @@ def measure(codec: Codec, images: dict[str, Pixels], pool: ProcessPoolExecutor) 
             data = codec.encode(pixels, setting)
             encoded = time.perf_counter()
             decoded.append(codec.decode(data))
-            row = {"codec": codec.name, "setting": setting, "image": name}
-            row |= {"bytes": len(data), "bpp": bits_per_pixel(data, pixels)}
             seconds = {"encode_seconds": encoded - began, "decode_seconds": time.perf_counter() - encoded}
-            timed.append(row | seconds)
+            row = {"codec": codec.name, "setting": setting, "image": name, "bytes": len(data)}
+            timed.append(row | {"bpp": bits_per_pixel(data, pixels), **seconds})
         measured = pool.map(fidelities, images.values(), decoded)
         rows += [row | figures for row, figures in zip(timed, measured, strict=True)]
     return rows
@@ -214,9 +204,6 @@ def find_lpips() -> PerceptualLoss | None:
         if parent_process() is None:
             print(f"without LPIPS: {' '.join(str(error).split())}")
         return None
-
-
-# Comparing -----------------------------------------------------------------------------------------------------------
 
 
 def mean_curve(rows: list[Row], metric: str) -> tuple[list[float], list[float]]:
@@ -274,12 +261,8 @@ def table(rows: dict[str, list[Row]], differences: dict[str, dict[str, dict[str,
 
 
 def plot(rows: dict[str, list[Row]], metric: str, published: Path | None, file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
     visible: list[float] = []
     for name, own in rows.items():
         rates, values = mean_curve(own, metric)
@@ -297,7 +280,6 @@ def plot(rows: dict[str, list[Row]], metric: str, published: Path | None, file: 
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=110)
-    pyplot.close(figure)
 
 
 def gallery(codecs: list[Codec], images: dict[str, Pixels], show: float) -> Image.Image:

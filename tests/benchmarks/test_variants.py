@@ -23,6 +23,7 @@ from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import Corruption
 from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.sources import open_source
+from ldm_vae.data.squares import read_usable
 from ldm_vae.errors import ConfigError, DataError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.reconstruction import denoise
@@ -98,7 +99,7 @@ def test_photos_of_16_bits_are_denoised_as_those_of_8(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", pixels.astype(np.uint16) * 257, photometric="rgb")
     source = open_source(str(tmp_path))
     assert source[0].pixels.dtype == np.uint16
-    assert np.array_equal(denoising.read_usable(source)[0], pixels)
+    assert np.array_equal(read_usable(source, None)[0], pixels)
     for count in (0, -1):
         with pytest.raises(ConfigError, match="num-images"):
             denoising.main(denoising.Config(vae="", data="", tune_on="", output=tmp_path, num_images=count))
