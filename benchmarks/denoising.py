@@ -4,8 +4,7 @@ python benchmarks/denoising.py --vae RUN --data ../shared/data/kodak --tune-on .
 
 White Gaussian noise, clipped and rounded to 8 bits as a file would hold it, the same for all methods, drawn from (seed,
 index). The settings of the classical methods are those with the best PSNR on other images (--tune-on), for each noise
-level. Our network works blind, and also with the noise level given. BM3D is left out: its packages that run on a CPU
-do not allow commercial use.
+level. Our network works blind, and also with the noise level given.
 """
 
 from __future__ import annotations
@@ -50,8 +49,6 @@ CUT = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the denoising benchmark."""
-
     vae: str
     """A run of `train_autoencoder.py denoise`."""
     data: str

@@ -27,7 +27,7 @@ from ldm_vae.data.conversion import as_uint8, to_images, to_pixels
 from ldm_vae.data.images import Pixels, centre_square
 from ldm_vae.data.sources import BadImages, Source, check_finite, open_source, usable
 from ldm_vae.errors import ConfigError, nothing_usable, one_line_errors
-from ldm_vae.files import check_writable, write_csv
+from ldm_vae.files import check_writable, write_bad_images, write_csv
 from ldm_vae.grids import labelled_rows, visible
 from ldm_vae.metrics import mean_with_interval, ms_ssim, psnr, ssim, ssimulacra2
 from ldm_vae.models.interface import channels_of, encode_moments, stride_of
@@ -42,8 +42,6 @@ from ldm_vae.timing import peak_memory_of, seconds_of
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the reconstruction benchmark."""
-
     vae: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Run directory, diffusers folder or hub id; repeat the flag for each autoencoder."""
     data: str
@@ -69,8 +67,7 @@ Row = dict[str, Any]
 def protocol_pixels(source: Source, index: int, config: Config) -> Pixels:
     """The image as the protocol measures it: uint8 (H, W, C). Raises BadImageError."""
     pixels = source[index].pixels
-    pixels = pixels if config.full else centre_square(pixels, config.resolution)
-    return as_uint8(pixels)
+    return as_uint8(pixels if config.full else centre_square(pixels, config.resolution))
 
 
 @torch.inference_mode()
@@ -156,14 +153,10 @@ def draw_gallery(
     """The images with the lowest PSNR of the first model: originals in the first row, then a row per model."""
     worst = sorted(rows, key=lambda row: row["psnr"])[: config.gallery]
     originals = [protocol_pixels(source, row["index"], config) for row in worst]
-    lines = [("originals, the worst ones", originals)]
-    lines += [(name, [reconstruct_pixels(vae, p, device) for p in originals]) for name, vae in vaes.items()]
-    return labelled_rows([(name, np.stack([gallery_tile(p) for p in pixels])) for name, pixels in lines])
-
-
-def gallery_tile(pixels: Pixels) -> Pixels:
-    """The centred square at 256 x 256 in three channels."""
-    return visible(to_images(centre_square(pixels, 256))[None])[0]
+    lines = {"originals, the worst ones": originals}
+    lines |= {name: [reconstruct_pixels(vae, p, device) for p in originals] for name, vae in vaes.items()}
+    squares = {name: torch.stack([to_images(centre_square(p, 256)) for p in row]) for name, row in lines.items()}
+    return labelled_rows([(name, visible(images)) for name, images in squares.items()])
 
 
 def load_all(config: Config, device: torch.device) -> tuple[dict[str, Any], Source]:
@@ -216,7 +209,7 @@ def main(config: Config) -> None:
     if accelerator.is_main_process:
         first = rows_of[config.vae[0]]
         write_csv(config.output / "per_image.csv", [{"model": n, **row} for n, rows in rows_of.items() for row in rows])
-        write_csv(config.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(bad_images.items())])
+        write_bad_images(config.output, bad_images)
         record = {"bad_images": len(bad_images), "results": results}
         write_report(config.output, provenance(config, accelerator.device), record, table(results))
         if config.gallery > 0:

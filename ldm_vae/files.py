@@ -166,3 +166,10 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
     writer.writerows(rows)
     with atomic(file) as out:
         out.write(text.getvalue().encode(errors="surrogateescape"))
+
+
+def write_bad_images(folder: Path, bad_images: Mapping[str, str]) -> Path:
+    """`bad_images.csv` in a folder, from name -> reason."""
+    file = folder / "bad_images.csv"
+    write_csv(file, [{"name": name, "reason": reason} for name, reason in sorted(bad_images.items())])
+    return file

@@ -28,7 +28,7 @@ from ldm_vae.data.images import Pixels, centre_square, resize
 from ldm_vae.data.reader import ImageReader, formats
 from ldm_vae.data.sources import Source, check_finite, check_outside, open_source, usable
 from ldm_vae.errors import ConfigError, nothing_usable, one_line_errors
-from ldm_vae.files import atomic, check_writable, sha256, write_csv
+from ldm_vae.files import atomic, check_writable, sha256, write_bad_images
 from ldm_vae.grids import labelled_rows, visible
 from ldm_vae.models.interface import channels_of, stride_of
 from ldm_vae.models.reconstruction import exact_float32
@@ -44,8 +44,6 @@ TILE_SIDE, TILES = 256, 10
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the generator."""
-
     model: str
     """Run directory, pipeline folder or hub id."""
     output: Path
@@ -153,9 +151,8 @@ def jobs_of(
         label, seed = labels[i % len(labels)], config.seed + i
         name = class_name(pipeline, label)
         facts = {"seed": str(seed), "class": name or "none"}
-        position = 0
+        position = 0 if images is None else i % len(images)
         if images is not None:
-            position = i % len(images)
             facts["image"] = images.name(position)
         file = f"{folder_of(name)}/{seed:08d}.png" if name else f"{seed:08d}.png"
         jobs[file] = Job(file=file, seed=seed, label=label, facts=facts | settings, position=position)
@@ -248,7 +245,7 @@ def tile_of(pixels: Pixels, *, whole: bool) -> Pixels:
 def report(output: Path, jobs: dict[str, Job], bad_images: dict[str, str]) -> None:
     """Writes the contact sheet and the list of bad images. Raises DataError when there is no image at all."""
     if bad_images:
-        write_csv(output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(bad_images.items())])
+        write_bad_images(output, bad_images)
     finished = [job for job in jobs.values() if (output / job.file).exists()]
     if not finished:
         raise nothing_usable(bad_images)

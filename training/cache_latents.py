@@ -19,15 +19,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ldm_vae.data.loader import with_tensors
-from ldm_vae.data.sources import check_finite, open_source
+from ldm_vae.data.sources import check_finite
 from ldm_vae.data.workers import default_workers, made_ahead
 from ldm_vae.errors import one_line_errors
-from ldm_vae.files import check_writable, lock, staged_directory, write_csv
+from ldm_vae.files import check_writable, lock, staged_directory, write_bad_images
 from ldm_vae.latents.cache import Plan, begin, summarise, unfinished, write_index, write_shard
-from ldm_vae.latents.resolution import encoding_resolution
+from ldm_vae.latents.resolution import open_squares
 from ldm_vae.latents.rows import EncoderBatch, Squares, squares_of
 from ldm_vae.latents.scaling import as_stored, put_statistics
-from ldm_vae.models.interface import channels_of, encode_moments, fingerprint, latent_channels_of, stride_of
+from ldm_vae.models.interface import encode_moments, fingerprint, latent_channels_of, stride_of
 from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.progress import progress
 from ldm_vae.runs.config import Range, check_ranges, parse_flags
@@ -101,16 +101,13 @@ def make_shards(shards: list[int], plan: Plan, vae: Any, squares: Squares, confi
     for shard in progress(shards, unit="shard", show=show):
         encoded = [encode(batch, vae, squares, flip=config.flip) for batch in islice(loaded, len(batches[shard]))]
         moments = [batch.tensors for batch in encoded if len(batch.tensors)]
-        bad_images: dict[str, str] = {}
-        for batch in encoded:
-            bad_images |= batch.bad_images
         write_shard(
             config.output,
             shard,
             moments=as_stored(torch.cat(moments)).numpy() if moments else np.empty(0),
             indices=[i for batch in encoded for i in batch.indices],
             labels=[label for batch in encoded for label in batch.labels],
-            bad_images=bad_images,
+            bad_images={name: reason for batch in encoded for name, reason in batch.bad_images.items()},
         )
 
 
@@ -122,11 +119,9 @@ def main(config: Config) -> None:
     check_ranges(config)
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     vae = load_autoencoder(config.vae).to(accelerator.device)
-    resolution = encoding_resolution(config.resolution, vae, config.vae)
-    accelerator.print(f"images of {resolution} x {resolution} pixels")
-    source = open_source(config.data, channels=channels_of(vae), resolution=resolution)
-    check_finite(source, config.data, config.num_images)
-    squares = Squares(source, resolution)
+    squares = open_squares(config.data, vae, config.vae, config.resolution)
+    accelerator.print(f"images of {squares.resolution} x {squares.resolution} pixels")
+    check_finite(squares.source, config.data, config.num_images)
     check_writable(config.output)
     output_lock = lock(config.output) if accelerator.is_main_process else None
     with accelerator.main_process_first():
@@ -162,8 +157,7 @@ def complete(config: Config, plan: Plan, vae: Any) -> None:
     with staged_directory(config.output / "vae") as staging:
         vae.save_pretrained(staging)
     if bad_images:
-        write_csv(config.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(bad_images.items())])
-        print(f"{len(bad_images)} bad images: see {config.output / 'bad_images.csv'}")
+        print(f"{len(bad_images)} bad images: see {write_bad_images(config.output, bad_images)}")
     write_index(config.output, summary)
     kib = sum(f.stat().st_size for f in config.output.glob("shard-*.safetensors")) / plan.num_images / 2**10
     mean, std = (", ".join(f"{v:.3g}" for v in vector) for vector in (statistics.mean, statistics.std))

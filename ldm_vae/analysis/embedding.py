@@ -66,7 +66,7 @@ def embed_source(
     vectors: list[np.ndarray] = []
     names: list[str] = []
     labels: list[int | None] = []
-    indices = progress(range(min(len(source), num_images or len(source))), unit="image")
+    indices = progress(range(len(source))[:num_images], unit="image")
     for _, sample in usable(source, bad_images, indices=indices):
         pixels = sample.pixels if side is None else centre_square(sample.pixels, side)
         vector = embed(vae, to_images(pixels)[None].to(device), pooling=pooling)[0].cpu().numpy()

@@ -11,7 +11,7 @@ import tyro
 
 from ldm_vae.commands.embed import print_bad, ready
 from ldm_vae.errors import ConfigError, nothing_usable
-from ldm_vae.files import atomic, check_writable, write_csv
+from ldm_vae.files import atomic, check_writable, write_bad_images, write_csv
 from ldm_vae.hub import is_hub_id
 
 Method = Literal["l1", "ssim", "lpips", "mahalanobis", "standardised", "blemishes"]
@@ -188,6 +188,6 @@ def score(command: Score) -> None:
     if not rows:
         raise nothing_usable(bad_images)
     write_csv(command.output / "scores.csv", rows)
-    write_csv(command.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(bad_images.items())])
+    write_bad_images(command.output, bad_images)
     anomalies = sum(row[f"{method}_anomalous"] for row in rows)
     print(f"{anomalies} of {len(rows)} images are anomalies by {method}, {len(bad_images)} bad; see {command.output}")

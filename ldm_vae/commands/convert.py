@@ -25,7 +25,7 @@ from ldm_vae.data.large import MAX_LARGE_PIXELS, let_go
 from ldm_vae.data.png import stream_png
 from ldm_vae.data.sources import check_finite, check_outside, open_source
 from ldm_vae.errors import BadImageError, nothing_usable
-from ldm_vae.files import atomic, check_writable, write_csv
+from ldm_vae.files import atomic, check_writable, write_bad_images
 from ldm_vae.models.interface import channels_of, fingerprint
 from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.reconstruction import exact_float32, reach_of, turn_on_tiling
@@ -121,7 +121,7 @@ def convert_images(
     for part in gather_object([failures]):
         failures |= part
     if accelerator.is_main_process:
-        write_csv(config.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in sorted(failures.items())])
+        write_bad_images(config.output, failures)
         if len(failures) == len(files):
             raise nothing_usable(failures)
         print(totals(len(files) - num_finished, failures, config.output, skipped=num_finished))

@@ -16,7 +16,7 @@ import tyro
 from tyro.conf import Positional
 
 from ldm_vae.errors import ConfigError, nothing_usable
-from ldm_vae.files import LOCK, atomic, check_writable, lock, write_csv, write_json
+from ldm_vae.files import LOCK, atomic, check_writable, lock, write_bad_images, write_json
 from ldm_vae.progress import progress
 from ldm_vae.runs.config import Range, check_ranges
 
@@ -118,8 +118,8 @@ def pack(command: Pack) -> None:
             os.replace(file, command.output / file.name)
         (command.output / "bad_images.csv").unlink(missing_ok=True)
         if bad:
-            write_csv(command.output / "bad_images.csv", [{"name": n, "reason": r} for n, r in bad.items()])
-            print(f"{len(bad)} files could not be read and are left out: see {command.output / 'bad_images.csv'}")
+            file = write_bad_images(command.output, bad)
+            print(f"{len(bad)} files could not be read and are left out: see {file}")
         index(str(command.output), command.workers)
         shutil.rmtree(begun)  # at last: what is there before, the same command goes on with
 

@@ -31,63 +31,63 @@ def as_uint8(pixels: Pixels) -> Pixels:
     return pixels if pixels.dtype == np.uint8 else to_pixels(to_images(pixels))
 
 
-def images_from(given: Any, *, channels: int) -> Tensor:
+def images_from(image: Any, *, channels: int) -> Tensor:
     """One image or several -> images (N, channels, H, W) in [-1, 1], float32, on the CPU unless a tensor was not.
 
     Args:
-        given: a PIL image; an array (H, W), (H, W, C) or (N, H, W, C) of uint8, uint16 or floats in [0, 1]; a tensor
+        image: a PIL image; an array (H, W), (H, W, C) or (N, H, W, C) of uint8, uint16 or floats in [0, 1]; a tensor
             (C, H, W) or (N, C, H, W) in [0, 1], as diffusers' pipelines take it; or a list of those, all of one size.
 
     Raises:
         ValueError: another type, shape or number of channels, or sizes that differ.
         BadImageError: values or channels that cannot be converted.
     """
-    if isinstance(given, (list, tuple)):
-        if not given:
+    if isinstance(image, (list, tuple)):
+        if not image:
             raise ValueError("an empty list of images was given")
-        parts = [images_from(one, channels=channels) for one in given]
+        parts = [images_from(one, channels=channels) for one in image]
         sizes = {tuple(p.shape[-2:]) for p in parts}
         if len(sizes) > 1:
             raise ValueError(f"images of different sizes {sorted(sizes)} were given: call once for each size")
         return torch.cat(parts)
-    if isinstance(given, Tensor):
-        values = given[None] if given.ndim == 3 else given
+    if isinstance(image, Tensor):
+        values = image[None] if image.ndim == 3 else image
         if values.ndim != 4 or values.shape[1] != channels or not values.is_floating_point():
             raise ValueError(
-                f"a tensor of shape {tuple(given.shape)} and {given.dtype} was given: "
+                f"a tensor of shape {tuple(image.shape)} and {image.dtype} was given: "
                 f"floats in [0, 1] of shape ({channels}, H, W) or (N, {channels}, H, W) are needed"
             )
         if not ((values >= 0) & (values <= 1)).all():
             raise ValueError("a tensor with values outside [0, 1] was given: of images in [-1, 1], give (x + 1) / 2")
         return 2 * values.float() - 1
-    if isinstance(given, Image.Image):
-        return to_images(convert_channels(pil_pixels(given), channels))[None]
-    if isinstance(given, np.ndarray) and given.ndim in (2, 3, 4):
-        arrays = given if given.ndim == 4 else np.atleast_3d(given)[None]
+    if isinstance(image, Image.Image):
+        return to_images(convert_channels(pil_pixels(image), channels))[None]
+    if isinstance(image, np.ndarray) and image.ndim in (2, 3, 4):
+        arrays = image if image.ndim == 4 else np.atleast_3d(image)[None]
         return torch.stack([to_images(convert_channels(check_values(a), channels)) for a in arrays])
-    raise ValueError(f"{describe(given)} was given: a PIL image, an array or a tensor is needed")
+    raise ValueError(f"{describe(image)} was given: a PIL image, an array or a tensor is needed")
 
 
-def mask_from(given: Any) -> Tensor:
+def mask_from(mask_image: Any) -> Tensor:
     """One mask or several -> bool (N, 1, H, W); what is at least half white is True.
 
     Args:
-        given: a PIL image; an array (H, W), (H, W, 1) or (N, H, W, 1) of bool, uint8 or floats in [0, 1]; a tensor
+        mask_image: a PIL image; an array (H, W), (H, W, 1) or (N, H, W, 1) of bool, uint8 or floats in [0, 1]; a tensor
             (H, W), (1, H, W) or (N, 1, H, W) of bool or floats in [0, 1]; or a list of those, all of one size.
 
     Raises:
         ValueError: another type or shape.
     """
-    if isinstance(given, Tensor):
-        mask = given[(None,) * (4 - given.ndim)]
+    if isinstance(mask_image, Tensor):
+        mask = mask_image[(None,) * (4 - mask_image.ndim)]
         if mask.ndim != 4 or mask.shape[1] != 1:
-            raise ValueError(f"a mask of shape {tuple(given.shape)} was given: (N, 1, H, W) is needed")
+            raise ValueError(f"a mask of shape {tuple(mask_image.shape)} was given: (N, 1, H, W) is needed")
         return mask >= 0.5 if mask.is_floating_point() else mask > 0
-    if isinstance(given, np.ndarray) and given.dtype == bool:
-        given = given.astype(np.uint8) * 255
-    if isinstance(given, (list, tuple)) and any(isinstance(one, Tensor) for one in given):
-        return torch.cat([mask_from(one) for one in given])
-    return images_from(given, channels=1) >= 0
+    if isinstance(mask_image, np.ndarray) and mask_image.dtype == bool:
+        mask_image = mask_image.astype(np.uint8) * 255
+    if isinstance(mask_image, (list, tuple)) and any(isinstance(one, Tensor) for one in mask_image):
+        return torch.cat([mask_from(one) for one in mask_image])
+    return images_from(mask_image, channels=1) >= 0
 
 
 def images_to(images: Tensor, output_type: str) -> Any:

@@ -46,24 +46,25 @@ def shards_of(path: str) -> list[str]:
     Raises:
         DataError: none, or a pattern that is not one.
     """
-    if Path(path).is_dir():
-        found = sorted(str(p) for p in Path(path).glob("*.tar"))
-    else:
-        try:
-            found = list(braceexpand(path))
-        except UnbalancedBracesError as error:
-            raise DataError(f"{path} is not a pattern: {error}") from None
-    if not found:
+    try:
+        shards = tars_in(path) if Path(path).is_dir() else list(braceexpand(path))
+    except UnbalancedBracesError as error:
+        raise DataError(f"{path} is not a pattern: {error}") from None
+    if not shards:
         raise DataError(f"no .tar in {path}")
-    return found
+    return shards
+
+
+def tars_in(folder: str) -> list[str]:
+    return sorted(str(p) for p in Path(folder).glob("*.tar"))
 
 
 def is_shards(path: str) -> bool:
     """A folder is shards when these are indexed: one of images may hold a .tar, too."""
-    if Path(path).is_dir():
-        found = sorted(str(p) for p in Path(path).glob("*.tar"))
-        return bool(found) and (index_folder(found) / FACTS).is_file()
-    return path.endswith(".tar")
+    if not Path(path).is_dir():
+        return path.endswith(".tar")
+    shards = tars_in(path)
+    return bool(shards) and (index_folder(shards) / FACTS).is_file()
 
 
 def index_folder(shards: Sequence[str]) -> Path:
@@ -106,14 +107,15 @@ class Scan:
     classes: list[Class]
     left_out: int
     """Images beside another one of the same key: a sample has one, the first."""
-    such_as: str
+    example: str
+    """Of those left out."""
 
 
 def scan(shard: str) -> Scan:
     """Raises DataError where it is no tar, or cut."""
     places: dict[str, tuple[int, int]] = {}
-    found: dict[str, Class] = {}
-    left_out, such_as = 0, ""
+    class_of: dict[str, Class] = {}
+    left_out, example = 0, ""
     try:
         fs, path = url_to_fs(shard)
         with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -123,25 +125,25 @@ def scan(shard: str) -> Scan:
                 key, extension = key_of(member.name)
                 if is_image(member.name):
                     if key in places:
-                        left_out, such_as = left_out + 1, such_as or member.name
+                        left_out, example = left_out + 1, example or member.name
                     places.setdefault(key, (member.offset_data, member.size))
                 elif extension in ("cls", "json") and member.size <= MAX_LABEL_BYTES:
                     content = tar.extractfile(member)
-                    its = class_in(content.read() if content else b"", extension)
-                    if its is not None and (extension == "json" or key not in found):
-                        found[key] = its
+                    named = class_in(content.read() if content else b"", extension)
+                    if named is not None and (extension == "json" or key not in class_of):
+                        class_of[key] = named
                 tar.members.clear()  # type: ignore[attr-defined]  # the library keeps them all
     except DataError:
         raise
     except Exception as error:  # tarfile and file systems have many kinds
         raise DataError(f"{shard} cannot be read: {type(error).__name__}: {error}") from None
-    classes = sorted(set(found.values()), key=lambda c: (str(type(c)), c))
-    label_of = {one: i for i, one in enumerate(classes)}
+    classes = sorted(set(class_of.values()), key=lambda c: (str(type(c)), c))
+    label_of = {name: i for i, name in enumerate(classes)}
     rows = np.zeros(len(places), ROW)
     for row, (key, (offset, size)) in zip(rows, places.items(), strict=True):
-        row["label"] = label_of[found[key]] if key in found else -1
+        row["label"] = label_of[class_of[key]] if key in class_of else -1
         row["offset"], row["size"] = offset, size
-    return Scan(rows, classes, left_out, such_as)
+    return Scan(rows, classes, left_out, example)
 
 
 def key_of(name: str) -> tuple[str, str]:
@@ -165,10 +167,10 @@ def class_in(content: bytes, extension: str) -> Class | None:
             return None
         if not isinstance(facts, dict):
             return None
-        found = facts.get("class", facts.get("label"))
-        if isinstance(found, str):
-            return found or None
-        text = str(found) if isinstance(found, int) else ""
+        named = facts.get("class", facts.get("label"))
+        if isinstance(named, str):
+            return named or None
+        text = str(named) if isinstance(named, int) else ""
     is_number = text.isdecimal() and text.isascii() and len(text) <= 7
     return int(text) if is_number else text or None
 
@@ -184,19 +186,19 @@ def build_index(shards: Sequence[str], *, workers: int = 1) -> Path:
     check_writable(target.parent)
     with staged_directory(target) as staging:
         part = staging / "rows.part"
-        digest, count, met = hashlib.sha256(), 0, dict[Class, int]()
-        left_out, such_as = 0, ""
+        digest, count, label_of = hashlib.sha256(), 0, dict[Class, int]()
+        left_out, example = 0, ""
         with open(part, "wb") as out:
-            for number, one in enumerate(scanned(shards, workers)):
-                labels = np.array([met.setdefault(c, len(met)) for c in one.classes] + [-1], np.int32)
-                one.rows["label"] = labels[one.rows["label"]]
-                one.rows["shard"] = number
-                out.write(one.rows.tobytes())
-                count += len(one.rows)
-                left_out, such_as = left_out + one.left_out, such_as or one.such_as
+            for number, shard in enumerate(scanned(shards, workers)):
+                labels = np.array([label_of.setdefault(c, len(label_of)) for c in shard.classes] + [-1], np.int32)
+                shard.rows["label"] = labels[shard.rows["label"]]
+                shard.rows["shard"] = number
+                out.write(shard.rows.tobytes())
+                count += len(shard.rows)
+                left_out, example = left_out + shard.left_out, example or shard.example
         if not count:
             raise DataError(f"no images in {shards[0]}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else ""))
-        classes, order = ordered(list(met))
+        classes, order = ordered(list(label_of))
         with open(staging / ROWS, "wb") as out:
             np.lib.format.write_array_header_2_0(
                 out, {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (count,)}
@@ -210,7 +212,7 @@ def build_index(shards: Sequence[str], *, workers: int = 1) -> Path:
         write_json(staging / FACTS, facts)
     if left_out:
         warnings.warn(
-            f"{left_out} images are left out, such as {such_as}: a sample has one, the first of those whose "
+            f"{left_out} images are left out, such as {example}: a sample has one, the first of those whose "
             "names are alike up to their first dot",
             stacklevel=2,
         )
@@ -225,18 +227,18 @@ def scanned(shards: Sequence[str], workers: int) -> Iterator[Scan]:
         yield from pool.map(scan, shards)
 
 
-def ordered(met: list[Class]) -> tuple[list[str], np.ndarray]:
-    """Classes, by number where all are numbers and else by name; and the class of each that was met, with -1 for -1."""
-    if len(met) > MAX_CLASSES:
-        raise DataError(f"{len(met)} classes are more than {MAX_CLASSES}")
-    numbers = [one for one in met if isinstance(one, int)]
-    if met and len(numbers) == len(met):
+def ordered(classes: list[Class]) -> tuple[list[str], np.ndarray]:
+    """Names of the classes, by number where all are numbers and else by name; and each one's place, with -1 for -1."""
+    if len(classes) > MAX_CLASSES:
+        raise DataError(f"{len(classes)} classes are more than {MAX_CLASSES}")
+    numbers = [number for number in classes if isinstance(number, int)]
+    if numbers and len(numbers) == len(classes):
         if max(numbers) >= MAX_CLASSES:
             raise DataError(f"class {max(numbers)} is more than {MAX_CLASSES}")
         return [str(i) for i in range(max(numbers) + 1)], np.array(numbers + [-1], np.int32)
-    classes = sorted({str(one) for one in met})
-    label_of = {name: i for i, name in enumerate(classes)}
-    return classes, np.array([label_of[str(one)] for one in met] + [-1], np.int32)
+    names = sorted({str(name) for name in classes})
+    label_of = {name: i for i, name in enumerate(names)}
+    return names, np.array([label_of[str(name)] for name in classes] + [-1], np.int32)
 
 
 def in_parts(file: Path, rows: int = 1 << 16) -> Iterator[np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,8 +31,8 @@ BadImages = dict[str, str]
 class Source(Protocol):
     """Images with random access. `source[i]` raises BadImageError for one that cannot be used."""
 
-    classes: tuple[str, ...]
-
+    @property
+    def classes(self) -> tuple[str, ...]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Sample: ...
     def name(self, index: int) -> str: ...
@@ -88,48 +89,46 @@ def shuffled(source: Source, seed: int) -> Iterator[int]:
     return (index_at(position, size=len(source), seed=seed) for position in range(len(source)))
 
 
-class SplitSource:
-    """Every tenth image of a source (held out), or the other nine tenths (train): arithmetic, no list."""
+@dataclass(frozen=True)
+class PartSource:
+    """Some of a source's images, chosen by arithmetic: image i of the part is image `index_of(i)` of the source."""
 
-    def __init__(self, source: Source, *, held_out: bool) -> None:
-        self.source, self.held_out = source, held_out
-        self.classes = source.classes
+    source: Source
+    description: str
+    count: int
+    index_of: Callable[[int], int]
 
-    def __len__(self) -> int:
-        held_out = -(-len(self.source) // HELD_OUT_EVERY)
-        return held_out if self.held_out else len(self.source) - held_out
-
-    def inner(self, index: int) -> int:
-        return index * HELD_OUT_EVERY if self.held_out else index + index // (HELD_OUT_EVERY - 1) + 1
-
-    def name(self, index: int) -> str:
-        return self.source.name(self.inner(index))
-
-    def fingerprint(self) -> str:
-        return digest_of([f"held out: {self.held_out}"], [self.source.fingerprint()])
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.source[self.inner(index)]
-
-
-class HeadSource:
-    """The first images of a source."""
-
-    def __init__(self, source: Source, count: int) -> None:
-        self.source, self.count = source, min(count, len(source))
-        self.classes = source.classes
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.source.classes
 
     def __len__(self) -> int:
         return self.count
 
     def name(self, index: int) -> str:
-        return self.source.name(index)
+        return self.source.name(self.index_of(index))
 
     def fingerprint(self) -> str:
-        return digest_of([f"the first {self.count}"], [self.source.fingerprint()])
+        return digest_of([self.description], [self.source.fingerprint()])
 
     def __getitem__(self, index: int) -> Sample:
-        return self.source[index]
+        return self.source[self.index_of(index)]
+
+
+def every_tenth(index: int) -> int:
+    return index * HELD_OUT_EVERY
+
+
+def all_but_every_tenth(index: int) -> int:
+    return index + index // (HELD_OUT_EVERY - 1) + 1
+
+
+def split(source: Source, *, held_out: bool) -> PartSource:
+    """Every tenth image of a source (held out), or the other nine tenths."""
+    count = -(-len(source) // HELD_OUT_EVERY)
+    if held_out:
+        return PartSource(source, "held out: True", count, every_tenth)
+    return PartSource(source, "held out: False", len(source) - count, all_but_every_tenth)
 
 
 def check_finite(source: Source, path: str, num_images: int | None) -> None:
@@ -138,13 +137,13 @@ def check_finite(source: Source, path: str, num_images: int | None) -> None:
         raise ConfigError(f"{path} has no end: add --num-images 1000, where the command has it, or name other images")
 
 
-def check_outside(output: Path, given: str, *, flag: str) -> None:
-    """Raises ConfigError where what a command writes would be among the images that it reads."""
+def check_outside(output: Path, path: str, *, flag: str) -> None:
+    """Raises ConfigError where what a command writes would be among the images that it reads, those of `path`."""
     for suffix in SPLITS:
-        given = given.removesuffix(suffix)
-    named = given.removeprefix("imagefolder:")
-    folder = Path(named)
-    if not folder.is_dir() or is_shards(named) or (named == given and is_hugging_face_folder(folder)):
+        path = path.removesuffix(suffix)
+    name = path.removeprefix("imagefolder:")
+    folder = Path(name)
+    if not folder.is_dir() or is_shards(name) or (name == path and is_hugging_face_folder(folder)):
         return
     if output.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"--output {output} is inside {flag} {folder}: its files would be images of it, too")
@@ -176,10 +175,10 @@ def open_source(
     whole = open_whole(path.removesuffix(suffix), reader, resolution)
     if not suffix:
         return whole
-    split = SplitSource(whole, held_out=SPLITS[suffix])
-    if len(split) == 0:
+    part = split(whole, held_out=SPLITS[suffix])
+    if len(part) == 0:
         raise DataError(f"{path} is empty: the {len(whole)} images of the whole are too few to be split")
-    return split
+    return part
 
 
 def open_whole(path: str, reader: ImageReader, resolution: int) -> Source:

@@ -66,10 +66,10 @@ def pages_of_image(tiff: tifffile.TiffFile) -> int:
     return len(tiff.pages) if alike else 1
 
 
-def is_plain(given: bytes | Path) -> bool:
+def is_plain(image_file: bytes | Path) -> bool:
     """Whether the first page of a TIFF is the image, and what it has beside colours is transparency."""
     try:
-        with tifffile.TiffFile(io.BytesIO(given) if isinstance(given, bytes) else given) as tiff:
+        with tifffile.TiffFile(io.BytesIO(image_file) if isinstance(image_file, bytes) else image_file) as tiff:
             page = tiff.pages[0]
             return pages_of_image(tiff) == 1 and (page.samplesperpixel not in (2, 4) or 2 in page.extrasamples)
     except Exception:  # damaged files raise many kinds; who reads it in its place will say so

@@ -39,7 +39,7 @@ LOST = (EOFError, BrokenPipeError, ConnectionResetError)
 def made_ahead(make: Callable[[Any], Any], order: Iterable[Any], *, num_workers: int) -> Iterator[Any]:
     """`make(item)` for each item of `order`, in its order, by worker processes; by this one if there are none.
 
-    `make`, the items and what is made of them go through pickle, and nothing of them may be of the script's own module.
+    `make`, the items and the results are pickled, so none of them may be defined in the script that runs.
 
     Raises:
         RuntimeError: a worker was ended from outside.
@@ -93,11 +93,11 @@ class Worker:
     def answer(self) -> Any:
         """To the first item that it was asked about and has not answered yet."""
         try:
-            made, error = received(self.socket)
+            result, error = received(self.socket)
         except LOST:
             self.gone()
         if error is None:
-            return made
+            return result
         try:
             raise error
         finally:
@@ -131,15 +131,15 @@ def serve(descriptor: int) -> None:
         pickled = received(trainer)
         while True:
             item = received(trainer)
-            made, raised = None, None
+            result, raised = None, None
             try:
                 if make is None:
                     make, pickled = pickle.loads(pickled), None
-                made = make(item)
+                result = make(item)
             except Exception as error:
                 raised = error
                 raised.add_note("In a worker:\n" + traceback.format_exc())
-            send(trainer, (made, None if raised is None else sendable(raised)))
+            send(trainer, (result, None if raised is None else sendable(raised)))
     except LOST:
         pass  # the trainer is gone
 

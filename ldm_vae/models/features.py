@@ -59,14 +59,11 @@ class FeatureExtractor:
         Raises:
             ModelError: the network does not take such an input, or does not give finite (B, D).
         """
-        images = to_images(pixels)  # (B, C, H, W)
-        if self.network_input == "pixels":
-            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        as_pixels = self.network_input == "pixels"
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() if as_pixels else to_images(pixels)
         with torch.inference_mode():
             features = self.run(images.to(self.device))
-            classes = None
-            if self.classifier is not None:
-                classes = self.classifier.head(features).argmax(dim=1).cpu()
+            classes = None if self.classifier is None else self.classifier.head(features).argmax(dim=1).cpu()
         return features.double().cpu(), classes
 
     def run(self, images: Tensor) -> Tensor:
@@ -79,9 +76,9 @@ class FeatureExtractor:
                 f"{self.name} does not take {kind} {shape}: {reason} (--batch-size, --resolution, --channels and "
                 "--features-input choose what it is given)"
             ) from None
-        given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        output = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
-            raise ModelError(f"{self.name} gives {given} of {shape}: features of shape ({len(images)}, D) are needed")
+            raise ModelError(f"{self.name} gives {output} of {shape}: features of shape ({len(images)}, D) are needed")
         if not features.isfinite().all():
             raise ModelError(f"{self.name} gives features that are not finite")
         return features

@@ -29,7 +29,7 @@ from ldm_vae.files import (
     said_of,
     sha256,
     staged_directory,
-    write_csv,
+    write_bad_images,
     write_json,
 )
 from ldm_vae.runs.config import as_json, differences
@@ -122,8 +122,7 @@ class Run:
         new = bad_images.keys() - self.seen_bad_images.keys()
         self.seen_bad_images = {**bad_images, **self.seen_bad_images}
         if self.main and new:
-            rows = [{"name": name, "reason": reason} for name, reason in sorted(self.seen_bad_images.items())]
-            write_csv(self.directory / "bad_images.csv", rows)
+            write_bad_images(self.directory, self.seen_bad_images)
 
     @contextmanager
     def listing_bad_images(self) -> Iterator[None]:

@@ -24,10 +24,14 @@ from ldm_vae.analysis.anomaly import (
 )
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.images import centre_square
-from ldm_vae.data.sources import HeadSource, open_source
+from ldm_vae.data.sources import PartSource, Source, open_source
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.objectives.perceptual import PerceptualLoss
+
+
+def head(source: Source, count: int) -> PartSource:
+    return PartSource(source, f"the first {count}", count, int)
 
 
 def make_vae(seed: int = 0, **keywords: object) -> PatchAutoencoderKL:
@@ -42,7 +46,7 @@ def detector() -> AnomalyDetector:
     held_out = open_source("procedural:dead-leaves#held-out", resolution=48)
     options = {"blur": 1.0, "share": 0.01, "lpips_backbone": "squeeze", "lpips_pretrained": False}
     methods = ("l1", "ssim", "mahalanobis", "lpips")
-    return fit_detector(make_vae(), HeadSource(good, 20), HeadSource(held_out, 20), methods=methods, **options)[0]
+    return fit_detector(make_vae(), head(good, 20), head(held_out, 20), methods=methods, **options)[0]
 
 
 def leaves(index: int) -> torch.Tensor:
@@ -83,11 +87,11 @@ def test_the_latents_distance_is_mahalanobis(detector: AnomalyDetector) -> None:
 
 def test_standardised_errors_are_in_units_of_their_variance_at_each_pixel(tmp_path: Path) -> None:
     vae = make_vae(latent_channels=5, pool=12, linear_path=False)  # one vector for 48 x 48
-    good = [HeadSource(open_source(f"procedural:dead-leaves@{i}", resolution=48), 12) for i in (0, 1)]
+    good = [head(open_source(f"procedural:dead-leaves@{i}", resolution=48), 12) for i in (0, 1)]
     options = {"methods": ("standardised",), "blur": 0.0, "share": 1.0, "false_alarm_rate": 0.2}
     found = fit_detector(vae, *good, **options)[0]  # type: ignore[arg-type]
 
-    def errors(source: HeadSource) -> np.ndarray:
+    def errors(source: Source) -> np.ndarray:
         images = torch.cat([to_images(source[i].pixels)[None] for i in range(12)])
         with torch.inference_mode():
             return (images - vae(images).sample.clamp(-1, 1)).square().mean(dim=1).numpy()
@@ -128,7 +132,7 @@ def test_images_of_any_size_are_squares_to_an_autoencoder_of_vectors(model: Path
 
 def test_a_network_that_finds_blemishes_has_its_own_method_and_no_other() -> None:
     finder = make_vae(out_channels=1, finds_blemishes=True, linear_path=False)
-    good = [HeadSource(open_source(f"procedural:dead-leaves@{i}", resolution=48), 5) for i in (0, 1)]
+    good = [head(open_source(f"procedural:dead-leaves@{i}", resolution=48), 5) for i in (0, 1)]
     found = fit_detector(finder, *good, blur=0.0, false_alarm_rate=0.3)[0]
     assert found.facts.methods == ("blemishes",)
     maps, given = found.maps(leaves(3))
@@ -174,7 +178,7 @@ def test_fresh_good_images_raise_alarms_at_the_rate_asked_for(detector: AnomalyD
     """A detector of 60 images held out, and 200 fresh ones: within the binomial interval, and that of the threshold."""
     held_out = open_source("procedural:dead-leaves@1", resolution=48)
     found = fit_detector(
-        detector.vae, HeadSource(held_out, 5), HeadSource(held_out, 60), blur=1.0, share=0.01, false_alarm_rate=0.2
+        detector.vae, head(held_out, 5), head(held_out, 60), blur=1.0, share=0.01, false_alarm_rate=0.2
     )[0]
     own = [found.scores(found.maps(to_images(held_out[i].pixels)[None])[0]) for i in range(60)]
     for method, threshold in found.facts.thresholds.items():
