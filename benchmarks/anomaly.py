@@ -54,8 +54,6 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the anomaly benchmark."""
-
     data: Path = tyro.MISSING
     output: Path = tyro.MISSING
     dataset: tyro.conf.Suppress[str] = "magnetic-tile"

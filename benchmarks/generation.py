@@ -49,8 +49,6 @@ REAL = "real against real"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the generation benchmark."""
-
     output: Path
     data: str | None = None
     """The reference: real images."""

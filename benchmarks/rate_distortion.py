@@ -70,8 +70,6 @@ PILLOW: dict[str, tuple[str, Sequence[float], dict[str, Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the rate-distortion benchmark."""
-
     codec: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Run directory, model folder or hub id with fitted tables; repeat the flag for each."""
     data: str

@@ -31,14 +31,9 @@ from ldm_vae.report import provenance, with_interval, write_report
 from ldm_vae.runs.config import Range, check_ranges, parse_flags
 from ldm_vae.runs.step import learning_rate_at
 
-SHIFT_SHARE = 32
-"""Training images are shifted by up to one pixel for each 32 pixels of their side."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the classifier's trainer."""
-
     data: str
     """Labelled images: a folder or .zip of class folders, a Hugging Face dataset, or procedural:shapes."""
     val_data: str
@@ -70,23 +65,21 @@ def read_labelled(source: Source, classes: tuple[str, ...], config: Config) -> t
     Raises:
         DataError: nothing usable, or images without a class.
     """
-    bad_images: dict[str, str] = {}
-    limit = min(len(source), config.num_images or len(source))
+    bad: dict[str, str] = {}
+    limit = config.num_images or len(source)
     pixels, labels = [], []
-    for sample in shuffled_squares(
-        source, resolution=config.resolution, seed=config.seed, limit=limit, bad_images=bad_images
-    ):
+    for sample in shuffled_squares(source, resolution=config.resolution, seed=config.seed, limit=limit, bad_images=bad):
         if sample.label is None:
             raise DataError(f"{sample.name} has no class: put each image into the folder of its class")
         pixels.append(sample.pixels)
         labels.append(classes.index(source.classes[sample.label]))
     if not pixels:
-        raise nothing_usable(bad_images)
-    return np.stack(pixels), torch.tensor(labels), len(bad_images)
+        raise nothing_usable(bad)
+    return np.stack(pixels), torch.tensor(labels), len(bad)
 
 
 def augment(images: Tensor, generator: torch.Generator, *, flip: bool, erase: float = 0.0) -> Tensor:
-    """Images (B, C, R, R), half of them mirrored, all shifted by the same few pixels; the edges are replicated.
+    """Images (B, C, R, R), half of them mirrored, all shifted by the same R / 32 pixels at most, edges replicated.
 
     A share `erase` of them then has a mid-grey square of side R / 2, cut off at the edges.
     """
@@ -94,7 +87,7 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool, erase: fl
         mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
         images = torch.where(mirrored, images.flip(3), images)
     side = images.shape[-1]
-    reach = side // SHIFT_SHARE
+    reach = side // 32
     padded = nn.functional.pad(images, (reach,) * 4, mode="replicate")
     down, right = torch.randint(0, 2 * reach + 1, (2,), generator=generator).tolist()
     shifted = padded[:, :, down : down + side, right : right + side]

@@ -18,8 +18,6 @@ from ldm_vae.runs.config import parse_flags
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ConvertConfig):
-    """Flags of the denoiser."""
-
     sigma: float | None = None
     """Standard deviation of the noise in 0..255; the network goes by what it sees unless given."""
 

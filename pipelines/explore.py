@@ -38,8 +38,6 @@ SAMPLE = "[0-9][0-9][0-9][0-9][0-9].png"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the explorer."""
-
     vae: str
     """Run directory, diffusers folder or hub id."""
     data: str

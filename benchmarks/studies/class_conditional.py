@@ -5,9 +5,9 @@ python benchmarks/studies/class_conditional.py flowers64 --data ../shared/data/f
 
 Only the two trainings and the caching between them count as training time. Every figure is in the features of a
 classifier that saw real training images alone. The reference is one half of the test images; real against real, and the
-reconstructions, use the other half, so that neither contains an image of the reference. The same command resumes after
-the last part that was finished, and with other guidance or steps judges the trained model again; a part of the training
-that was interrupted is refused, because its time is unknown.
+reconstructions, use the other half. The same command resumes after the last part that was finished, and with other
+guidance or steps judges the trained model again; a part of the training that was interrupted is refused, because its
+time is unknown.
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ FREE_WHEN_JUDGED_ANEW = (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the class-conditional benchmark."""
-
     data: Path = tyro.MISSING
     """Folder of the data set as it is distributed."""
     output: Path = tyro.MISSING
@@ -125,9 +123,8 @@ def archives(config: Config) -> tuple[str, str]:
 def write_fashion_mnist(config: Config, part: str) -> str:
     """A zip of PNG, 28x28 padded with black to 32x32, from the idx files (Xiao et al. 2017)."""
     target = config.output / f"{part}.zip"
-    if not target.exists():
-        pixels, labels = read_fashion_mnist(config.data, part)
-        write_class_zip(target, zip(pixels, (FASHION[label] for label in labels), strict=True))
+    pixels, labels = read_fashion_mnist(config.data, part)
+    write_class_zip(target, zip(pixels, (FASHION[label] for label in labels), strict=True))
     return str(target)
 
 
@@ -226,8 +223,6 @@ def check_config(config: Config) -> None:
         RunError: the folder has results of other settings.
     """
     file = config.output / "config.json"
-    if not file.exists() and (config.output / "seconds.json").exists():
-        raise RunError(f"{config.output} was made with unknown settings: choose another --output")
     changed = differences(json.loads(file.read_text()), config, free=FREE_WHEN_JUDGED_ANEW) if file.exists() else []
     if changed:
         raise RunError(f"{config.output} was made with other settings ({'; '.join(changed)}): choose another --output")

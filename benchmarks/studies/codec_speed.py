@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -42,8 +42,6 @@ ROUNDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the study of the codec's speed."""
-
     codec: str
     fit_data: str
     data: str
@@ -56,12 +54,7 @@ class Config:
 def median_seconds(call: Callable[[], Any]) -> float:
     """Over ROUNDS calls, after one that is not counted."""
     call()
-    durations = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        call()
-        durations.append(time.perf_counter() - began)
-    return statistics.median(durations)
+    return statistics.median(timeit.repeat(call, number=1, repeat=ROUNDS))
 
 
 def command_seconds(model: str) -> dict[str, float]:
