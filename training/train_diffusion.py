@@ -20,16 +20,16 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 
 from ldm_vae.data.order import index_at
-from ldm_vae.data.sources import check_outside, open_source
+from ldm_vae.data.sources import check_outside
 from ldm_vae.errors import ConfigError, DataError, ModelError, one_line_errors
 from ldm_vae.files import staged_directory
 from ldm_vae.grids import labelled_rows, visible
 from ldm_vae.latents.cache import LatentCache
-from ldm_vae.latents.resolution import encoding_resolution
-from ldm_vae.latents.rows import CachedMoments, DiffusionRows, Inputs, Squares, collate_rows
+from ldm_vae.latents.resolution import open_squares
+from ldm_vae.latents.rows import DiffusionRows, Squares, collate_rows
 from ldm_vae.latents.scaling import has_scale, put_statistics, scale_of
 from ldm_vae.latents.statistics import Statistics
-from ldm_vae.models.interface import channels_of, encode_moments, fingerprint, latent_channels_of, stride_of
+from ldm_vae.models.interface import encode_moments, fingerprint, latent_channels_of, stride_of
 from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.unet import make_denoiser
 from ldm_vae.objectives.denoising import (
@@ -119,17 +119,13 @@ class Data:
     """The VAE, the images or their latents, and what they are."""
 
     vae: Any
-    images: Inputs
+    images: LatentCache | Squares
     fingerprint: str
     latent_shape: tuple[int, int, int]
     """(c, h, w)."""
     classes_of_data: tuple[str, ...]
-    class_conditional: bool
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Those that are learned."""
-        return self.classes_of_data if self.class_conditional else ()
+    classes: tuple[str, ...]
+    """Those that are learned."""
 
     def identity(self) -> dict[str, Any]:
         """What must not change between resumptions."""
@@ -141,24 +137,6 @@ class Data:
             "classes": list(self.classes_of_data),
             "size": list(self.latent_shape),
         }
-
-
-def open_images(config: Config, path: str, vae_name: str, accelerator: Accelerator) -> Data:
-    """Images, to be encoded as they come."""
-    vae = load_autoencoder(vae_name).to(accelerator.device)
-    check_outside(config.output, path, flag="--data")
-    resolution = encoding_resolution(config.resolution, vae, vae_name)
-    accelerator.print(f"images of {resolution} x {resolution} pixels")
-    source = open_source(path, channels=channels_of(vae), resolution=resolution)
-    side = resolution // stride_of(vae)
-    return Data(
-        vae=vae,
-        images=Squares(source, resolution),
-        fingerprint=source.fingerprint(),
-        latent_shape=(latent_channels_of(vae), side, side),
-        classes_of_data=source.classes,
-        class_conditional=config.class_conditional,
-    )
 
 
 def open_cache(folder: Path, accelerator: Accelerator) -> LatentCache:
@@ -181,11 +159,11 @@ def open_latents(config: Config, folder: Path, accelerator: Accelerator) -> Data
     put_statistics(vae, cache.statistics)  # whatever scale a --vae says: these are its latents
     return Data(
         vae=vae,
-        images=CachedMoments(cache),
+        images=cache,
         fingerprint=cache.plan.data,
         latent_shape=cache.plan.latent_shape,
         classes_of_data=cache.plan.classes,
-        class_conditional=config.class_conditional,
+        classes=cache.plan.classes if config.class_conditional else (),
     )
 
 
@@ -195,10 +173,22 @@ def open_data(config: Config, accelerator: Accelerator) -> Data:
         return open_latents(config, config.latents, accelerator)
     assert config.data is not None
     assert config.vae is not None
-    return open_images(config, config.data, config.vae, accelerator)
+    vae = load_autoencoder(config.vae).to(accelerator.device)
+    check_outside(config.output, config.data, flag="--data")
+    squares = open_squares(config.data, vae, config.vae, config.resolution)
+    accelerator.print(f"images of {squares.resolution} x {squares.resolution} pixels")
+    side = squares.resolution // stride_of(vae)
+    return Data(
+        vae=vae,
+        images=squares,
+        fingerprint=squares.source.fingerprint(),
+        latent_shape=(latent_channels_of(vae), side, side),
+        classes_of_data=squares.source.classes,
+        classes=squares.source.classes if config.class_conditional else (),
+    )
 
 
-def open_validation_images(config: Config, data: Data, accelerator: Accelerator) -> Inputs:
+def open_validation_images(config: Config, data: Data, accelerator: Accelerator) -> LatentCache | Squares:
     """Raises ModelError and DataError for a cache that does not fit the training data."""
     if config.val_latents is None:
         return data.images
@@ -210,7 +200,7 @@ def open_validation_images(config: Config, data: Data, accelerator: Accelerator)
             f"{config.val_latents} has other classes ({', '.join(cache.plan.classes) or 'none'}) than the "
             f"training data ({', '.join(data.classes) or 'none'}): labels are their places in these lists"
         )
-    return CachedMoments(cache)
+    return cache
 
 
 @torch.inference_mode()
@@ -233,7 +223,7 @@ def ensure_scale(data: Data, loop: Loop, seed: int) -> None:
         put_statistics(data.vae, Statistics.from_json(record))
 
 
-def rows_of(images: Inputs, data: Data, config: Config) -> DiffusionRows:
+def rows_of(images: LatentCache | Squares, data: Data, config: Config) -> DiffusionRows:
     return DiffusionRows(
         images,
         seed=config.seed,

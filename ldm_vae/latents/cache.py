@@ -24,12 +24,12 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from ldm_vae.data.sources import BadImages
 from ldm_vae.errors import DataError, nothing_usable
 from ldm_vae.files import atomic, digest_of_json, sha256, write_json
 from ldm_vae.latents.statistics import Statistics
 
 STORED = np.float16
-OPEN_SHARDS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,20 +173,21 @@ def read_plan(folder: Path) -> Plan:
         raise DataError(f"{folder / 'plan.json'} is damaged ({error}): remove {folder} and make it anew") from None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """One image's moments (2c, h, w), float32, and its label (None without one)."""
-
-    moments: np.ndarray
-    label: int | None
+@lru_cache(256)
+def open_shard(file: Path, digest: str) -> tuple[Any, list[int], list[int]]:
+    """Its moments, which are read when sliced, its indices and its labels; opened anew when its digest changes."""
+    handle = safe_open(file, "np")
+    return handle.get_slice("moments"), handle.get_tensor("indices").tolist(), handle.get_tensor("labels").tolist()
 
 
 class LatentCache:
-    """The latents of a data set: `len(cache)` images, `cache.row(index, mirrored)`.
+    """The latents of a data set: `len(cache)` images, `cache.load(index, mirrored)`.
 
     Raises:
         DataError: it is missing or unfinished, or a shard is missing or damaged.
     """
+
+    encoded = True
 
     def __init__(self, folder: Path, *, shards_to_verify: Callable[[int], bool] = lambda shard: True) -> None:
         self.folder, self.plan = folder, read_plan(folder)
@@ -201,33 +202,27 @@ class LatentCache:
             raise DataError(f"{folder} is not finished: run the command that makes it again, it goes on") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{folder / 'index.json'} is damaged ({error}): remove it, and run its command") from None
-        verify(folder, {s: r for s, r in enumerate(self.shards) if r["count"] and shards_to_verify(s)})
-        self.open = lru_cache(OPEN_SHARDS)(self.open_shard)
+        for shard, record in enumerate(self.shards):
+            if record["count"] and shards_to_verify(shard) and not is_intact(shard_file(folder, shard), record):
+                raise DataError(
+                    f"{shard_file(folder, shard)} is missing or damaged: remove it, its .json and index.json, and run "
+                    "the command that makes the cache again"
+                )
 
     def __len__(self) -> int:
         return self.plan.num_images
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "open"}
+    def open(self, shard: int) -> tuple[Any, list[int], list[int]]:
+        return open_shard(shard_file(self.folder, shard), self.shards[shard]["sha256"])
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.open = lru_cache(OPEN_SHARDS)(self.open_shard)
-
-    def open_shard(self, shard: int) -> tuple[Any, list[int], list[int]]:
-        """Its moments, which are read when sliced, its indices and its labels."""
-        handle = safe_open(shard_file(self.folder, shard), "np")
-        return handle.get_slice("moments"), handle.get_tensor("indices").tolist(), handle.get_tensor("labels").tolist()
-
-    def row(self, index: int, mirrored: bool = False) -> Encoded:
-        """Image `index` of the source or, in place of a bad one, the next usable one."""
+    def load(self, index: int, mirrored: bool = False) -> tuple[np.ndarray, int | None, BadImages]:
+        """Moments (2c, h, w), float32, and label (None without one) of image `index`, or of the next usable one."""
         shard, offset = divmod(index, self.plan.shard_size)
         if self.shards[shard]["count"] < len(self.plan.indices(shard)):
             shard, offset = self.next_usable(index)
         moments, _, labels = self.open(shard)
-        label = labels[offset]
-        entry = int(mirrored and self.plan.flip)
-        return Encoded(moments=moments[offset][entry].astype(np.float32), label=None if label < 0 else label)
+        label = None if labels[offset] < 0 else labels[offset]
+        return moments[offset][int(mirrored and self.plan.flip)].astype(np.float32), label, {}
 
     def next_usable(self, index: int) -> tuple[int, int]:
         """Shard and row of the first usable image from `index` on, wrapping around at the end."""
@@ -241,16 +236,9 @@ class LatentCache:
         raise AssertionError("a finished cache has an image")
 
 
-def verify(folder: Path, shards: Mapping[int, Mapping[str, Any]]) -> None:
-    """Raises DataError for a shard that is missing or does not have its digest."""
-    for shard, record in shards.items():
-        file = shard_file(folder, shard)
-        try:
-            whole = file.stat().st_size == record["bytes"] and sha256(file) == record["sha256"]
-        except OSError:
-            whole = False
-        if not whole:
-            raise DataError(
-                f"{file} is missing or damaged: remove it, its .json and index.json, and run the command that makes "
-                "the cache again"
-            )
+def is_intact(file: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a shard is there, and has its digest."""
+    try:
+        return file.stat().st_size == record["bytes"] and sha256(file) == record["sha256"]
+    except OSError:
+        return False

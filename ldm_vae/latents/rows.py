@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Generic, Protocol
+from typing import Any, ClassVar, Generic
 
 import numpy as np
 
@@ -16,50 +16,24 @@ from ldm_vae.latents.cache import LatentCache
 from ldm_vae.latents.timesteps import Prediction, timestep_at
 
 
-class Inputs(Protocol):
-    """Images, or their moments, by index: `load(index, mirrored)` -> array (or None), label, bad images met."""
-
-    @property
-    def encoded(self) -> bool: ...
-    def __len__(self) -> int: ...
-    def load(self, index: int, mirrored: bool) -> tuple[np.ndarray | None, int | None, BadImages]: ...
-
-
-class CachedMoments:
-    """Moments (2c, h, w) from a cache."""
-
-    encoded = True
-
-    def __init__(self, cache: LatentCache) -> None:
-        self.cache = cache
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-    def load(self, index: int, mirrored: bool) -> tuple[np.ndarray | None, int | None, BadImages]:
-        row = self.cache.row(index, mirrored)
-        return row.moments, row.label, {}
-
-
+@dataclass(frozen=True)
 class Squares:
     """The centred square of each image, (C, R, R) in [-1, 1]: what a cache is made from.
 
     A bad image is replaced by the next usable one of the source.
     """
 
-    encoded = False
-
-    def __init__(self, source: Source, resolution: int, num_images: int | None = None) -> None:
-        self.source, self.resolution = source, resolution
-        self.count = min(len(source), num_images or len(source))
-        self.known_bad: dict[int, str] = {}
+    source: Source
+    resolution: int
+    known_bad: dict[int, str] = field(default_factory=dict)
+    encoded: ClassVar[bool] = False
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.source)
 
     def load(self, index: int, mirrored: bool) -> tuple[np.ndarray | None, int | None, BadImages]:
         read = partial(self.square, mirrored=mirrored)
-        square, bad_images = first_usable(self.source, index, self.known_bad, read=read, count=self.count)
+        square, bad_images = first_usable(self.source, index, self.known_bad, read=read)
         image, label = square or (None, None)
         return image, label, bad_images
 
@@ -123,28 +97,20 @@ TENSORS = ("inputs", "labels", "timesteps", "noise", "posterior_noise")
 DiffusionRow = tuple[np.ndarray | None, bool, int, float, np.ndarray, np.ndarray, BadImages]
 
 
+@dataclass(frozen=True)
 class DiffusionRows:
-    """`rows[position]`: an image and its draws, a pure function of (data, seed, position).
+    """`rows[position]`: an image and its draws, a pure function of (data, seed, position)."""
 
-    Args:
-        latent_shape: (c, h, w).
-        num_classes: K; labels are dropped to K with probability `label_dropout` (Ho & Salimans 2022).
-        flip: half of the positions take the mirrored image.
-    """
-
-    def __init__(
-        self,
-        images: Inputs,
-        *,
-        seed: int,
-        prediction: Prediction,
-        latent_shape: tuple[int, int, int],
-        num_classes: int,
-        label_dropout: float,
-        flip: bool,
-    ) -> None:
-        self.images, self.seed, self.prediction, self.latent_shape = images, seed, prediction, latent_shape
-        self.num_classes, self.label_dropout, self.flip = num_classes, label_dropout, flip
+    images: LatentCache | Squares
+    seed: int
+    prediction: Prediction
+    latent_shape: tuple[int, int, int]
+    """(c, h, w)."""
+    num_classes: int
+    """K; labels are dropped to K with probability `label_dropout` (Ho & Salimans 2022)."""
+    label_dropout: float
+    flip: bool
+    """Half of the positions take the mirrored image."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -166,9 +132,6 @@ class DiffusionRows:
 def collate_rows(rows: list[DiffusionRow]) -> DiffusionBatch[np.ndarray]:
     """A batch of length 0 when no image is usable."""
     images, encoded, labels, timesteps, noise, posterior_noise, met = zip(*rows, strict=True)
-    bad_images: BadImages = {}
-    for here in met:
-        bad_images |= here
     return DiffusionBatch(
         inputs=stacked([image for image in images if image is not None]),
         encoded=encoded[0],
@@ -176,5 +139,5 @@ def collate_rows(rows: list[DiffusionRow]) -> DiffusionBatch[np.ndarray]:
         timesteps=np.array(timesteps, np.float32),
         noise=np.stack(noise),
         posterior_noise=np.stack(posterior_noise),
-        bad_images=bad_images,
+        bad_images={name: reason for bad_images in met for name, reason in bad_images.items()},
     )

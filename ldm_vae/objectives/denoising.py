@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -150,8 +149,7 @@ def validation_batches(rows: DiffusionRows, batch_size: int) -> list[DiffusionBa
     Raises:
         DataError: nothing in the source can be used.
     """
-    fixed = copy(rows)
-    fixed.label_dropout = 0.0 if rows.num_classes else 1.0
+    fixed = replace(rows, label_dropout=0.0 if rows.num_classes else 1.0)
     positions = range(min(len(rows), VALIDATION_IMAGES))
     starts = range(0, len(positions), batch_size)
     batches = [with_tensors(collate_rows([fixed[p] for p in positions[i : i + batch_size]])) for i in starts]

@@ -92,28 +92,24 @@ def kl_sparsity(activations: Tensor, target: float) -> Tensor:
     return (target * torch.log(target / rate) + (1 - target) * torch.log((1 - target) / (1 - rate))).mean()
 
 
-def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    """-mean(logits): the generator's side of the hinge loss (Lim & Ye 2017)."""
-    return -fake_logits.float().mean()
+def adversarial_penalty(logits: Tensor, kind: str) -> Tensor:
+    """Mean over logits that ought to be low: relu(1 + x) for the hinge, -log(1 - sigmoid(x)) otherwise."""
+    x = logits.float()
+    return functional.relu(1 + x).mean() if kind == "hinge" else functional.softplus(x).mean()
 
 
-def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
-    """-mean(log D(fake)): the non-saturating loss (Goodfellow et al. 2014, section 3)."""
-    return functional.softplus(-fake_logits.float()).mean()
+def generator_loss(fake_logits: Tensor, kind: str) -> Tensor:
+    """hinge: -mean(logits) (Lim & Ye 2017). non-saturating: -mean(log D(fake)) (Goodfellow et al. 2014, section 3)."""
+    return -fake_logits.float().mean() if kind == "hinge" else adversarial_penalty(-fake_logits, kind)
 
 
-def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Half the sum of the two hinges (Lim & Ye 2017, eq. 7; the half is VQGAN's)."""
-    return 0.5 * (functional.relu(1 - real_logits.float()).mean() + functional.relu(1 + fake_logits.float()).mean())
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str) -> Tensor:
+    """Half the sum over real and fake (the half is VQGAN's).
 
-
-def non_saturating_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Half of -mean(log D(real)) - mean(log(1 - D(fake))) (Goodfellow et al. 2014, eq. 1)."""
-    return 0.5 * (functional.softplus(-real_logits.float()).mean() + functional.softplus(fake_logits.float()).mean())
-
-
-GENERATOR_LOSSES = {"hinge": hinge_generator_loss, "non-saturating": non_saturating_generator_loss}
-DISCRIMINATOR_LOSSES = {"hinge": hinge_discriminator_loss, "non-saturating": non_saturating_discriminator_loss}
+    hinge: relu(1 - real), relu(1 + fake) (Lim & Ye 2017, eq. 7). non-saturating: -log D(real), -log(1 - D(fake))
+    (Goodfellow et al. 2014, eq. 1).
+    """
+    return 0.5 * (adversarial_penalty(-real_logits, kind) + adversarial_penalty(fake_logits, kind))
 
 
 def discriminator_accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def generator_step(
         assert state.discriminator is not None
         judge = accelerator.unwrap_model(state.discriminator)
         judge.train(first).requires_grad_(False)  # no gradient for the discriminator in this step
-        loss = losses.GENERATOR_LOSSES[config.adversarial](judge(reconstruction))
+        loss = losses.generator_loss(judge(reconstruction), config.adversarial)
         judge.requires_grad_(True)
         gradient = torch.autograd.grad(loss, last_layer(state.bare.vae), retain_graph=True)[0]
         terms["adversarial"] = config.adversarial_weight * state.adaptive_weight * loss
@@ -132,7 +132,7 @@ def discriminator_step(
     """Its loss and its accuracy on one micro-batch, real and fake in one forward."""
     discriminator.eval()
     real, fake = discriminator(torch.cat([images, reconstruction.detach()])).chunk(2)
-    loss = losses.DISCRIMINATOR_LOSSES[config.adversarial](real, fake)
+    loss = losses.discriminator_loss(real, fake, config.adversarial)
     return {"discriminator": loss, "discriminator_accuracy": losses.discriminator_accuracy(real, fake)}
 
 

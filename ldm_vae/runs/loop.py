@@ -18,7 +18,7 @@ from ldm_vae.errors import ConfigError, RunError
 from ldm_vae.files import digest_of_json
 from ldm_vae.progress import progress
 from ldm_vae.runs.config import RunConfig
-from ldm_vae.runs.precision import resolve_precision
+from ldm_vae.runs.precision import fast_precision
 from ldm_vae.runs.processes import StopSignal, any_process
 from ldm_vae.runs.run import Run, saved_config
 from ldm_vae.runs.state import Part, load_state
@@ -46,7 +46,7 @@ def start(config: TrainerConfig) -> tuple[TrainerConfig, Accelerator]:
     if config.mixed_precision == "auto":
         device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as Accelerator chooses it
         saved = saved_config(config.output) or {}
-        precision = saved.get("mixed_precision") or resolve_precision("auto", device)
+        precision = saved.get("mixed_precision") or fast_precision(device)
         config = replace(config, mixed_precision=broadcast_object_list([precision])[0])
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,

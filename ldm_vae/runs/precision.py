@@ -7,16 +7,12 @@ from typing import Literal
 
 import torch
 
-from ldm_vae.runs.config import MixedPrecision
-
 FAST_BF16 = {"avx512_bf16", "amx_bf16"}
 """Instructions with which a CPU multiplies in bf16; without them it is slower than float32."""
 
 
-def resolve_precision(asked: MixedPrecision, device: torch.device) -> Literal["no", "bf16"]:
-    """`auto` -> bf16 where the device computes it fast, otherwise float32 ("no"); anything else stays."""
-    if asked != "auto":
-        return asked
+def fast_precision(device: torch.device) -> Literal["no", "bf16"]:
+    """bf16 where the device computes it fast, otherwise float32 ("no")."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if device.type == "xpu" or (device.type == "cpu" and FAST_BF16 & cpu_flags()) else "no"

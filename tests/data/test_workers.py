@@ -22,7 +22,7 @@ from ldm_vae.data.loader import CropDataset, collate, collated
 from ldm_vae.data.sources import open_source
 from ldm_vae.data.workers import made_ahead
 from ldm_vae.errors import LdmVaeError
-from ldm_vae.latents.rows import CachedMoments, DiffusionRows, Squares, collate_rows, squares_of
+from ldm_vae.latents.rows import DiffusionRows, Squares, collate_rows, squares_of
 
 
 def children() -> set[int]:
@@ -191,14 +191,14 @@ def makers(cache: Any) -> dict[str, tuple[Callable[[Any], Any], Any]]:
     given: dict[str, Any] = {"seed": 0, "label_dropout": 1.0, "num_classes": 0, "flip": True, "prediction": "flow"}
     given["latent_shape"] = (4, 2, 2)
     crops = CropDataset(source, seed=0, resolution=16, pairing=parse_corruption("jpeg:10-40"))
-    squares = Squares(source, 16, num_images=4)
+    squares = Squares(source, 16)
     return {
         "crops": (partial(collated, crops, collate), [3, 4]),
         "blemishes": (
             partial(collated, CropDataset(source, seed=0, resolution=16, pairing=with_blemishes), collate),
             [3, 4],
         ),
-        "cached": (partial(collated, DiffusionRows(CachedMoments(cache), **given), collate_rows), [3, 4]),
+        "cached": (partial(collated, DiffusionRows(cache, **given), collate_rows), [3, 4]),
         "squares": (partial(collated, DiffusionRows(squares, **given), collate_rows), [3, 4]),
         "to be cached": (partial(squares_of, squares), range(2, 4)),
     }

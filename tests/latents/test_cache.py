@@ -55,10 +55,10 @@ def test_each_image_comes_back_and_a_bad_one_is_replaced_by_the_next(cache: Path
     for copy in (opened, pickle.loads(pickle.dumps(opened))):
         for index in range(10):
             source = next_good.get(index, index)
-            row = copy.row(index)
-            assert np.array_equal(row.moments, as_stored(moments_of(source)[0]))
-            assert np.array_equal(copy.row(index, mirrored=True).moments, as_stored(moments_of(source)[1]))
-            assert row.label == (source % 2 if source else None)
+            moments, label, _ = copy.load(index)
+            assert np.array_equal(moments, as_stored(moments_of(source)[0]))
+            assert np.array_equal(copy.load(index, mirrored=True)[0], as_stored(moments_of(source)[1]))
+            assert label == (source % 2 if source else None)
 
 
 def test_statistics_and_bad_images_are_those_of_all_shards(cache: Path) -> None:

@@ -80,7 +80,7 @@ def test_labels_are_dropped_as_often_as_asked_for(photos: Path) -> None:
     labels = [collate_rows([rows[p]]).labels.item() for p in range(400)]
     assert labels.count(2) / 400 == pytest.approx(0.25, abs=0.06)
     assert set(collate_rows([rows_for(photos)[p] for p in range(12)]).labels) == {0, 1}
-    flat = Squares(open_source("procedural:dead-leaves", resolution=32), 32, num_images=4)
+    flat = Squares(open_source("procedural:dead-leaves", resolution=32), 32)
     unlabelled = DiffusionRows(
         flat, seed=0, prediction="v", latent_shape=(4, 4, 4), num_classes=0, label_dropout=1.0, flip=False
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from accelerate.state import AcceleratorState
 from ldm_vae.errors import RunError
 from ldm_vae.runs.config import RunConfig
 from ldm_vae.runs.loop import FREE_ON_RESUME, start
-from ldm_vae.runs.precision import resolve_precision
+from ldm_vae.runs.precision import fast_precision
 from ldm_vae.runs.run import Run, saved_config
 
 OLD, NEW = {"sse2", "avx2", "avx512f"}, {"avx2", "avx512f", "avx512_bf16"}
@@ -30,7 +31,7 @@ def test_a_cpu_computes_in_bf16_when_it_has_the_instructions(
     flags: set[str], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, flags)
-    assert resolve_precision("auto", torch.device("cpu")) == precision
+    assert fast_precision(torch.device("cpu")) == precision
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "no")])
@@ -38,14 +39,16 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_float32(
     native: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: native or including_emulation)
-    assert resolve_precision("auto", torch.device("cuda")) == precision
+    assert fast_precision(torch.device("cuda")) == precision
 
 
-def test_what_is_asked_for_is_taken_on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, OLD)
-    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
-    pretend(monkeypatch, NEW)
-    assert resolve_precision("no", torch.device("cpu")) == "no"
+@pytest.mark.parametrize(("flags", "precision"), [(OLD, "bf16"), (NEW, "no")])
+def test_what_is_asked_for_is_taken_on_any_device(
+    flags: set[str], precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, flags)
+    asked = RunConfig(output=tmp_path / "run", tracker="none", mixed_precision=precision)
+    assert start(asked)[1].mixed_precision == precision
 
 
 def test_a_resumed_run_keeps_the_precision_that_it_was_begun_with(

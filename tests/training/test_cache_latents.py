@@ -69,8 +69,8 @@ def test_every_image_and_its_mirror_image_is_there_as_the_vae_encodes_it(
         for mirrored in (False, True):
             with torch.no_grad():
                 expected = model.encode(image.flip(-1) if mirrored else image).latent_dist.parameters[0]
-            assert np.allclose(cache.row(index, mirrored).moments, as_stored(expected), atol=1e-3, rtol=1e-3)
-        assert cache.row(index).label == source[index].label
+            assert np.allclose(cache.load(index, mirrored)[0], as_stored(expected), atol=1e-3, rtol=1e-3)
+        assert cache.load(index)[1] == source[index].label
     bytes_an_image = sum(f.stat().st_size for f in reference.glob("*.safetensors")) / 12
     assert bytes_an_image == pytest.approx(2 * 8 * 4 * 4 * 2 + 16, abs=100)  # and a header a shard
 
@@ -79,7 +79,7 @@ def test_scaled_latents_of_the_whole_set_have_mean_0_and_deviation_1(reference: 
     cache, model = LatentCache(reference), load_autoencoder(str(reference))
     assert model.config.latents_mean == pytest.approx(cache.statistics.mean.tolist())
     posterior = posterior_of(
-        torch.from_numpy(np.stack([cache.row(i, m).moments for i in range(12) for m in (False, True)]))
+        torch.from_numpy(np.stack([cache.load(i, m)[0] for i in range(12) for m in (False, True)]))
     )
     torch.manual_seed(0)
     samples = torch.cat([scale_latents(model, posterior.sample()) for _ in range(100)])
@@ -215,7 +215,7 @@ def test_any_diffusers_autoencoder_is_cached_and_its_scale_comes_back(photos: Pa
         output = tmp_path / f"cache of {type(model).__name__}"
         main(replace(config_for(photos, tmp_path / type(model).__name__, output), flip=False))
         cache, loaded = LatentCache(output), load_autoencoder(str(output))
-        moments = torch.from_numpy(np.stack([cache.row(i).moments for i in range(12)]))
+        moments = torch.from_numpy(np.stack([cache.load(i)[0] for i in range(12)]))
         assert moments.shape[1:] == (8, 16, 16)
         scaled = scale_latents(loaded, posterior_of(moments).mean)
         assert scaled.mean(dim=(0, 2, 3)).abs().max() < 0.02
@@ -245,7 +245,7 @@ def test_bad_images_are_left_out_and_named(photos: Path, vae: Path, tmp_path: Pa
     config = replace(config_for(folder, vae, tmp_path / "cache"), flip=False, num_workers=2)
     main(config)
     cache = LatentCache(config.output)
-    assert np.array_equal(cache.row(1).moments, cache.row(2).moments)
+    assert np.array_equal(cache.load(1)[0], cache.load(2)[0])
     assert "1.png,cannot be decoded" in (config.output / "bad_images.csv").read_text()
     for file in folder.iterdir():
         file.write_bytes(b"no image")

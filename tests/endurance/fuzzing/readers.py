@@ -211,7 +211,7 @@ def make_cache(folder: Path) -> None:
 def read_cache(folder: Path) -> None:
     cache = LatentCache(folder)
     for i in range(min(len(cache), 100)):
-        cache.row(i)
+        cache.load(i)
     summarise(folder, cache.plan)
 
 
