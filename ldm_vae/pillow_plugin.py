@@ -11,8 +11,7 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile
 
-from ldm_vae.codec import bitstream
-from ldm_vae.codec.bitstream import EXTENSION, MODEL_VARIABLE
+from ldm_vae.codec.bitstream import ALPHA, EXIF, EXTENSION, ICC, MAGIC, MODEL_VARIABLE, unpack
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.picture import EXIF_PREFIX, as_picture, without_layout
 from ldm_vae.codec.sections import MAX_METADATA, inflate
@@ -42,7 +41,7 @@ def codec() -> Any:
 
 
 class LdiImageFile(ImageFile.ImageFile):
-    """Size and mode come from the header at once, pixels when they are asked for."""
+    """Size, mode and metadata come from the file at once, without a model; pixels when they are asked for."""
 
     format, format_description = FORMAT, "Latents of an autoencoder"
 
@@ -50,14 +49,16 @@ class LdiImageFile(ImageFile.ImageFile):
         """Raises CompressedFileError for a file that begins like ours and is not whole."""
         assert self.fp is not None
         self.data = self.fp.read()
-        contents = bitstream.unpack(self.data)
+        contents = unpack(self.data)
         header = contents.header
         self._size = header.width, header.height
         try:
-            self._mode = MODES[header.colours, header.depth, bitstream.ALPHA in contents.sections]
+            self._mode = MODES[header.colours, header.depth, ALPHA in contents.sections]
         except KeyError:
             raise ConfigError(f"Pillow has no mode for {header.colours} channels of {header.depth} bits") from None
-        self.info.update(metadata_in(contents))
+        for kind, name, prefix in ((ICC, "icc_profile", b""), (EXIF, "exif", EXIF_PREFIX)):
+            if kind in contents.sections:
+                self.info[name] = prefix + inflate(contents.read(contents.sections[kind]), limit=MAX_METADATA)
 
     def load(self) -> Any:
         if hasattr(self, "data"):
@@ -68,16 +69,6 @@ class LdiImageFile(ImageFile.ImageFile):
                 self.fp.close()
             self.fp = None
         return super().load()
-
-
-def metadata_in(contents: bitstream.Contents) -> dict[str, bytes]:
-    """ICC profile and EXIF, as Pillow names them; no model is needed for these."""
-    names = {bitstream.ICC: ("icc_profile", b""), bitstream.EXIF: ("exif", EXIF_PREFIX)}
-    metadata = {}
-    for kind, (name, prefix) in names.items():
-        if kind in contents.sections:
-            metadata[name] = prefix + inflate(contents.read(contents.sections[kind]), limit=MAX_METADATA)
-    return metadata
 
 
 def save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
@@ -92,12 +83,7 @@ def save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     file.write(codec().compress(picture, quality=flags.get("quality", 1.0), strip=flags.get("strip", False)))
 
 
-def accepts(prefix: bytes) -> bool:
-    return prefix.startswith(bitstream.MAGIC)
-
-
-Image.register_open(FORMAT, LdiImageFile, accepts)
+Image.register_open(FORMAT, LdiImageFile, lambda prefix: prefix.startswith(MAGIC))
 Image.register_save(FORMAT, save)
 Image.register_extension(FORMAT, EXTENSION)
 Image.register_mime(FORMAT, "image/x-ldi")
-__all__ = ["LdiImageFile", "register"]

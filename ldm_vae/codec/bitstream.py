@@ -31,8 +31,6 @@ ALPHA, ICC, EXIF = 1, 2, 3
 SECTIONS = {ALPHA: "alpha", ICC: "ICC profile", EXIF: "EXIF"}
 MAX_LOG2_SYMBOLS = 17
 """Of a tile's symbols, for each lane: a lane's symbols are decoded one after the other."""
-MAX_VARINT = 6
-"""Bytes: 42 bits."""
 Box = tuple[int, int, int, int]
 """Top, left, bottom, right."""
 
@@ -93,12 +91,6 @@ class Header:
         side = 1 << self.log2_tile
         return -(-height // side), -(-width // side)
 
-    @property
-    def largest_tile(self) -> int:
-        """In latents."""
-        height, width = (min(side, 1 << self.log2_tile) for side in self.latent_size)
-        return height * width
-
     @cached_property
     def tile_boxes(self) -> list[Box]:
         """Of each tile, in latents; tiles are counted along rows."""
@@ -119,6 +111,14 @@ class Part:
     end: int
     crc: int
 
+    def checked(self, content: bytes) -> bytes:
+        """Its bytes, if they are. Raises TruncatedError or CorruptError, which leave its name to the caller."""
+        if len(content) < self.end - self.begin:
+            raise TruncatedError("the file ends within it")
+        if crc32(content) != self.crc:
+            raise CorruptError("it is damaged: its CRC-32 differs")
+        return content
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
@@ -130,13 +130,8 @@ class Contents:
     data: bytes
 
     def read(self, part: Part) -> bytes:
-        """The bytes of a part. Raises TruncatedError or CorruptError, which leave its name to the caller."""
-        if part.end > len(self.data):
-            raise TruncatedError("the file ends within it")
-        content = self.data[part.begin : part.end]
-        if crc32(content) != part.crc:
-            raise CorruptError("it is damaged: its CRC-32 differs")
-        return content
+        """The bytes of a part, `checked`."""
+        return part.checked(self.data[part.begin : part.end])
 
 
 def report(error: CompressedFileError, name: str, damage: list[str] | None) -> None:
@@ -179,7 +174,8 @@ def unpack(data: bytes, *, limits: Limits | None = None, salvage: bool = False) 
     check_fields(header)
     (limits or Limits()).check(header.width, header.height)
     rows, columns = header.grid
-    if header.channels * header.largest_tile > header.lanes << MAX_LOG2_SYMBOLS:
+    height, width = (min(side, 1 << header.log2_tile) for side in header.latent_size)  # of the largest tile
+    if header.channels * height * width > header.lanes << MAX_LOG2_SYMBOLS:
         raise CorruptError(f"the header is damaged: {header.lanes} lanes are too few for tiles of this size")
     if rows * columns * (1 + CRC.size) > len(data):
         raise TruncatedError(f"{len(data)} bytes cannot hold the contents of {rows * columns} tiles")
@@ -217,7 +213,7 @@ def read_contents(entries: Varints, num_sections: int, num_tiles: int) -> tuple[
     """Sections, tiles, and where the file should end. Checks the header's CRC before it believes a length."""
     entries_read = []
     for i in range(num_sections + num_tiles):
-        kind = entries.byte() if i < num_sections else None
+        kind = entries.take(1)[0] if i < num_sections else None
         name = f"tile {i - num_sections}" if kind is None else SECTIONS.get(kind, f"section {kind}")
         entries_read.append((kind, name, entries.next(), entries.crc()))
     end = entries.position
@@ -253,17 +249,18 @@ class Varints:
     def __init__(self, data: bytes, position: int = 0) -> None:
         self.data, self.position = data, position
 
-    def byte(self) -> int:
-        if self.position >= len(self.data):
+    def take(self, count: int) -> bytes:
+        content = self.data[self.position : self.position + count]
+        self.position += len(content)
+        if len(content) < count:
             raise CorruptError("a number is cut short")
-        self.position += 1
-        return self.data[self.position - 1]
+        return content
 
     def next(self) -> int:
-        """A varint of at most six bytes."""
+        """A varint of at most six bytes, 42 bits."""
         value = 0
-        for i in range(MAX_VARINT):
-            byte = self.byte()
+        for i in range(6):
+            (byte,) = self.take(1)
             value |= (byte & 127) << 7 * i
             if byte < 128:
                 if byte == 0 and i > 0:
@@ -272,8 +269,4 @@ class Varints:
         raise CorruptError("a number is longer than it may be")
 
     def crc(self) -> int:
-        if self.position + CRC.size > len(self.data):
-            self.position = len(self.data)
-            raise CorruptError("a CRC-32 is cut short")
-        self.position += CRC.size
-        return int(CRC.unpack_from(self.data, self.position - CRC.size)[0])
+        return int(CRC.unpack(self.take(CRC.size))[0])

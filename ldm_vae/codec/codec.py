@@ -6,7 +6,7 @@ Floats end at `Tables.quantise`: the bytes of given symbols, and the symbols of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -18,15 +18,12 @@ from ldm_vae.codec.bitstream import Box, Contents, Header, Limits
 from ldm_vae.codec.network import Network
 from ldm_vae.codec.picture import Picture, as_picture, fill
 from ldm_vae.codec.sections import pack_sections, unpack_sections
-from ldm_vae.codec.tables import DIGEST_BYTES, Tables, load_tables
-from ldm_vae.codec.tiles import TileReader, encode_tiles
+from ldm_vae.codec.tables import DIGEST_BYTES, Floats, Tables, load_tables
+from ldm_vae.codec.tiles import decode_tiles, encode_tiles
 from ldm_vae.data.images import Pixels
 from ldm_vae.errors import ConfigError, CorruptError, ModelMismatchError
 from ldm_vae.models.interface import fingerprint
 from ldm_vae.models.loading import load_for_inference, local_folder
-
-LOG2_TILE = 7
-"""Tiles of 128 x 128 latents: each is coded by itself."""
 
 
 class LatentCodec:
@@ -42,6 +39,9 @@ class LatentCodec:
         ModelMismatchError: the tables were fitted for another autoencoder.
     """
 
+    log2_tile = 7
+    """Tiles of 128 x 128 latents: each is coded by itself."""
+
     def __init__(self, vae: Any, tables: Tables, *, workers: int = 1, dtype: torch.dtype = torch.float32) -> None:
         digest = fingerprint(vae)
         if digest != tables.vae:
@@ -52,7 +52,6 @@ class LatentCodec:
         self.vae, self.tables, self.workers = vae, tables, workers
         self.network = Network(vae, dtype)
         self.weights = bytes.fromhex(digest)[:DIGEST_BYTES]
-        self.log2_tile = LOG2_TILE
 
     @classmethod
     def from_pretrained(
@@ -70,8 +69,6 @@ class LatentCodec:
         """
         vae = load_for_inference(path).to(device)
         return cls(vae, load_tables(local_folder(path, ["codec/*"]) / "codec"), workers=workers, dtype=dtype)
-
-    # Picture to bytes ------------------------------------------------------------------------------------------------
 
     def compress(
         self,
@@ -97,7 +94,10 @@ class LatentCodec:
         picture = as_picture(image, channels=self.network.channels)
         (limits or Limits()).check(picture.pixels.shape[1], picture.pixels.shape[0])
         header = self.header_of(picture, self.tables.fixed_quality(quality))
-        latents = self.network.latents(picture.pixels, header.tile_boxes)  # float32 (c, h, w) of each tile
+        return self.file_of(picture, header, self.network.latents(picture.pixels, header.tile_boxes), strip)
+
+    def file_of(self, picture: Picture, header: Header, latents: Iterable[Floats], strip: bool) -> bytes:
+        """A file's bytes, from the latents of each tile, float32 (c, h, w)."""
         symbols = (self.tables.quantise(tile, header.quality) for tile in latents)  # int32 (C, h, w)
         payloads = encode_tiles(symbols, header, self.tables.contexts_of(header.quality), self.workers)
         return bitstream.pack(header, pack_sections(picture, strip=strip), payloads)
@@ -120,8 +120,6 @@ class LatentCodec:
             tables=self.tables.digest,
             weights=self.weights,
         )
-
-    # Bytes to picture ------------------------------------------------------------------------------------------------
 
     def decompress(self, data: bytes, *, limits: Limits | None = None) -> Image.Image:
         """The image of a file's bytes, as PIL's. See `decompress_picture` for errors and for what PIL cannot hold."""
@@ -181,21 +179,21 @@ class LatentCodec:
         """A box of pixels from a file, in bands from top to bottom."""
         header = contents.header
         bands = self.network.bands(header, box)
-        reader = TileReader(contents, self.tables.contexts_of(header.quality), self.workers, damage)
-        symbols = reader.symbols([band.latents for band in bands])  # int32 (C, h, w) of each band
-        latents = (self.tables.dequantise(values, header.quality) for values in symbols)  # float32 (c, h, w)
-        for band, pixels in zip(bands, self.network.pixels(latents, bands, header), strict=True):
-            self.network.mark(pixels, band, reader.damaged)
+        boxes, contexts = [band.latents for band in bands], self.tables.contexts_of(header.quality)
+        damaged: list[Box] = []
+        decoded = decode_tiles(contents, boxes, contexts, self.workers, damage)
+        for band, (symbols, damaged) in zip(bands, decoded, strict=True):
+            latents = self.tables.dequantise(symbols, header.quality)  # float32 (c, h, w)
+            pixels = self.network.decode(latents, band, header)
+            self.network.mark(pixels, band, damaged)
             yield pixels
-        if reader.damaged and damage is not None and not self.network.finite:
+        if damaged and damage is not None and not self.network.finite:
             damage.append("this autoencoder sees the whole image: what is not marked may differ, too")
 
     def check(self, header: Header) -> None:
         """Raises ModelMismatchError or CorruptError for a file that this codec cannot have written."""
-        for name, theirs, ours in (
-            ("autoencoder", header.weights, self.weights),
-            ("tables", header.tables, self.tables.digest),
-        ):
+        digests = ("autoencoder", header.weights, self.weights), ("tables", header.tables, self.tables.digest)
+        for name, theirs, ours in digests:
             if theirs != ours:
                 raise ModelMismatchError(
                     f"the file was written with another model: its {name} is {theirs.hex()}, this one's is {ours.hex()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ldm_vae.codec.rans import MAX_ALPHABET, TOTAL, Frequencies
 
 OWN = ((0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0))
 """(y, x) of the taps in a symbol's own channel: W, N, NW, NE, WW, NN."""
-BEFORE = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1))
+BEFORE = tuple(product((-1, 0, 1), repeat=2))
 """In the channels before: the 3x3 around."""
 PLACES = ((0, 0), *OWN, *(p for p in BEFORE if p not in OWN and p != (0, 0)))
 MEAN_TAPS, ACTIVITY_TAPS = 8, 16
@@ -79,8 +80,8 @@ def shifted(values: Floats) -> Floats:
 def candidates(channel: int) -> tuple[Integers, Integers]:
     """Every tap that a channel may have, as offsets (channel, y, x), and its row among all channels' PLACES."""
     before = range(1, min(channel, FARTHEST) + 1)
-    taps = np.array([(0, y, x) for y, x in OWN] + [(-d, y, x) for d in before for y, x in BEFORE], np.int64)
-    return taps, (channel + taps[:, 0]) * len(PLACES) + places_of(taps)
+    taps = [(0, y, x) for y, x in OWN] + [(-d, y, x) for d in before for y, x in BEFORE]
+    return np.array(taps), np.array([(channel + d) * len(PLACES) + PLACES.index((y, x)) for d, y, x in taps])
 
 
 def choose_taps(volumes: Sequence[Integers]) -> list[tuple[Integers, Integers, Integers]]:
@@ -99,40 +100,31 @@ def choose_taps(volumes: Sequence[Integers]) -> list[tuple[Integers, Integers, I
         taps, index = candidates(c)
         weights = solve(gram, index, c * width)
         best = np.argsort(-np.abs(weights) * np.sqrt(gram[index, index]), kind="stable")[:MEAN_TAPS]
-        means.append((taps[best], solve(gram, index[best], c * width)))
+        means.append((taps[best], index[best], solve(gram, index[best], c * width)))
     magnitudes = np.zeros((channels * width + 1, channels * width + 1))
     distances = np.zeros((channels * width + 1, channels))
     for volume in volumes:
         rows = shifted(np.clip(volume, -MAGNITUDE, MAGNITUDE))
-        off = np.stack([predicted(rows, c, *means[c]) for c in range(channels)]) - rows[:, 0]
-        large = np.concatenate([np.abs(rows).reshape(channels * width, -1), np.ones((1, rows.shape[-1]), np.float32)])
+        flat = rows.reshape(channels * width, -1)
+        off = np.stack([weights.astype(np.float32) @ flat[index] for _, index, weights in means]) - rows[:, 0]
+        large = np.concatenate([np.abs(flat), np.ones((1, rows.shape[-1]), np.float32)])
         magnitudes += large @ large.T
         distances += large @ np.abs(off).T
     chosen = []
-    for c, (mean_taps, mean_weights) in enumerate(means):
+    for c, (mean_taps, _, mean_weights) in enumerate(means):
         taps, index = candidates(c)
         index = np.append(index, channels * width)  # and a constant
         weights = solve_nonnegative(magnitudes, index, distances[:, c])[:-1]
         best = np.argsort(-weights * np.sqrt(magnitudes[index[:-1], index[:-1]]), kind="stable")[:ACTIVITY_TAPS]
         kept = np.append(index[best], channels * width)
         weights = solve_nonnegative(magnitudes, kept, distances[:, c])[:-1]
-        both = np.unique(np.concatenate([mean_taps, taps[best]]), axis=0)
+        both, rows = np.unique(np.concatenate([mean_taps, taps[best]]), axis=0, return_inverse=True)
         mean, activity = (np.zeros(len(both), np.int64) for _ in range(2))
         scale = LARGEST_ACTIVITY_WEIGHT / max(weights.max(), 1e-9)
-        mean[rows_in(both, mean_taps)] = np.clip(np.rint(mean_weights * 2**WEIGHT_BITS), -MAGNITUDE, MAGNITUDE)
-        activity[rows_in(both, taps[best])] = np.rint(weights * scale)
+        mean[rows.ravel()[: len(mean_taps)]] = np.clip(np.rint(mean_weights * 2**WEIGHT_BITS), -MAGNITUDE, MAGNITUDE)
+        activity[rows.ravel()[len(mean_taps) :]] = np.rint(weights * scale)
         chosen.append((both, mean, activity))
     return chosen
-
-
-def places_of(taps: Integers) -> Integers:
-    return np.array([PLACES.index((y, x)) for y, x in taps[:, 1:].tolist()])
-
-
-def rows_in(taps: Integers, some: Integers) -> list[int]:
-    """Where some of the taps stand among them."""
-    rows = taps.tolist()
-    return [rows.index(tap) for tap in some.tolist()]
 
 
 def solve(gram: Floats, index: Integers, target: int) -> Floats:
@@ -153,11 +145,6 @@ def solve_nonnegative(gram: Floats, index: Integers, products: Floats) -> Floats
     return solution
 
 
-def predicted(rows: Floats, channel: int, taps: Integers, weights: Floats) -> Floats:
-    near: Floats = rows[channel + taps[:, 0], places_of(taps)]  # (K, h * w)
-    return weights.astype(np.float32) @ near
-
-
 def measured(values: Integers, contexts: Contexts) -> tuple[Integers, Integers, Integers, Integers]:
     """Channel, activity, phase and rest of every symbol of an image."""
     volume = padded(values)
@@ -172,10 +159,11 @@ def count(volumes: Sequence[Integers], contexts: Contexts) -> tuple[Integers, li
 
     Rests beyond a reach, which most do not need, are counted together at either end.
     """
-    edges = [
-        edges_of(np.concatenate(activities))
-        for activities in zip(*(by_channel(v, contexts) for v in volumes[:EDGE_IMAGES]), strict=True)
-    ]
+    by_channel = []
+    for values in volumes[:EDGE_IMAGES]:
+        channels, activity, _, _ = measured(values, contexts)
+        by_channel.append([activity[channels == c] for c in range(contexts.num_channels)])
+    edges = [edges_of(np.concatenate(activities)) for activities in zip(*by_channel, strict=True)]
     shape = (contexts.num_channels, FINE_BINS, NUM_PHASES, 2 * MAX_REACH + 3)
     counts = np.zeros(int(np.prod(shape)), np.int64)
     for values in volumes:
@@ -188,12 +176,6 @@ def count(volumes: Sequence[Integers], contexts: Contexts) -> tuple[Integers, li
         flat = np.ravel_multi_index((channels, bins, phase, symbol), shape)
         counts += np.bincount(flat, minlength=len(counts))
     return within_reach(counts.reshape(shape)), edges
-
-
-def by_channel(values: Integers, contexts: Contexts) -> list[Integers]:
-    """The activities of each channel."""
-    channels, activity, _, _ = measured(values, contexts)
-    return [activity[channels == c] for c in range(contexts.num_channels)]
 
 
 def edges_of(activity: Integers) -> Integers:
@@ -211,9 +193,7 @@ def within_reach(counts: Integers) -> Integers:
     ]
     reach = next((r for r in range(1, MAX_REACH) if beyond[r] <= TAIL * by_rest.sum()), MAX_REACH)
     cut = MAX_REACH - reach
-    if not cut:
-        return counts
-    inner = counts[..., cut:-cut].copy()
+    inner = counts[..., cut : counts.shape[-1] - cut].copy()
     inner[..., 0] = counts[..., : cut + 1].sum(axis=-1)
     inner[..., -1] = counts[..., -cut - 1 :].sum(axis=-1)
     return inner

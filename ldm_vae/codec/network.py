@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ldm_vae.codec.bitstream import Box, Header
 from ldm_vae.codec.tables import Floats
@@ -80,30 +79,26 @@ class Network:
             yield self.encode(pixels, box) if whole is None else window(whole, self.box_of(pixels), box)
             let_go(pixels)
 
-    def pixels(self, latents: Iterable[Floats], bands: Iterable[Band], header: Header) -> Iterator[Pixels]:
-        """float32 latents (c, h, w) of each band -> its pixels (h, w, colours), of the depth that the header names."""
-        for values, band in zip(latents, bands, strict=True):
-            yield self.decode(values, band, header)
-
     @torch.inference_mode()
     def encode(self, pixels: Pixels, box: Box) -> Floats:
         latents = np.empty((latent_channels_of(self.vae), box[2] - box[0], box[3] - box[1]), np.float32)
         for inner, outer in self.tiles(box, self.box_of(pixels)[2:], self.encoder_halo):
-            images = to_images(self.pixels_at(pixels, outer))[None]
+            images = to_images(self.pixels_at(pixels, outer))[None].to(next(self.vae.parameters()))  # type and device
             with self.autocast():
-                mean = encode_moments(self.vae, self.on_device(images)).chunk(2, dim=1)[0][0].float().cpu().numpy()
+                mean = encode_moments(self.vae, images).chunk(2, dim=1)[0][0].float().cpu().numpy()
             window(latents, box, inner)[:] = window(mean, outer, inner)
         return latents
 
     @torch.inference_mode()
     def decode(self, latents: Floats, band: Band, header: Header) -> Pixels:
+        """float32 latents (c, h, w) of a band -> its pixels (h, w, colours), of the depth that the header names."""
         f, cells = self.stride, self.cells(band.pixels) if self.finite else band.latents
         dtype = np.uint16 if header.depth == 16 else np.uint8
         pixels = np.empty((header.colours, f * (cells[2] - cells[0]), f * (cells[3] - cells[1])), dtype)
         for inner, outer in self.tiles(cells, header.latent_size, self.decoder_halo):
-            values = torch.from_numpy(window(latents, band.latents, outer))[None]
+            values = torch.from_numpy(window(latents, band.latents, outer))[None].to(next(self.vae.parameters()))
             with self.autocast():
-                images = self.vae.decode(self.on_device(values)).sample.float()
+                images = self.vae.decode(values).sample.float()
             if header.colours == 1:
                 images = images.mean(dim=1, keepdim=True)
             tile = np.moveaxis(to_pixels(images[0], dtype), 2, 0)
@@ -151,10 +146,6 @@ class Network:
     def autocast(self) -> torch.autocast:
         device = next(self.vae.parameters()).device
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def on_device(self, values: Tensor) -> Tensor:
-        parameter = next(self.vae.parameters())
-        return values.to(parameter.device, parameter.dtype)
 
 
 def grown(box: Box, halo: int, size: tuple[int, ...] = (1 << 62, 1 << 62)) -> Box:

@@ -169,16 +169,6 @@ def without_layout(exif: bytes) -> bytes:
         return b""
 
 
-def png_bytes(picture: Picture) -> bytes:
-    """An 8- or 16-bit PNG with its ICC profile and EXIF (PNG specification, third edition, 11.3.2.2 and 11.3.4.4)."""
-    values = picture.whole()
-    if values.shape[2] > 4 or picture.pixels.shape[2] == 2:
-        raise ConfigError(f"a PNG has no {values.shape[2]} channels: write .npy")
-    file = io.BytesIO()
-    stream_png(file, [values], values.shape, icc=picture.icc, exif=picture.exif)
-    return file.getvalue()
-
-
 def encode_picture(picture: Picture, extension: str) -> bytes:
     """A file's bytes for an extension: .png and .npy hold everything, others what PIL makes of 8 bits.
 
@@ -187,14 +177,17 @@ def encode_picture(picture: Picture, extension: str) -> bytes:
     Raises:
         ConfigError: an extension that is not known, or cannot hold this picture: its alpha, or its colours.
     """
+    check_extension(extension)
+    file = io.BytesIO()
     if extension == ".npy":
-        file = io.BytesIO()
         np.save(file, picture.whole())
         return file.getvalue()
     if extension == ".png":
-        return png_bytes(picture)
-    check_extension(extension)
-    file = io.BytesIO()
+        values = picture.whole()
+        if values.shape[2] > 4 or picture.pixels.shape[2] == 2:
+            raise ConfigError(f"a PNG has no {values.shape[2]} channels: write .npy")
+        stream_png(file, [values], values.shape, icc=picture.icc, exif=picture.exif)
+        return file.getvalue()
     image = picture.to_pil()
     kind = Image.registered_extensions()[extension]
     try:

@@ -20,7 +20,9 @@ MAX_METADATA = 1 << 24
 
 def pack_sections(picture: Picture, *, strip: bool) -> dict[int, bytes]:
     """By kind, as `bitstream.pack` takes them; with `strip`, neither ICC profile nor EXIF. Raises BadImageError."""
-    sections = {} if picture.alpha is None else {ALPHA: pack_alpha(picture.alpha)}
+    sections = {}
+    if picture.alpha is not None:
+        sections[ALPHA] = bytes(imagecodecs.png_encode(picture.alpha, level=9))
     for kind, metadata in () if strip else ((ICC, picture.icc), (EXIF, picture.exif)):
         if len(metadata) > MAX_METADATA:
             size = f"{SECTIONS[kind]} of {len(metadata)} bytes"
@@ -46,13 +48,8 @@ def unpack_sections(contents: Contents, damage: list[str] | None) -> tuple[Pixel
     return alpha, metadata.get(ICC, b""), metadata.get(EXIF, b"")
 
 
-def pack_alpha(alpha: Pixels) -> bytes:
-    """Losslessly, as a grey PNG."""
-    return bytes(imagecodecs.png_encode(alpha, level=9))
-
-
 def unpack_alpha(data: bytes, height: int, width: int, dtype: np.dtype) -> Pixels:
-    """The alpha that `pack_alpha` was given. Raises CorruptError: for a wrong size before anything is allocated."""
+    """Alpha (H, W) from a grey PNG. Raises CorruptError: for a wrong size before anything is allocated."""
     if data[:8] != png.SIGNATURE or struct.unpack_from(">II", data.ljust(24, b"\0"), 16) != (width, height):
         raise CorruptError("it is no PNG of the image's size")
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -147,7 +146,19 @@ def load_tables(folder: Path) -> Tables:
         config = json.loads((folder / "config.json").read_text())
         if config["format_version"] != 1:
             raise ModelError(f"{folder} has tables of version {config['format_version']}: a later ldm-vae made them")
-        tables = tables_from(config, load_file(folder / "tables.safetensors"))
+        arrays = load_file(folder / "tables.safetensors")
+        contexts = []
+        for quality in config["qualities"]:
+            taps, means, activities, thresholds, counts = (arrays[f"{quality}.{n}"].astype(np.int64) for n in ARRAYS)
+            contexts.append(Contexts(taps, means, activities, thresholds, Frequencies(counts)))
+        tables = Tables(
+            vae=config["vae"],
+            sigma=np.array(config["sigma"]),
+            means=np.array(config["means"]),
+            channels=tuple(config["channels"]),
+            qualities=tuple(config["qualities"]),
+            contexts=tuple(contexts),
+        )
         if tables.digest.hex() != config["digest"]:
             raise ModelError(f"{folder} is damaged: its digest differs")
         return tables
@@ -155,21 +166,6 @@ def load_tables(folder: Path) -> Tables:
         raise
     except Exception as error:  # damaged files raise many kinds
         raise ModelError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
-
-
-def tables_from(config: Mapping[str, Any], arrays: Mapping[str, Integers]) -> Tables:
-    contexts = []
-    for quality in config["qualities"]:
-        taps, means, activities, thresholds, counts = (arrays[f"{quality}.{n}"].astype(np.int64) for n in ARRAYS)
-        contexts.append(Contexts(taps, means, activities, thresholds, Frequencies(counts)))
-    return Tables(
-        vae=config["vae"],
-        sigma=np.array(config["sigma"]),
-        means=np.array(config["means"]),
-        channels=tuple(config["channels"]),
-        qualities=tuple(config["qualities"]),
-        contexts=tuple(contexts),
-    )
 
 
 def fixed_point(quality: float) -> int:

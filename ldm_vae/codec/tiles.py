@@ -5,16 +5,17 @@ Nothing here imports torch, so that processes start fast.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 
-from ldm_vae.codec.bitstream import Box, Contents, Header, report
+from ldm_vae.codec.bitstream import Box, Contents, Header, Part, report
 from ldm_vae.codec.contexts import Contexts, Integers, decode_symbols, encode_symbols
 from ldm_vae.errors import CompressedFileError
 
@@ -22,8 +23,6 @@ BATCH = 16
 """Tiles whose symbols are in memory together."""
 TILES_A_PROCESS = 2
 """Fewer are not worth starting a process for."""
-Shape = tuple[int, int, int]
-Outcome = Integers | CompressedFileError
 _contexts: list[Contexts] = []
 """Those of this process, where it is one of several: sent once, not with every tile."""
 
@@ -41,103 +40,76 @@ def intersection(a: Box, b: Box) -> Box | None:
 
 
 @contextmanager
-def pool_for(count: int, contexts: Contexts, workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """At most so many processes for a number of tiles; None where this one suffices."""
+def processes_for(count: int, contexts: Contexts, workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """`map` for functions that take `contexts`: in at most so many processes for a number of tiles, or in this one."""
     workers = min(workers, count // TILES_A_PROCESS)
     if workers <= 1:
-        yield None
+        yield lambda function, *values: map(partial(function, contexts=contexts), *values)
         return
     spawn = get_context("spawn")  # a process with torch's threads must not be forked
     pool = ProcessPoolExecutor(workers, spawn, initializer=receive, initargs=(contexts,))
     try:
-        yield pool
+        yield lambda function, *values: pool.map(partial(with_contexts, function), *values)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def encode_tiles(symbols: Iterable[Integers], header: Header, contexts: Contexts, workers: int) -> list[bytes]:
-    """int32 symbols (C, h, w) of each tile -> its bytes."""
-    with pool_for(len(header.tile_boxes), contexts, workers) as pool:
-        if pool is None:
-            return [encode_symbols(tile, contexts, lanes=header.lanes) for tile in symbols]
-        payloads: list[bytes] = []
-        tiles = iter(symbols)
-        while batch := list(islice(tiles, BATCH)):
-            payloads += pool.map(partial(encode_here, lanes=header.lanes), batch)
-        return payloads
-
-
-class TileReader:
-    """Decodes each tile of a file once, as boxes of latents ask for them.
-
-    Args:
-        damage: takes a message for each damaged tile; None: the first one is raised.
-
-    Attributes:
-        damaged: where the damaged tiles lie that were met so far.
-    """
-
-    def __init__(self, contents: Contents, contexts: Contexts, workers: int, damage: list[str] | None) -> None:
-        self.contents, self.contexts, self.workers, self.damage = contents, contexts, workers, damage
-        self.damaged: list[Box] = []
-
-    def symbols(self, boxes: Sequence[Box]) -> Iterator[Integers]:
-        """int32 symbols (C, h, w) of each box of latents, from top to bottom; 0 in the tiles that are damaged."""
-        tiles = self.contents.header.tile_boxes
-        count = sum(any(intersection(tile, box) for box in boxes) for tile in tiles)
-        decoded: dict[int, Integers] = {}
-        with pool_for(count, self.contexts, self.workers) as pool:
-            for box in boxes:
-                shared = {i: area for i, tile in enumerate(tiles) if (area := intersection(tile, box))}
-                decoded = {i: s for i, s in decoded.items() if tiles[i][2] > box[0]}  # none above is needed again
-                decoded |= self.decode([i for i in shared if i not in decoded], pool)
-                symbols = np.zeros((self.contents.header.channels, box[2] - box[0], box[3] - box[1]), np.int32)
-                for i, area in shared.items():
-                    window(symbols, box, area)[:] = window(decoded[i], tiles[i], area)
-                yield symbols
-
-    def decode(self, indices: list[int], pool: ProcessPoolExecutor | None) -> dict[int, Integers]:
-        header = self.contents.header
-        boxes = [header.tile_boxes[i] for i in indices]
-        shapes = [(header.channels, bottom - top, right - left) for top, left, bottom, right in boxes]
-        payloads = [self.payload(i) for i in indices]
-        results: Iterator[Outcome]
-        if pool is None:
-            results = map(partial(decode_tile, lanes=header.lanes, contexts=self.contexts), payloads, shapes)
-        else:
-            results = pool.map(partial(decode_here, lanes=header.lanes), payloads, shapes)
-        decoded = {}
-        for i, box, shape, result in zip(indices, boxes, shapes, results, strict=True):
-            if isinstance(result, CompressedFileError):
-                report(result, self.contents.tiles[i].name, self.damage)
-                self.damaged.append(box)
-            decoded[i] = np.zeros(shape, np.int32) if isinstance(result, CompressedFileError) else result
-        return decoded
-
-    def payload(self, index: int) -> bytes | CompressedFileError:
-        try:
-            return self.contents.read(self.contents.tiles[index])
-        except CompressedFileError as error:
-            return error
-
-
-def decode_tile(payload: bytes | CompressedFileError, shape: Shape, *, lanes: int, contexts: Contexts) -> Outcome:
-    """A tile's symbols, or what is wrong with it."""
-    if isinstance(payload, CompressedFileError):
-        return payload
-    try:
-        return decode_symbols(payload, shape, contexts, lanes=lanes)
-    except CompressedFileError as error:
-        return error
 
 
 def receive(contexts: Contexts) -> None:
     _contexts.append(contexts)
 
 
-def encode_here(tile: Integers, *, lanes: int) -> bytes:
-    return encode_symbols(tile, _contexts[0], lanes=lanes)
+def with_contexts(function: Callable[..., Any], *values: Any) -> Any:
+    return function(*values, contexts=_contexts[0])
 
 
-def decode_here(payload: bytes | CompressedFileError, shape: Shape, *, lanes: int) -> Outcome:
-    return decode_tile(payload, shape, lanes=lanes, contexts=_contexts[0])
+def encode_tiles(symbols: Iterable[Integers], header: Header, contexts: Contexts, workers: int) -> list[bytes]:
+    """int32 symbols (C, h, w) of each tile -> its bytes."""
+    payloads: list[bytes] = []
+    tiles = iter(symbols)
+    encode = partial(encode_symbols, lanes=header.lanes)
+    with processes_for(len(header.tile_boxes), contexts, workers) as run:
+        while batch := list(run(encode, islice(tiles, BATCH))):
+            payloads += batch
+    return payloads
+
+
+def decode_tiles(
+    contents: Contents, boxes: Sequence[Box], contexts: Contexts, workers: int, damage: list[str] | None
+) -> Iterator[tuple[Integers, list[Box]]]:
+    """int32 symbols (C, h, w) of each box of latents, from top to bottom; 0 in the tiles that are damaged.
+
+    With them come the boxes of the tiles that were damaged so far. Each tile is decoded once. `damage` takes a message
+    for each damaged tile; None: the first one is raised.
+    """
+    channels, tiles = contents.header.channels, contents.header.tile_boxes
+    decode = partial(decode_tile, lanes=contents.header.lanes)
+    count = sum(any(intersection(tile, box) for box in boxes) for tile in tiles)
+    decoded: dict[int, Integers] = {}
+    damaged: list[Box] = []
+    with processes_for(count, contexts, workers) as run:
+        for box in boxes:
+            shared = {i: area for i, tile in enumerate(tiles) if (area := intersection(tile, box))}
+            decoded = {i: s for i, s in decoded.items() if tiles[i][2] > box[0]}  # none above is needed again
+            new = [i for i in shared if i not in decoded]
+            parts = [contents.tiles[i] for i in new]
+            payloads = [contents.data[part.begin : part.end] for part in parts]
+            shapes = [(channels, tiles[i][2] - tiles[i][0], tiles[i][3] - tiles[i][1]) for i in new]
+            for i, shape, result in zip(new, shapes, run(decode, parts, payloads, shapes), strict=True):
+                if isinstance(result, CompressedFileError):
+                    report(result, contents.tiles[i].name, damage)
+                    damaged.append(tiles[i])
+                decoded[i] = np.zeros(shape, np.int32) if isinstance(result, CompressedFileError) else result
+            symbols = np.zeros((channels, box[2] - box[0], box[3] - box[1]), np.int32)
+            for i, area in shared.items():
+                window(symbols, box, area)[:] = window(decoded[i], tiles[i], area)
+            yield symbols, damaged
+
+
+def decode_tile(
+    part: Part, payload: bytes, shape: tuple[int, int, int], *, lanes: int, contexts: Contexts
+) -> Integers | CompressedFileError:
+    """A tile's symbols, or what is wrong with it."""
+    try:
+        return decode_symbols(part.checked(payload), shape, contexts, lanes=lanes)
+    except CompressedFileError as error:
+        return error

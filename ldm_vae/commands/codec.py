@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -78,9 +78,6 @@ class Info:
     file: Positional[str]
 
 
-# One file ------------------------------------------------------------------------------------------------------------
-
-
 @cache
 def load_codec(model: str, device: str, workers: int) -> Any:
     from ldm_vae.codec.codec import LatentCodec
@@ -107,17 +104,14 @@ def write(name: str, data: bytes) -> None:
         out.write(data)
 
 
-def scratch_of(name: str) -> Path:
-    """A folder for images that are not to lie in memory as a whole: where the output goes."""
-    return Path(tempfile.gettempdir()) if name == STREAM else Path(name).parent
-
-
 def compress_file(command: Compress) -> None:
     from ldm_vae.codec.picture import read_picture
     from ldm_vae.codec.search import compress_to
 
     codec = load_codec(command.model, command.device, command.workers)
-    scratch = scratch_of(command.output) if codec.network.finite else None
+    scratch = None
+    if codec.network.finite:  # then large images need not lie in memory: they are kept where the output goes
+        scratch = Path(tempfile.gettempdir()) if command.output == STREAM else Path(command.output).parent
     file = read(STREAM) if command.input == STREAM else Path(command.input)
     picture = read_picture(file, channels=codec.network.channels, max_pixels=command.max_pixels, scratch=scratch)
     command.limits().check(picture.pixels.shape[1], picture.pixels.shape[0])
@@ -131,8 +125,9 @@ def compress_file(command: Compress) -> None:
 
 def decompress_file(command: Decompress) -> str | None:
     """What is damaged, if anything."""
-    from ldm_vae.codec.picture import check_extension, encode_picture, fill
+    from ldm_vae.codec.picture import check_extension, encode_picture, fill, with_alpha
     from ldm_vae.data.large import LARGE
+    from ldm_vae.data.png import stream_png
 
     extension = command.extension if command.output == STREAM else Path(command.output).suffix.lower()
     check_extension(extension)
@@ -141,25 +136,14 @@ def decompress_file(command: Decompress) -> str | None:
     picture, bands = codec.decompress_bands(
         read(command.input), region=command.region, limits=command.limits(), damage=damage
     )
-    if extension == ".png" and picture.pixels[:, :, 0].size > LARGE and picture.pixels.shape[2] in (1, 3):
-        write_bands(command.output, picture, bands)
+    height, width, colours = picture.pixels.shape
+    if extension == ".png" and height * width > LARGE and colours in (1, 3):
+        shape, parts = (height, width, colours + (picture.alpha is not None)), with_alpha(bands, picture.alpha)
+        with nullcontext(sys.stdout.buffer) if command.output == STREAM else atomic(Path(command.output)) as out:
+            stream_png(out, parts, shape, icc=picture.icc, exif=picture.exif)
     else:
         write(command.output, encode_picture(fill(picture, bands), extension))
     return "; ".join(damage) if damage else None
-
-
-def write_bands(name: str, picture: Any, bands: Iterator[Any]) -> None:
-    """A PNG of a picture whose pixels come in bands."""
-    from ldm_vae.codec.picture import with_alpha
-    from ldm_vae.data.png import stream_png
-
-    shape = (*picture.pixels.shape[:2], picture.pixels.shape[2] + (picture.alpha is not None))
-    with nullcontext(sys.stdout.buffer) if name == STREAM else atomic(Path(name)) as out:
-        parts = with_alpha(bands, picture.alpha)
-        stream_png(out, parts, shape, icc=picture.icc, exif=picture.exif)
-
-
-# Folders -------------------------------------------------------------------------------------------------------------
 
 
 def transfer_folder(
@@ -183,8 +167,7 @@ def transfer_folder(
         if command.overwrite or not (target / result).exists():
             check_writable((target / result).parent)
             jobs[name] = replace(command, input=str(source / name), output=str(target / result), workers=1)
-    workers = min(command.workers or os.cpu_count() or 1, len(jobs))
-    failures = run_jobs(act, jobs, workers=workers)
+    failures = run_jobs(act, jobs, workers=min(command.workers, len(jobs)))
     print(totals(len(jobs), failures, target, skipped=len(names) - len(jobs)), file=sys.stderr)
     if failures:
         raise DataError(f"{len(failures)} of {len(jobs)} files could not be done, or not whole: see above")
@@ -195,6 +178,7 @@ def transfer(
 ) -> None:
     """A folder by `transfer_folder`; a file, or standard input, by act(command), which may return a warning."""
     check_ranges(command)
+    command = replace(command, workers=command.workers or os.cpu_count() or 1)
     if command.input != STREAM and Path(command.input).is_dir():
         if command.output == STREAM:
             raise ConfigError("a folder cannot go to standard output")
@@ -208,12 +192,8 @@ def transfer(
             raise ConfigError(f"{target} is there already: add --overwrite to replace it")
         if not target.parent.is_dir():
             raise ConfigError(f"there is no folder {target.parent}")
-    warning = act(replace(command, workers=command.workers or os.cpu_count() or 1))
-    if warning:
+    if warning := act(command):
         raise DataError(f"{command.input}: {warning}; the rest was written")
-
-
-# Commands ------------------------------------------------------------------------------------------------------------
 
 
 def is_compressed(name: str) -> bool:

@@ -19,7 +19,7 @@ from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.contexts import decode_symbols
 from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.codec.picture import Picture, as_picture
-from ldm_vae.codec.search import bits_per_pixel, compress_to, psnr_of
+from ldm_vae.codec.search import bits_per_pixel, compress_to
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.data import large as by_disk
 from ldm_vae.data.sources import open_source
@@ -31,6 +31,11 @@ from ldm_vae.errors import (
     ModelMismatchError,
     TruncatedError,
 )
+from ldm_vae.metrics import psnr
+
+
+def psnr_of(pixels: np.ndarray, others: np.ndarray) -> float:
+    return float(psnr(pixels[None], others[None])[0])
 
 
 def symbols_in(data: bytes, codec: LatentCodec) -> np.ndarray:

@@ -7,8 +7,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from ldm_vae.codec.picture import Picture, as_picture, encode_picture, png_bytes, read_picture
-from ldm_vae.codec.sections import inflate, pack_alpha, unpack_alpha
+from ldm_vae.codec.bitstream import ALPHA
+from ldm_vae.codec.picture import Picture, as_picture, encode_picture, read_picture
+from ldm_vae.codec.sections import inflate, pack_sections, unpack_alpha
 from ldm_vae.errors import BadImageError, ConfigError, CorruptError
 
 
@@ -29,7 +30,7 @@ def test_a_png_holds_every_picture_whole(channels: int, dtype: type) -> None:
         icc=b"a profile" * 50,
         exif=exif.tobytes().removeprefix(b"Exif\0\0"),
     )
-    read = read_picture(png_bytes(picture))
+    read = read_picture(encode_picture(picture, ".png"))
     assert np.array_equal(read.whole(), picture.whole())
     assert read.whole().dtype == dtype
     assert (read.icc, read.exif) == (picture.icc, picture.exif)
@@ -98,7 +99,7 @@ def test_other_extensions_hold_what_they_can() -> None:
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_alpha_comes_back_or_is_refused(dtype: type) -> None:
     alpha = pixels_of(1, dtype)[:, :, 0]
-    packed = pack_alpha(alpha)
+    packed = pack_sections(Picture(pixels=alpha[:, :, None], alpha=alpha), strip=True)[ALPHA]
     assert np.array_equal(unpack_alpha(packed, 9, 14, np.dtype(dtype)), alpha)
     for damaged, height in ((packed, 10), (packed[:40], 9), (b"", 9), (b"x" * 60, 9)):
         with pytest.raises(CorruptError, match=r"PNG|damaged"):

@@ -13,10 +13,10 @@ from PIL import Image, ImageCms
 
 from ldm_vae import cli
 from ldm_vae.codec.codec import LatentCodec
-from ldm_vae.codec.picture import as_picture, png_bytes, read_picture
-from ldm_vae.codec.search import psnr_of
+from ldm_vae.codec.picture import as_picture, encode_picture, read_picture
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.data import large
+from ldm_vae.metrics import psnr
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 
 
@@ -89,14 +89,12 @@ def test_targets_are_met(model: Path, image: Path, tmp_path: Path) -> None:
     pixels = np.asarray(Image.open(image).convert("RGB"))
     figures = {}
     for name in ("coarse", "fine"):
-        figures[name] = psnr_of(
-            pixels,
-            np.asarray(LatentCodec.from_pretrained(str(model)).decompress((tmp_path / f"{name}.ldi").read_bytes())),
-        )
+        decoded = LatentCodec.from_pretrained(str(model)).decompress((tmp_path / f"{name}.ldi").read_bytes())
+        figures[name] = psnr(pixels[None], np.asarray(decoded)[None])[0]
     wanted = min(figures.values()) - 0.01  # untrained: finer is hardly better
     run("compress", image, tmp_path / "good.ldi", "--model", model, "--target-psnr", wanted)
     run("decompress", tmp_path / "good.ldi", tmp_path / "good.png", "--model", model)
-    assert psnr_of(pixels, np.asarray(Image.open(tmp_path / "good.png"))) >= wanted
+    assert psnr(pixels[None], np.asarray(Image.open(tmp_path / "good.png"))[None])[0] >= wanted
 
 
 def test_metadata_is_kept_unless_it_is_stripped(model: Path, image: Path, tmp_path: Path) -> None:
@@ -240,7 +238,7 @@ def test_large_images_go_by_way_of_the_disk(
     given = as_picture(pixels)
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() if kind == "alpha" else b""
     given = replace(given, exif=exif.tobytes().removeprefix(b"Exif\0\0"), icc=icc)
-    (tmp_path / "in.png").write_bytes(png_bytes(given))
+    (tmp_path / "in.png").write_bytes(encode_picture(given, ".png"))
     outputs = []
     for limit in (large.LARGE, 10_000):
         monkeypatch.setattr(large, "LARGE", limit)

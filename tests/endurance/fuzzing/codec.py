@@ -23,7 +23,7 @@ import torch
 
 from ldm_vae.codec import bitstream
 from ldm_vae.codec.bitstream import Limits
-from ldm_vae.codec.codec import LOG2_TILE, LatentCodec
+from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.codec.picture import Picture, encode_picture
 from ldm_vae.data.images import Pixels
@@ -94,7 +94,7 @@ def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[st
     alpha = np.ascontiguousarray(photo[:, :, 0])
     codec.log2_tile = 4  # the smallest: several tiles in a small picture
     several = codec.compress(photo, quality=1)
-    codec.log2_tile = LOG2_TILE
+    codec.log2_tile = LatentCodec.log2_tile
     files = [
         several,
         codec.compress(photo, quality=0.5),
