@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from ldm_vae.data.images import Pixels
 
 SMALLEST_FOR_SSIM = 11
-SMALLEST_FOR_MS_SSIM = 161
-"""Five scales of an 11-pixel window need (11 - 1) * 2^4 + 1 pixels."""
-
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
 SMALLEST_SET = NEIGHBOURS + 1
@@ -59,7 +56,7 @@ def ssim(pixels: Pixels, reconstruction: Pixels) -> float:
 
 def ms_ssim(pixels: Pixels, reconstruction: Pixels) -> float:
     """Multi-scale SSIM of two uint8 (H, W, C) (Wang et al. 2003), five scales; NaN below 161 pixels."""
-    if min(pixels.shape[:2]) < SMALLEST_FOR_MS_SSIM:
+    if min(pixels.shape[:2]) < 161:  # five scales of an 11-pixel window need (11 - 1) * 2^4 + 1 pixels
         return float("nan")
     return float(pytorch_msssim.ms_ssim(as_float_batch(reconstruction), as_float_batch(pixels), data_range=255))
 
@@ -80,21 +77,17 @@ def ssimulacra2(pixels: Pixels, reconstruction: Pixels) -> float:
         return float(compute_ssimulacra2(*paths))
 
 
-def bootstrap_interval(values: np.ndarray, *, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean, over resampled images (Efron 1979)."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def mean_with_interval(values: np.ndarray) -> dict[str, float]:
-    """Mean, low and high (95 %, bootstrap) and the number of images, over the finite values; NaN without any."""
+    """Mean, its 95 % percentile bootstrap interval (Efron 1979), and the number of images.
+
+    Over the finite values; NaN without any.
+    """
     finite = values[np.isfinite(values)].astype(float)
     if not len(finite):
         return {"mean": math.nan, "low": math.nan, "high": math.nan, "images": 0}
-    low, high = bootstrap_interval(finite)
-    return {"mean": float(finite.mean()), "low": low, "high": high, "images": len(finite)}
+    resamples = np.random.default_rng(0).integers(len(finite), size=(2000, len(finite)))
+    low, high = np.percentile(finite[resamples].mean(axis=1), [2.5, 97.5])
+    return {"mean": float(finite.mean()), "low": float(low), "high": float(high), "images": len(finite)}
 
 
 def bjontegaard_rate(
@@ -115,39 +108,35 @@ def bjontegaard_rate(
             fewest bits count.
         between: bits per pixel. Only fidelities count that both curves reach at a rate within.
     """
-    curves = []
+    curves, lows, highs = [], [], []
     for r, f in ((rates, fidelities), (reference_rates, reference_fidelities)):
         order = np.lexsort((r, f))
         x, first = np.unique(np.asarray(f, float)[order], return_index=True)
         y = np.log(np.asarray(r, float)[order][first])
         if len(x) < 2 or not np.isfinite(x).all():
             return math.nan
-        curves.append((x, PchipInterpolator(x, y)))
-    lows, highs = [], []
-    for x, curve in curves:
+        curve = PchipInterpolator(x, y)
         grid = np.linspace(x[0], x[-1], 4001)
         rate = np.exp(curve(grid))
         inside = grid[(rate >= between[0]) & (rate <= between[1])]
         if not len(inside):
             return math.nan
+        curves.append(curve)
         lows.append(inside[0])
         highs.append(inside[-1])
     low, high = max(lows), min(highs)
     if low >= high:
         return math.nan
-    means = [curve.integrate(low, high) / (high - low) for _, curve in curves]
+    means = [curve.integrate(low, high) / (high - low) for curve in curves]
     return float(100 * (math.exp(means[0] - means[1]) - 1))
 
 
-class PrecomputedFeatures(nn.Module):
-    """Passes features (N, D) through, in the place where torchmetrics expects a network."""
+class PrecomputedFeatures(nn.Identity):
+    """Features (N, D) in the place where torchmetrics expects a network."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features  # otherwise torchmetrics runs a random image to find D
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
 
 def frechet_distance(features: Tensor, others: Tensor) -> float:
@@ -173,7 +162,6 @@ def kernel_distance(features: Tensor, others: Tensor, *, seed: int = 0) -> float
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    fewest = min(len(features), len(others))
     whole = len(features) == len(others) <= KERNEL_SUBSET_SIZE
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # it uses torch's global generator
         warnings.simplefilter("ignore")  # that it keeps the features
@@ -181,7 +169,7 @@ def kernel_distance(features: Tensor, others: Tensor, *, seed: int = 0) -> float
         metric = KernelInceptionDistance(
             feature=PrecomputedFeatures(features.shape[1]),
             subsets=1 if whole else KERNEL_SUBSETS,
-            subset_size=min(fewest, KERNEL_SUBSET_SIZE),
+            subset_size=min(len(features), len(others), KERNEL_SUBSET_SIZE),
         )
         metric.update(features.double().cpu(), real=True)
         metric.update(others.double().cpu(), real=False)

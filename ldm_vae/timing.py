@@ -36,10 +36,7 @@ def describe_machine(device: torch.device) -> str:
 
 
 def seconds_of_script(script: str, *words: object) -> float:
-    """Wall-clock seconds of a script of this repository with these flags. Its output is shown.
-
-    Args:
-        script: path from the root of the repository.
+    """Wall-clock seconds of a script, by its path in the repository, with these flags. Its output is shown.
 
     Raises:
         RunError: it failed; with the last line of its standard error.
@@ -89,20 +86,14 @@ def peak_memory_of(call: Callable[[], object], *, device: torch.device) -> int |
         call()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        return_free_memory()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+            trim(0)  # freed memory goes back to the system: what the call asks for again is counted
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
         call()
         return max(resident("VmHWM") - before, 0)
     except OSError:
         return None
-
-
-def return_free_memory() -> None:
-    """Returns freed memory from glibc to the system, so that the call has to ask for it again and it is counted."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def resident(field: str, process: int | str = "self") -> int:

@@ -87,10 +87,11 @@ def test_images_too_small_for_a_metric_have_none() -> None:
 
 def test_the_bootstrap_interval_is_that_of_the_standard_error() -> None:
     values = RNG.normal(30, 4, 400)
-    low, high = metrics.bootstrap_interval(values)
+    interval = metrics.mean_with_interval(values)
+    low, high = interval["low"], interval["high"]
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.08)
-    assert (low, high) == metrics.bootstrap_interval(values)
+    assert interval == metrics.mean_with_interval(values)
 
 
 def features(count: int, width: int, *, seed: int, spread: float = 1.0, shift: float = 0.0) -> Tensor:

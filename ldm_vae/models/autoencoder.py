@@ -90,7 +90,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     # of train_vae.py
     "demo": {
         "latent_channels": 8,
-        "patch_size": 4,
         "block_out_channels": (96,),
         "encoder_layers_per_block": (2,),
         "decoder_layers_per_block": (3,),
@@ -127,7 +126,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "denoise": {
         "latent_channels": 48,
         "patch_size": 2,
-        "block_out_channels": (64, 128),
         "encoder_layers_per_block": (1, 3),
         "decoder_layers_per_block": (1, 3),
         "linear_path": True,

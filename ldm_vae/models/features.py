@@ -1,4 +1,4 @@
-"""Networks that turn pixels into the features by which sets of images are compared."""
+"""Networks whose features compare sets of images."""
 
 from __future__ import annotations
 

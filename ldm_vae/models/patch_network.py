@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,10 +87,8 @@ class Encoder(nn.Module):
             nn.init.zeros_(self.level.weight)
         self.stages = nn.ModuleList(Stage(w, n) for w, n in zip(widths, layers, strict=True))
         self.downs = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in pairwise(widths))
-        if pool == 1:
-            self.conv_out = nn.Conv2d(widths[-1], moments, 3, padding=1)
-        else:  # all of pool x pool positions, once
-            self.conv_out = nn.Conv2d(widths[-1], moments, pool, stride=pool)
+        side, padding = (3, 1) if pool == 1 else (pool, 0)  # one that pools sees each position once
+        self.conv_out = nn.Conv2d(widths[-1], moments, side, stride=pool, padding=padding)
         self.linear: LinearEncoder | None = None
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
@@ -152,12 +151,9 @@ class Config(dict[str, Any]):
 
 
 class PatchNetwork(nn.Module):
-    """The encoder and the decoder of `PatchAutoencoderKL`, which documents the arguments.
+    """The encoder and the decoder of `PatchAutoencoderKL`, which documents the arguments and errors.
 
     By itself, from `load`, it encodes and decodes to the same bits as that class.
-
-    Raises:
-        ValueError: lengths that differ, a patch size that is not a power of two, or an unknown activation.
     """
 
     config: Any
@@ -281,10 +277,8 @@ class PatchNetwork(nn.Module):
         if self.tile is None:
             moments = self.encoder(x, noise_level)
         else:
-            halo = -(-self.encoder_halo // stride)
-            moments = in_tiles(
-                lambda t: self.encoder(t, noise_level), x, tile=self.tile, halo=halo, unit_in=stride, unit_out=1
-            )
+            encoder, halo = partial(self.encoder, noise_level=noise_level), -(-self.encoder_halo // stride)
+            moments = in_tiles(encoder, x, tile=self.tile, halo=halo, unit_in=stride, unit_out=1)
         if self.config.deterministic or self.config.latent_activation != "none":
             mean, logvar = moments.chunk(2, dim=1)
             mean = ACTIVATIONS[self.config.latent_activation](mean)

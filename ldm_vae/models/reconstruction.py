@@ -13,20 +13,15 @@ from ldm_vae.models.interface import encode_moments, stride_of
 
 
 def exact_float32() -> None:
-    """Lets a GPU compute float32 as such: cuDNN's convolutions would round to 10 bits, other tiles otherwise.
-
-    For the whole process, so it is the commands that say it.
-    """
+    """Turns TF32 off for the whole process: a GPU would round to 10 bits, and other tiles would round otherwise."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def encode_mean(vae: Any, images: Tensor, *, noise_level: Tensor | None = None) -> Tensor:
     """Images (B, C, H, W) of any size -> the posterior's mean (B, c, ceil(H/f), ceil(W/f)).
 
-    What is missing to a multiple of the stride f is continued by the last row and column.
-
-    Args:
-        noise_level: (B,), for a VAE that takes it.
+    The last row and column are repeated up to a multiple of the stride f. `noise_level` (B,) is for a VAE that takes
+    it.
     """
     stride = stride_of(vae)
     down, right = -images.shape[-2] % stride, -images.shape[-1] % stride
@@ -35,11 +30,7 @@ def encode_mean(vae: Any, images: Tensor, *, noise_level: Tensor | None = None) 
 
 
 def reconstruct(vae: Any, images: Tensor, *, noise_level: Tensor | None = None) -> Tensor:
-    """Images (B, C, H, W) of any size -> their reconstruction through the posterior's mean, same size, not clamped.
-
-    Sizes that are not a multiple of the stride are continued by their last row and column. Arguments as in
-    `encode_mean`.
-    """
+    """Images (B, C, H, W) of any size -> their reconstruction through `encode_mean`, same size, not clamped."""
     height, width = images.shape[-2:]
     images = vae.decode(encode_mean(vae, images, noise_level=noise_level)).sample
     return images[..., :height, :width]
@@ -50,7 +41,7 @@ def denoise(vae: Any, images: Tensor, *, sigma: float | None = None) -> Tensor:
 
     Args:
         vae: trained with a corruption (`train_autoencoder.py denoise`).
-        sigma: standard deviation of the noise in 0..255, for a VAE that takes it; None: it goes by what it sees.
+        sigma: standard deviation of the noise in 0..255, for a VAE that takes it; None: it estimates the noise itself.
 
     Raises:
         ConfigError: a sigma for a VAE that takes none, or beyond what it was trained for.
@@ -72,7 +63,7 @@ def check_noise_level(vae: Any, sigma: float | None) -> None:
 
 
 def reach_of(vae: Any) -> tuple[int, int] | None:
-    """How far, in pixels, a pixel of the reconstruction sees, and the stride; None where it sees the whole image."""
+    """Receptive radius of a reconstructed pixel, in pixels, and the stride; None where it is the whole image."""
     if not hasattr(vae, "decoder_halo"):
         return None
     stride = stride_of(vae)
@@ -80,11 +71,10 @@ def reach_of(vae: Any) -> tuple[int, int] | None:
 
 
 def turn_on_tiling(vae: Any) -> bool:
-    """Lets an autoencoder work on tiles; whether that gives what the whole gives, to rounding.
+    """Makes an autoencoder work on tiles; returns whether the result equals that of the whole image, to rounding.
 
-    It does where the autoencoder sees only so far. Others (AutoencoderKL, for one) have normalisation and attention
-    over the whole image: they blend overlapping tiles, which is near to the whole and not equal to it, and a warning
-    says so.
+    It does where the receptive field is finite. Others (AutoencoderKL, for one) have normalisation and attention over
+    the whole image: they blend overlapping tiles, which only comes near, and a warning says so.
 
     Raises:
         ModelError: this autoencoder cannot do it.
@@ -96,8 +86,8 @@ def turn_on_tiling(vae: Any) -> bool:
     exact = hasattr(vae, "decoder_halo")
     if not exact:
         warnings.warn(
-            f"{type(vae).__name__} sees the whole image at once: what its tiles give is blended, near to the whole "
-            "and not equal to it",
+            f"{type(vae).__name__} sees the whole image at once: its tiles are blended, and come near to the result of "
+            "the whole image without being equal to it",
             stacklevel=2,
         )
     return exact

@@ -16,12 +16,10 @@ def in_tiles(
 ) -> Tensor:
     """function(values) from tiles of `tile` x `tile` cells, in memory for about one of them.
 
+    `values` are (B, ., h * unit_in, w * unit_in) for h x w cells; the result is (B, ., h * unit_out, w * unit_out).
     What comes out of a cell depends on the cells at most `halo` away, so a tile goes in with that many around it, and
     they are cut off again. At the border there are none: there the tile ends as the values do, and convolutions pad it
     with the same zeros.
-
-    Args:
-        values: (B, ., h * unit_in, w * unit_in) for h x w cells; the result is (B, ., h * unit_out, w * unit_out).
     """
     height, width = (n // unit_in for n in values.shape[-2:])
     rows = []
