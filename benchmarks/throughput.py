@@ -13,7 +13,7 @@ import itertools
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,8 +60,6 @@ BASELINES = ("AutoencoderKL-small", "AutoencoderTiny")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the throughput benchmark."""
-
     output: Path
     models: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ("f8c4", *BASELINES)
     """Presets of train_vae.py, and diffusers' autoencoders. Stages other than an autoencoder's use the first."""
@@ -89,9 +87,6 @@ class Stage:
     """Whether the work is the network's, whose operations are counted, and not that of files."""
 
 
-# Autoencoders ---------------------------------------------------------------------------------------------------------
-
-
 def build(name: str) -> Any:
     """An autoencoder with random weights."""
     torch.manual_seed(0)
@@ -107,14 +102,6 @@ def build(name: str) -> Any:
     if name not in ARCHITECTURES:
         raise ConfigError(f"no model {name}: try {', '.join([*ARCHITECTURES, *BASELINES])}")
     return PatchAutoencoderKL(**ARCHITECTURES[name])
-
-
-def compile_blocks(vae: Any) -> None:
-    if isinstance(vae, PatchAutoencoderKL):
-        vae.compile_repeated_blocks()
-    else:
-        vae.encoder.compile()
-        vae.decoder.compile()
 
 
 def autoencoder_stages(config: Config, accelerator: Accelerator) -> dict[str, Stage]:
@@ -143,16 +130,16 @@ def autoencoder_stages(config: Config, accelerator: Accelerator) -> dict[str, St
     stages: dict[str, Stage] = {}
     for name in config.models:
         vae = build(name)
-        if config.compile:
-            compile_blocks(vae)
+        if config.compile and isinstance(vae, PatchAutoencoderKL):
+            vae.compile_repeated_blocks()
+        elif config.compile:
+            vae.encoder.compile()
+            vae.decoder.compile()
         state = VAEState.of(TrainableVAE(vae), objective, accelerator)
         stages[f"{name}: step"] = Stage(call=partial(step, state), images=config.batch_size)
         stages[f"{name}: encode"] = Stage(call=partial(encode, vae), images=1)
         stages[f"{name}: decode"] = Stage(call=partial(decode, vae, encode(vae)), images=1)
     return stages
-
-
-# The rest -------------------------------------------------------------------------------------------------------------
 
 
 def diffusion_stages(config: Config, accelerator: Accelerator) -> dict[str, Stage]:
@@ -198,22 +185,8 @@ def diffusion_stages(config: Config, accelerator: Accelerator) -> dict[str, Stag
     }
 
 
-def cache_stage(config: Config, accelerator: Accelerator, work: Path) -> Stage:
-    """Encoding images and writing their latents to a cache."""
-    vae = build(config.models[0]).to(accelerator.device).eval()
-    images = torch.rand(CACHED, 3, config.resolution, config.resolution, device=accelerator.device) * 2 - 1
-
-    @torch.inference_mode()
-    def cache() -> None:
-        parts = [encode_moments(vae, i) for i in images.split(config.batch_size)]
-        moments, indices = torch.cat(parts).float().cpu()[:, None], list(range(CACHED))
-        write_shard(work, 0, moments=as_stored(moments).numpy(), indices=indices, labels=indices, bad_images={})
-
-    return Stage(call=cache, images=CACHED)
-
-
 def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[str, Stage]:
-    """Caching latents, the codec in both directions, and the loader alone."""
+    """Encoding images into a cache of latents, the codec in both directions, and the loader alone."""
     source = open_source("procedural:dead-leaves", resolution=config.side)
     photos = [source[i].pixels for i in range(PHOTOS)]
     for i, pixels in enumerate(photos):
@@ -225,23 +198,25 @@ def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[st
     codec = LatentCodec(coder, fit_tables(coder, source, num_images=4, qualities=(1,)))
     compressed = codec.compress(photos[0])
     crops = CropDataset(open_source(str(work)), seed=0, resolution=config.resolution, cache_bytes=0)
+    order = MicroBatches(
+        first_step=0, last_step=10**6, batch_size=config.batch_size, rank=0, num_processes=1, accumulation=1
+    )
+    loaded = load_batches(crops, order, collate=collate, num_workers=0, pin_memory=False)
+    vae = build(config.models[0]).to(accelerator.device).eval()
+    images = torch.rand(CACHED, 3, config.resolution, config.resolution, device=accelerator.device) * 2 - 1
 
-    def batches() -> Iterator[Batch[torch.Tensor]]:
-        order = MicroBatches(
-            first_step=0, last_step=10**6, batch_size=config.batch_size, rank=0, num_processes=1, accumulation=1
-        )
-        return load_batches(crops, order, collate=collate, num_workers=0, pin_memory=False)
+    @torch.inference_mode()
+    def cache() -> None:
+        parts = [encode_moments(vae, i) for i in images.split(config.batch_size)]
+        moments, indices = torch.cat(parts).float().cpu()[:, None], list(range(CACHED))
+        write_shard(work, 0, moments=as_stored(moments).numpy(), indices=indices, labels=indices, bad_images={})
 
-    loaded = batches()
     return {
-        "caching": cache_stage(config, accelerator, work),
+        "caching": Stage(call=cache, images=CACHED),
         "codec: compress": Stage(call=partial(codec.compress, photos[0]), images=1),
         "codec: decompress": Stage(call=partial(codec.decompress, compressed), images=1),
         "loader, in one process": Stage(call=lambda: next(loaded), images=config.batch_size, on_device=False),
     }
-
-
-# Measuring ------------------------------------------------------------------------------------------------------------
 
 
 def measure(
@@ -254,8 +229,10 @@ def measure(
         with FlopCounterMode(display=False) as counter:
             stage.call()
         memory = peak_memory_of(stage.call, device=device)
-        results[name] = {"gflop": counter.get_total_flops() / 1e9 if stage.on_device else 0.0}
-        results[name]["peak_memory_mib"] = None if memory is None else memory / 2**20
+        results[name] = {
+            "gflop": counter.get_total_flops() / 1e9 if stage.on_device else 0.0,
+            "peak_memory_mib": None if memory is None else memory / 2**20,
+        }
     durations: dict[str, list[float]] = {name: [] for name in stages}
     peak = 0.0
     for _ in range(config.rounds):
