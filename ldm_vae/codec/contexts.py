@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from ldm_vae.codec import rans
 from ldm_vae.codec.bitstream import Varints, varint
+from ldm_vae.codec.rans import Integers
 from ldm_vae.errors import CorruptError
 
 BORDER = 2
@@ -29,8 +29,6 @@ PHASES = (1 << (WEIGHT_BITS - 3), 3 << (WEIGHT_BITS - 3))
 """Distances of a prediction from the nearest integer, 1/8 and 3/8, that part the phases."""
 ESCAPE = 0
 INT32 = (-(1 << 31), (1 << 31) - 1)
-
-Integers = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

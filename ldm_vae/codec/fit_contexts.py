@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
 
 from ldm_vae.codec.contexts import BORDER, MAGNITUDE, NUM_PHASES, WEIGHT_BITS, Contexts, padded, split, wavefronts
-from ldm_vae.codec.rans import MAX_ALPHABET, TOTAL, Frequencies
+from ldm_vae.codec.rans import MAX_ALPHABET, TOTAL, Frequencies, Integers
+from ldm_vae.codec.tables import Floats
 
 OWN = ((0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0))
 """(y, x) of the taps in a symbol's own channel: W, N, NW, NE, WW, NN."""
@@ -32,9 +32,6 @@ TAIL = 1e-5
 """At most this share of the rests is beyond the reach of the tables, where their size allows."""
 PRIOR_COUNT = 4.0
 """Times the channel's distribution, added to each table's counts."""
-
-Floats = np.ndarray[Any, Any]
-Integers = np.ndarray[Any, Any]
 
 
 def fit_contexts(volumes: Sequence[Integers], *, taps: bool = True) -> Contexts:

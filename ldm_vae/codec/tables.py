@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ldm_vae.codec.contexts import INT32, Contexts, Integers
-from ldm_vae.codec.rans import Frequencies
+from ldm_vae.codec.contexts import INT32, Contexts
+from ldm_vae.codec.rans import Frequencies, Integers
 from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.files import write_json
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ldm_vae.codec.bitstream import Box, Contents, Header, Part, report
-from ldm_vae.codec.contexts import Contexts, Integers, decode_symbols, encode_symbols
+from ldm_vae.codec.contexts import Contexts, decode_symbols, encode_symbols
+from ldm_vae.codec.rans import Integers
 from ldm_vae.errors import CompressedFileError
 
 BATCH = 16
