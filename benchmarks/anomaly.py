@@ -26,7 +26,7 @@ from sklearn.neighbors import NearestNeighbors
 from ldm_vae.analysis.anomaly import AnomalyDetector, Method, fit_detector, mean_of_largest, relative, shrunk, smooth
 from ldm_vae.data.blemishes import blemished
 from ldm_vae.data.conversion import to_images
-from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
+from ldm_vae.data.fashion_mnist import FASHION, read_fashion_mnist, write_class_zip
 from ldm_vae.data.images import Pixels, resize
 from ldm_vae.data.order import Stream, generator_at
 from ldm_vae.data.reader import read_pixels

@@ -1,4 +1,4 @@
-"""Train KL-VAEs on images and measure them; see README.md."""
+"""Train KL-VAEs on your own images, compress with them, and sample from diffusion models; see README.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for when it is asked for: torch and diffusers take seconds."""
+    """Imports a public name when it is first used: torch and diffusers take seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module ldm_vae has no attribute {name}")
     return getattr(import_module(_HOMES[name]), name)

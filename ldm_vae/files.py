@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, and what a path can be."""
+"""Files and folders that are written whole or not at all, locks, and tables."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def sha256(file: Path) -> str:
 
 
 def digest_of_json(value: Mapping[str, Any]) -> str:
-    """Of what JSON makes of it, with its keys in order."""
+    """sha256 of the value as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def check_writable(directory: Path) -> None:
-    """Makes the directory and writes to it, so that a long job does not find out at its end. Raises RunError."""
+    """Creates the directory and tries to write there, before a long job does. Raises RunError."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -49,10 +49,10 @@ def check_writable(directory: Path) -> None:
 
 
 def lock(directory: Path) -> IO[bytes]:
-    """Keeps other processes that ask for it out of a directory, until the file is closed or this process ends, however.
+    """Locks a directory for this process, until the file is closed or the process ends.
 
     Raises:
-        RunError: another process is in there.
+        RunError: another process holds the lock.
     """
     file = open(directory / LOCK, "ab")  # noqa: SIM115  # it is kept
     try:
@@ -68,10 +68,10 @@ def lock(directory: Path) -> IO[bytes]:
 
 @contextmanager
 def atomic(file: Path) -> Iterator[IO[bytes]]:
-    """Opens a file beside `file` for bytes, and puts it in its place, flushed, when all went well.
+    """Opens a temporary file for bytes, which replaces `file`, flushed, when the block ends without an error.
 
     Raises:
-        RunError: it cannot be written; what was there still is.
+        RunError: it cannot be written; an older file is unharmed.
     """
     with said_of(file):
         beside = beside_of(file, f"{secrets.token_hex(4)}.part")
@@ -87,12 +87,12 @@ def atomic(file: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `target`, flushed, when all went well.
+    """A temporary folder, which replaces `target`, flushed, when the block ends without an error.
 
-    Of one target one process at a time.
+    For one process at a time.
 
     Raises:
-        RunError: it cannot be written; what was there still is, at the latest when this is called again.
+        RunError: it cannot be written; an older folder is unharmed, or restored by the next call.
     """
     with said_of(target):
         staging, old = beside_of(target, "new"), beside_of(target, "old")
@@ -126,14 +126,14 @@ def staged_directory(target: Path) -> Iterator[Path]:
 
 
 def beside_of(target: Path, what: str) -> Path:
-    """A hidden name in the same folder that is ours, for as long a name as the system allows."""
+    """A hidden name of ours in the same folder, short enough for any file system."""
     short = target.name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
     return target.parent / f".{short}.ldm-vae.{what}"
 
 
 @contextmanager
 def said_of(target: Path) -> Iterator[None]:
-    """Names what could not be written, where the system, or safetensors for it, says only why."""
+    """Errors of the system, or of safetensors, as a RunError that names the target."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -21,7 +21,7 @@ from typing import Any
 import tyro
 from accelerate import Accelerator
 
-from ldm_vae.data.idx import FASHION, read_fashion_mnist, write_class_zip
+from ldm_vae.data.fashion_mnist import FASHION, read_fashion_mnist, write_class_zip
 from ldm_vae.errors import ConfigError, RunError, one_line_errors
 from ldm_vae.files import atomic, check_writable, write_json
 from ldm_vae.models.unet import DENOISERS

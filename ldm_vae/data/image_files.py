@@ -31,7 +31,7 @@ PASSING = frozenset(
     "ECONNREFUSED EREMOTEIO EAGAIN ENOMEM EMFILE ENFILE".split()
     if hasattr(errno, name)
 )
-"""What a file system says that does not answer, or a machine that is short of something: nothing of the file."""
+"""Errors of a file system that does not answer, or a machine short of resources: they say nothing about the file."""
 RETRY_AFTER = (1.0, 4.0, 16.0)
 """Seconds."""
 Read = TypeVar("Read")
@@ -42,10 +42,10 @@ def may_pass(error: Exception) -> bool:
 
 
 def patiently(read: Callable[[], Read], name: str, *, passes: Callable[[Exception], bool] = may_pass) -> Read:
-    """What `read()` gives, asked again where the reason why it did not may pass.
+    """The result of `read()`, which is tried again after errors that may pass.
 
     Raises:
-        DataError: it did not pass. Another image in this one's place would make it another run.
+        DataError: the error stayed. To replace the image by another one would change the run.
     """
     for pause in (*RETRY_AFTER, None):
         try:

@@ -1,4 +1,4 @@
-"""Images made on the spot, without end, download or licence: dead leaves and labelled shapes."""
+"""Images computed on the fly, without end, download or licence: dead leaves and labelled shapes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ LENGTH = 2**40
 """Procedural sources have no end; this is far enough for any training."""
 
 SUPERSAMPLING = 2
+PROCEDURAL = ("dead-leaves", "shapes")
 
 
 class ProceduralSource:
@@ -41,9 +42,6 @@ class ProceduralSource:
         label = index % len(SHAPES) if self.kind == "shapes" else None
         pixels = dead_leaves(rng, self.size) if label is None else shape(rng, self.size, label)
         return Sample(pixels=convert_channels(pixels, self.channels), label=label, name=self.name(index))
-
-
-PROCEDURAL = ("dead-leaves", "shapes")
 
 
 def natural_colours(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -119,36 +117,28 @@ def shape(rng: np.random.Generator, size: int, label: int) -> Pixels:
     def at(radius: float, angle: float) -> tuple[float, float]:
         return centre[0] + radius * math.cos(turn + angle), centre[1] + radius * math.sin(turn + angle)
 
-    def disc(radius: float, fill: int, towards: float = 0.0) -> None:
-        x, y = at(towards, 0.0)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-
-    def bar(half_width: float, across: float = 0.0, angle: float = 0.0) -> None:
+    def bar(half_width: float, across: float = 0.0, angle: float = 0.0) -> list[tuple[float, float]]:
         corners = [(r, across - half_width), (r, across + half_width), (-r, across + half_width)]
         corners.append((-r, across - half_width))
-        draw.polygon([at(math.hypot(u, v), math.atan2(v, u) + angle) for u, v in corners], fill=255)
+        return [at(math.hypot(u, v), math.atan2(v, u) + angle) for u, v in corners]
 
-    match SHAPES[label]:
-        case "circle":
-            disc(r, 255)
-        case "square":
-            draw.polygon([at(r, k * np.pi / 2) for k in range(4)], fill=255)
-        case "triangle":
-            draw.polygon([at(r, k * 2 * np.pi / 3) for k in range(3)], fill=255)
-        case "star":
-            draw.polygon([at(r if k % 2 == 0 else 0.4 * r, k * np.pi / 5) for k in range(10)], fill=255)
-        case "ring":
-            disc(r, 255)
-            disc(0.55 * r, 0)
-        case "cross":
-            bar(0.25 * r)
-            bar(0.25 * r, angle=np.pi / 2)
-        case "crescent":
-            disc(r, 255)
-            disc(0.8 * r, 0, towards=0.5 * r)
-        case "stripes":
-            for across in (-0.75, 0.0, 0.75):
-                bar(0.2 * r, across * r)
+    polygons = {
+        "square": [[at(r, k * np.pi / 2) for k in range(4)]],
+        "triangle": [[at(r, k * 2 * np.pi / 3) for k in range(3)]],
+        "star": [[at(r if k % 2 == 0 else 0.4 * r, k * np.pi / 5) for k in range(10)]],
+        "cross": [bar(0.25 * r), bar(0.25 * r, angle=np.pi / 2)],
+        "stripes": [bar(0.2 * r, across * r) for across in (-0.75, 0.0, 0.75)],
+    }
+    discs = {  # radius, distance from the centre, and whether it is filled or cut out
+        "circle": [(r, 0.0, 255)],
+        "ring": [(r, 0.0, 255), (0.55 * r, 0.0, 0)],
+        "crescent": [(r, 0.0, 255), (0.8 * r, 0.5 * r, 0)],
+    }
+    for corners in polygons.get(SHAPES[label], []):
+        draw.polygon(corners, fill=255)
+    for radius, distance, fill in discs.get(SHAPES[label], []):
+        x, y = at(distance, 0.0)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     inside = np.asarray(mask)[:, :, None] / 255
     front, back = natural_colours(rng, 1), natural_colours(rng, 1)
     if abs(front.mean() - back.mean()) < 0.25:  # keep the shape visible

@@ -1,7 +1,7 @@
-"""Processes that make batches ahead of the trainer, and hand them over as arrays.
+"""Processes that prepare batches ahead of the trainer, and hand them over as arrays.
 
-Each is a new interpreter, not a copy of the trainer: it imports what its rows need, of which torch is no part, so that
-it is small (017); nothing of the trainer's threads, GPU or locks is in it; and it ends when the trainer does.
+Each is a new interpreter, not a copy of the trainer. It imports what its rows need, which is not torch, so it is small
+(017); it inherits none of the trainer's threads, GPU or locks; and it ends when the trainer does.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from typing import Any, NoReturn
 from ldm_vae.errors import LdmVaeError
 
 STOP = {signal.SIGINT, signal.SIGTERM}
-"""They often go to all processes of a group or a job, and workers are needed until the step is done."""
+"""Signals that often go to all processes of a job; workers ignore them, as the step needs them to its end."""
 AHEAD = 4
-"""Batches that each worker has been asked for, at most."""
+"""Batches that a worker has been asked for, at most."""
 CAN_SEND_FILES = hasattr(socket, "send_fds")
 """Not on Windows."""
 LOST = (EOFError, BrokenPipeError, ConnectionResetError)
-"""What the end of the other process is seen by."""
+"""How the end of the other process shows."""
 
 
 def made_ahead(make: Callable[[Any], Any], order: Iterable[Any], *, num_workers: int) -> Iterator[Any]:
@@ -42,7 +42,7 @@ def made_ahead(make: Callable[[Any], Any], order: Iterable[Any], *, num_workers:
     `make`, the items and the results are pickled, so none of them may be defined in the script that runs.
 
     Raises:
-        RuntimeError: a worker was ended from outside.
+        RuntimeError: a worker was killed.
         LdmVaeError: a worker failed; and whatever `make` raises.
     """
     if num_workers == 0 or not CAN_SEND_FILES:
@@ -159,7 +159,7 @@ def sendable(error: Exception) -> Exception:
 # Memory that both processes see ---------------------------------------------------------------------------------------
 
 NOTICE = struct.Struct("<QQ")
-"""All that goes through the socket, beside the memory's descriptor: where its table of contents begins and ends."""
+"""All that goes through the socket beside the memory's descriptor: where its table of contents begins and ends."""
 ALIGNMENT = 64
 """Of arrays in memory, in bytes, as torch has it."""
 SMALL = 1 << 20

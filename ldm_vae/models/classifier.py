@@ -13,7 +13,7 @@ from ldm_vae.errors import ModelError
 from ldm_vae.models.loading import find_saved, load_saved
 
 POOLED = 2
-"""Features are averaged over the quarters of the image, so that some of what is where is left."""
+"""Features are averaged over a grid of 2 x 2, which keeps some of their layout."""
 
 
 def conv(before: int, after: int, stride: int = 1) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""Any diffusers autoencoder, by a run directory, a model folder or a hub id, behind one way to encode."""
+"""What the library asks of any diffusers autoencoder: its sizes, its moments, its fingerprint."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 SCALE = {"latents_mean": None, "latents_std": None, "scaling_factor": 1.0, "shift_factor": 0.0}
-"""What a VAE's config says of the scale of its latents, and the values that say nothing."""
+"""Entries of a VAE's config on the scale of its latents, and the values that mean no scaling."""
 
 
 def fingerprint(model: Any) -> str:
     """sha256 of a model's class, configuration and tensors: equal for models that compute the same.
 
-    What says how latents are scaled is left out: it is measured after the model was trained, and changes no output. So
-    are defaults: a later version of diffusers may have more of them.
+    The scale of the latents is left out: it is measured after training, and changes no output. So are defaults: a
+    later version of diffusers may have more of them.
     """
     defaults = {name: p.default for name, p in inspect.signature(type(model).__init__).parameters.items()}
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k not in SCALE}
-    changed = {k: v for k, v in config.items() if as_text(v) != as_text(defaults.get(k))}
+    changed = {k: v for k, v in config.items() if canonical(v) != canonical(defaults.get(k))}
     name = model.config.get("_class_name", type(model).__name__)
-    digest = hashlib.sha256((name + as_text(changed)).encode())
+    digest = hashlib.sha256((name + canonical(changed)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def as_text(value: Any) -> str:
-    """The same for tuples and lists."""
+def canonical(value: Any) -> str:
+    """JSON that is the same for tuples and lists."""
     return json.dumps(value, sort_keys=True, default=str)
 
 
@@ -83,7 +83,7 @@ def check_resolution(resolution: int, vae: Any) -> None:
 
 
 def has_vector(vae: Any) -> bool:
-    """Whether it makes one vector of an image, not a map."""
+    """Whether the latent is one vector an image, not a map."""
     return int(vae.config.get("pool", 1)) > 1
 
 
@@ -91,7 +91,7 @@ def side_for(vae: Any, resolution: int | None) -> int | None:
     """The side of the squares that images are resized to; None: they keep their size.
 
     Raises:
-        ConfigError: another side than the one that a global latent was made for.
+        ConfigError: a global latent needs another side.
     """
     if not has_vector(vae):
         return resolution

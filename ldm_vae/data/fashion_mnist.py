@@ -1,4 +1,4 @@
-"""MNIST's and Fashion-MNIST's files as arrays, and labelled images as a zip that every command here reads."""
+"""Fashion-MNIST as arrays, and labelled images as a zip of class folders, which every command reads."""
 
 from __future__ import annotations
 
