@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one call: are results right there, how fast is it, how good are trained models.
 
-python -m tests.endurance.gpu_check --photos DIR --val-photos DIR --fashion-mnist DIR --flowers64 DIR --output OUT
+python benchmarks/gpu_check.py --photos DIR --val-photos DIR --fashion-mnist DIR --flowers64 DIR --output OUT
 
 Without a GPU it does the same on the CPU. Parts that were finished are not repeated: a call that ran out of time can be
 repeated with the same output, and parts can be run in calls of their own.

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Config, correctness, main
 from ldm_vae.models.reconstruction import exact_float32
 from ldm_vae.runs.config import parse_config, parse_flags
-from tests.endurance import gpu_check
-from tests.endurance.gpu_check import Config, correctness, main
 
 
 def test_every_way_to_compute_a_picture_agrees() -> None:
