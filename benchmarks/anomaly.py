@@ -23,7 +23,16 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from ldm_vae.analysis.anomaly import AnomalyDetector, Method, fit_detector, mean_of_largest, relative, shrunk, smooth
+from ldm_vae.analysis.anomaly import (
+    AnomalyDetector,
+    Facts,
+    Method,
+    fit_detector,
+    mean_of_largest,
+    relative,
+    shrunk,
+    smooth,
+)
 from ldm_vae.data.blemishes import blemished
 from ldm_vae.data.conversion import to_images
 from ldm_vae.data.fashion_mnist import FASHION, read_fashion_mnist, write_class_zip
@@ -110,7 +119,7 @@ class Scored:
 
 
 def train_detector(
-    config: Config, data: Path, run: Path, methods: Sequence[Method] | None = None
+    config: Config, data: Path, run: Path, methods: tuple[Method, ...] = ()
 ) -> tuple[AnomalyDetector, Source, Source]:
     """A detector trained on good images, the images that it was trained on, and those held out for its thresholds."""
     flags: list[object] = [config.preset, "--data", f"{data}#train", "--output", run, "--channels", 1]
@@ -121,15 +130,8 @@ def train_detector(
     flags += [] if config.mirror else ["--no-mirror"]
     seconds_of_script("training/train_autoencoder.py", *flags)
     train, held_out = (open_source(f"{data}#{part}", channels=1) for part in ("train", "held-out"))
-    detector, _ = fit_detector(
-        load_network(str(run)),
-        train,
-        held_out,
-        methods=methods,
-        false_alarm_rate=config.false_alarm_rate,
-        blur=config.blur,
-        share=config.share,
-    )
+    facts = Facts(methods=methods, false_alarm_rate=config.false_alarm_rate, blur=config.blur, share=config.share)
+    detector, _ = fit_detector(load_network(str(run)), train, held_out, facts)
     return detector, train, held_out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ldm_vae.models.autoencoder  # noqa: F401  # of a saved pipeline, diffusers loads classes of imported modules only
 from ldm_vae.data.conversion import check_output_type, images_from, images_to, mask_from
 from ldm_vae.errors import ModelError
-from ldm_vae.latents.scaling import mean_and_std, scale_latents, unscale_latents
+from ldm_vae.latents.scaling import scale_latents, scale_of, unscale_latents
 from ldm_vae.models.interface import channels_of, fingerprint, latent_channels_of, stride_of
 from ldm_vae.models.loading import find_saved, load_saved
 from ldm_vae.models.reconstruction import encode_mean, turn_on_tiling
@@ -150,9 +150,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         check_output_type(output_type)
         sampling = Sampling(num_inference_steps, strength, guidance_scale, guidance_interval)
         size = (height, width)
-        start = starting_point(
-            self, class_labels, num_images, generator, latents, image=image, mask_image=mask_image, size=size
-        )
+        start = starting_point(self, class_labels, num_images, generator, latents, image, mask_image, size)
         on_step_end = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         return self.finish(start, sampling, output_type, return_dict, on_step_end=on_step_end)
 
@@ -202,8 +200,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         start = Start(noise=noise, labels=spread(labels, num_images), generators=generators, images=images, known=known)
         return self.finish(start, sampling, output_type, return_dict)
 
-    # From noise to images ---------------------------------------------------------------------------------------------
-
     def finish(
         self,
         start: Start,
@@ -245,8 +241,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         parts = unscale_latents(self.vae, scaled_latents).to(self.vae.dtype).split(AT_ONCE)
         images = torch.cat([self.vae.decode(p).sample.float() for p in parts])
         return images if like is None else images[..., : like.shape[-2], : like.shape[-1]]
-
-    # Options ----------------------------------------------------------------------------------------------------------
 
     def images_for(self, image: Any) -> Tensor:
         return images_from(image, channels=channels_of(self.vae)).to(self._execution_device)
@@ -294,7 +288,6 @@ def starting_point(
     num_images: int,
     generator: Any,
     latents: Tensor | None,
-    *,
     image: Any,
     mask_image: Any,
     size: tuple[int | None, int | None],
@@ -305,7 +298,10 @@ def starting_point(
     if image is not None and any(size):
         raise ValueError("height and width are the image's own: resize the image instead")
     images = None if image is None else pipeline.images_for(image)
-    mask = None if images is None or mask_image is None else mask_for(images, mask_image)
+    mask = None if images is None or mask_image is None else mask_from(mask_image).to(images.device)
+    if images is not None and mask is not None and mask.shape[-2:] != images.shape[-2:]:
+        sizes = [f"{m.shape[-2]}x{m.shape[-1]}" for m in (mask, images)]
+        raise ValueError(f"a mask of {sizes[0]} was given for an image of {sizes[1]}: make them one size")
     labels = pipeline.labels_for(class_labels)
     count = common_count(
         num_images, class_labels=labels, generator=generator, latents=latents, image=images, mask_image=mask
@@ -316,7 +312,7 @@ def starting_point(
     if latents is None:
         noise = pipeline.noise_for(generators, shape)
     else:
-        noise = check_noise(latents.to(pipeline._execution_device), (count, latent_channels_of(pipeline.vae), *shape))
+        noise = check_noise(latents.to(pipeline._execution_device), (latent_channels_of(pipeline.vae), *shape), count)
     labels = spread(labels, count)
     return Start(noise=noise, labels=labels, generators=generators, images=images, known=known, mask=mask)
 
@@ -333,21 +329,13 @@ def class_number(label: ClassLabel, names: Sequence[str], num_classes: int) -> i
     return int(label)
 
 
-def check_noise(latents: Tensor, shape: Sequence[int]) -> Tensor:
-    """Initial noise (1 or N, c, h, w) -> (N, c, h, w) of this `shape`, float32. Raises ValueError."""
-    if latents.ndim != 4 or tuple(latents.shape[1:]) != tuple(shape[1:]):
-        needed = ", ".join(["N", *map(str, shape[1:])])
-        raise ValueError(f"latents of shape {tuple(latents.shape)} were given: ({needed}) is needed")
-    return latents.to(torch.float32).expand(*shape)
-
-
-def mask_for(images: Tensor, mask_image: Any) -> Tensor:
-    """The mask of the pixels of images (M, C, H, W): bool (N, 1, H, W)."""
-    mask = mask_from(mask_image).to(images.device)
-    if mask.shape[-2:] != images.shape[-2:]:
-        sizes = [f"{m.shape[-2]}x{m.shape[-1]}" for m in (mask, images)]
-        raise ValueError(f"a mask of {sizes[0]} was given for an image of {sizes[1]}: make them one size")
-    return mask
+def check_noise(latents: Tensor, shape: Sequence[int], count: int) -> Tensor:
+    """Initial noise (1 or N, c, h, w) -> (N, c, h, w), float32. Raises ValueError for another (c, h, w)."""
+    if latents.ndim != 4 or tuple(latents.shape[1:]) != tuple(shape):
+        raise ValueError(
+            f"latents of shape {tuple(latents.shape)} were given: (N, {', '.join(map(str, shape))}) is needed"
+        )
+    return latents.float().expand(count, *shape)
 
 
 def step_callback(pipeline: Any, callback: Callback | None, inputs: Sequence[str]) -> StepCallback | None:
@@ -371,8 +359,8 @@ def spread(values: Any, count: int) -> Any:
 
 def fingerprint_of(pipeline: LatentDiffusionPipeline) -> str:
     """sha256 of all that decides an image but the options of a call and the solver: equal for equal pipelines."""
-    scale = [v.flatten().tolist() for v in mean_and_std(pipeline.vae, torch.zeros(1, dtype=torch.float64))]
-    parts = [fingerprint(pipeline.vae), fingerprint(pipeline.unet), scale, prediction_of(pipeline.scheduler)]
+    vae, unet, prediction = pipeline.vae, pipeline.unet, prediction_of(pipeline.scheduler)
+    parts = [fingerprint(vae), fingerprint(unet), scale_of(vae), prediction]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,6 @@ Seed = int | torch.Generator
 StepCallback = Callable[[int, Tensor, Tensor], Tensor]
 """Step, timestep and latents -> the latents to go on with."""
 
-# Schedulers -----------------------------------------------------------------------------------------------------------
-
 DISCRETE: dict[str, Any] = {
     "num_train_timesteps": NUM_TIMESTEPS,
     "beta_start": FIRST_BETA,
@@ -28,7 +25,7 @@ DISCRETE: dict[str, Any] = {
     "beta_schedule": "linear",
     "timestep_spacing": "trailing",
 }
-PREDICTION_TYPES = {"flow": "flow_prediction", "v": "v_prediction", "epsilon": "epsilon"}
+PREDICTIONS: dict[str, Prediction] = {"flow_prediction": "flow", "v_prediction": "v", "epsilon": "epsilon"}
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 
@@ -72,8 +69,7 @@ def make_scheduler(prediction: Prediction, name: str | None = None) -> Any:
 
 def prediction_of(scheduler: Any) -> Prediction:
     """What the denoiser that this scheduler samples with predicts."""
-    of_type = {t: p for p, t in PREDICTION_TYPES.items()}
-    return of_type[scheduler.config.get("prediction_type", "flow_prediction")]  # type: ignore[return-value]
+    return PREDICTIONS[scheduler.config.get("prediction_type", "flow_prediction")]
 
 
 def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device) -> None:
@@ -96,7 +92,7 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device
             f"DDIM needs a number of steps that divides {NUM_TIMESTEPS}, and {num_inference_steps} does not: "
             f"try {near[0]} or {near[1]}, or another scheduler"
         )
-    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and "Euler" in type(scheduler).__name__:
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
         sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
     else:
@@ -124,9 +120,9 @@ class NoiseLevel:
 
 def check_scheduler(scheduler: Any) -> None:
     """Raises ValueError for a scheduler whose noise levels are unknown, or that draws noise without generators."""
-    known = {c.__name__: c for fitting in SCHEDULERS.values() for c, _ in fitting.values()}
-    if not any(isinstance(scheduler, c) for c in known.values()):
-        names = ", ".join(sorted(known))
+    known: set[Any] = {scheduler_class for fitting in SCHEDULERS.values() for scheduler_class, _ in fitting.values()}
+    if not issubclass(type(scheduler), tuple(known)):
+        names = ", ".join(sorted(c.__name__ for c in known))
         raise ValueError(f"{type(scheduler).__name__} is not a scheduler that is known here: use one of {names}")
     if scheduler.config.get("stochastic_sampling"):
         raise ValueError(
@@ -158,9 +154,6 @@ def noise_levels(scheduler: Any) -> list[NoiseLevel]:
     return [NoiseLevel(time=t / NUM_TIMESTEPS, alpha=a, sigma=s) for t, (a, s) in zip(timesteps, pairs, strict=True)]
 
 
-# The loop -------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Sampling:
     """The options of a sampling run. Raises ValueError for values that are out of range."""
@@ -186,10 +179,6 @@ class Sampling:
     def skipped_steps(self) -> int:
         """Of image-to-image, as diffusers counts: the last int(steps * strength) are done."""
         return self.num_inference_steps - int(self.num_inference_steps * self.strength + 1e-6)
-
-    def guidance_at(self, time: float) -> float:
-        low, high = self.guidance_interval
-        return self.guidance_scale if low <= time <= high else 1.0
 
 
 def sample_latents(
@@ -223,9 +212,11 @@ def sample_latents(
         latents = levels[first].noised(known, noise)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
+    low, high = sampling.guidance_interval
     for i, timestep in enumerate(progress_bar(scheduler.timesteps[first:])):
         now, then = levels[first + i : first + i + 2]
-        output = guided_output(unet, latents, now.time, labels, sampling.guidance_at(now.time))
+        guidance_scale = sampling.guidance_scale if low <= now.time <= high else 1.0
+        output = guided_output(unet, latents, now.time, labels, guidance_scale)
         if adds_noise(scheduler):
             latents = scheduler.step(output, timestep, latents, generator=generators, return_dict=False)[0]
         else:
@@ -241,20 +232,17 @@ def guided_output(unet: Any, noisy: Tensor, time: float, labels: Tensor | None, 
     """The denoiser's output (N, c, h, w); with guidance, from one forward pass of 2N. Time 1 is pure noise."""
     no_class = num_classes_of(unet)
     none = torch.full((len(noisy),), no_class, device=noisy.device) if no_class else None
-    if labels is None or none is None or guidance_scale == 1:
-        return output_at(unet, noisy, time, none if labels is None else labels)
-    output = output_at(unet, torch.cat([noisy, noisy]), time, torch.cat([labels, none]))
+    count = len(noisy)
+    if labels is None:
+        labels = none
+    elif none is not None and guidance_scale != 1:
+        noisy, labels = torch.cat([noisy, noisy]), torch.cat([labels, none])
+    timesteps = torch.full((len(noisy),), time * NUM_TIMESTEPS, device=noisy.device)
+    output = denoiser_output(unet, noisy.to(unet.dtype), timesteps, labels, multiple=multiple_of(unet))
+    if len(noisy) == count:
+        return output
     with_class, without = output.chunk(2)
     return without + guidance_scale * (with_class - without)
-
-
-def output_at(unet: Any, noisy: Tensor, time: float, labels: Tensor | None) -> Tensor:
-    """The denoiser's output for images that all are at one time."""
-    timesteps = torch.full((len(noisy),), time * NUM_TIMESTEPS, device=noisy.device)
-    return denoiser_output(unet, noisy.to(unet.dtype), timesteps, labels, multiple=multiple_of(unet))
-
-
-# Options --------------------------------------------------------------------------------------------------------------
 
 
 def common_count(num_images: int, **options: Any) -> int:

@@ -59,20 +59,6 @@ class Config:
     """Images a file."""
 
 
-def plan_of(config: Config, vae: Any, squares: Squares) -> Plan:
-    source, side = squares.source, squares.resolution // stride_of(vae)
-    return Plan(
-        vae=fingerprint(vae),
-        data=source.fingerprint(),
-        num_images=min(len(source), config.num_images or len(source)),
-        resolution=squares.resolution,
-        flip=config.flip,
-        latent_shape=(latent_channels_of(vae), side, side),
-        classes=source.classes,
-        shard_size=config.shard_size,
-    )
-
-
 @torch.inference_mode()
 def encode(batch: EncoderBatch[Tensor], vae: Any, squares: Squares, *, flip: bool) -> EncoderBatch[Tensor]:
     """The moments of a batch; an image whose moments are not finite counts as bad."""
@@ -121,15 +107,29 @@ def main(config: Config) -> None:
     vae = load_autoencoder(config.vae).to(accelerator.device)
     squares = open_squares(config.data, vae, config.vae, config.resolution)
     accelerator.print(f"images of {squares.resolution} x {squares.resolution} pixels")
-    check_finite(squares.source, config.data, config.num_images)
+    source, side = squares.source, squares.resolution // stride_of(vae)
+    check_finite(source, config.data, config.num_images)
+    plan = Plan(
+        vae=fingerprint(vae),
+        data=source.fingerprint(),
+        num_images=min(len(source), config.num_images or len(source)),
+        resolution=squares.resolution,
+        flip=config.flip,
+        latent_shape=(latent_channels_of(vae), side, side),
+        classes=source.classes,
+        shard_size=config.shard_size,
+    )
     check_writable(config.output)
     output_lock = lock(config.output) if accelerator.is_main_process else None
     with accelerator.main_process_first():
-        plan = begin(config.output, plan_of(config, vae, squares))
+        plan = begin(config.output, plan)
     todo = unfinished(config.output, plan)
     accelerator.wait_for_everyone()  # before a shard is finished: all must have seen the same list
     if accelerator.is_main_process:
-        clear(config.output, index=bool(todo))
+        for left in config.output.glob(".shard-*"):  # half-written files of a killed job
+            left.unlink()
+        if todo:
+            (config.output / "index.json").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     make_shards(mine, plan, vae, squares, config, show=accelerator.is_main_process)
@@ -139,14 +139,6 @@ def main(config: Config) -> None:
     if output_lock is not None:
         output_lock.close()
     accelerator.end_training()
-
-
-def clear(folder: Path, *, index: bool) -> None:
-    """Removes the half-written files of a killed job and, when shards are to be made, the index of the earlier ones."""
-    for left in folder.glob(".shard-*"):
-        left.unlink()
-    if index:
-        (folder / "index.json").unlink(missing_ok=True)
 
 
 def complete(config: Config, plan: Plan, vae: Any) -> None:

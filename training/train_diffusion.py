@@ -46,12 +46,9 @@ from ldm_vae.runs.run import Checkpoint, Run
 from ldm_vae.runs.state import state_tensors
 from ldm_vae.sampling import make_scheduler
 
-# Config ---------------------------------------------------------------------------------------------------------------
-
 SAMPLE_STEPS = 25
 SAMPLES_A_CLASS = 8
 SAMPLED_CLASSES = 10
-MEASURED_IMAGES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +108,6 @@ PRESETS = {
 }
 
 
-# Data -----------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The VAE, the images or their latents, and what they are."""
@@ -133,7 +127,7 @@ class Data:
             "vae": fingerprint(self.vae),
             "data": self.fingerprint,
             "number of images": len(self.images),
-            "scale": scale_of(self.vae),
+            "scale": scale_of(self.vae) if has_scale(self.vae) else None,
             "classes": list(self.classes_of_data),
             "size": list(self.latent_shape),
         }
@@ -207,7 +201,7 @@ def open_validation_images(config: Config, data: Data, accelerator: Accelerator)
 def measure_statistics(data: Data, seed: int) -> Statistics:
     """Of the first images in the order of training, for a VAE that says nothing of its scale."""
     statistics = Statistics()
-    for position in range(min(len(data.images), MEASURED_IMAGES)):
+    for position in range(min(len(data.images), 1024)):
         image = data.images.load(index_at(position, size=len(data.images), seed=seed), False)[0]
         if image is not None:
             moments = encode_moments(data.vae, torch.from_numpy(image)[None].to(data.vae.device))
@@ -233,9 +227,6 @@ def rows_of(images: LatentCache | Squares, data: Data, config: Config) -> Diffus
         label_dropout=config.label_dropout if data.classes else 1.0,
         flip=config.flip,
     )
-
-
-# Main -----------------------------------------------------------------------------------------------------------------
 
 
 def build(config: Config, data: Data, accelerator: Accelerator) -> DenoiserState:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -28,13 +28,7 @@ from ldm_vae.data.sources import BadImages, Source, usable
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError, nothing_usable
 from ldm_vae.files import write_json
 from ldm_vae.metrics import SMALLEST_FOR_SSIM
-from ldm_vae.models.interface import (
-    channels_of,
-    fingerprint,
-    latent_channels_of,
-    side_for,
-    stride_of,
-)
+from ldm_vae.models.interface import channels_of, fingerprint, latent_channels_of, side_for, stride_of
 from ldm_vae.models.reconstruction import encode_mean
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
 
@@ -59,25 +53,26 @@ def as_images(vae: Any, output: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What scores depend on beside the autoencoder, and what was measured on good images."""
+    """What scores depend on beside the autoencoder; `fit_detector` sets `vae`, `thresholds` and `held_out`."""
 
-    vae: str
+    vae: str = ""
     """Fingerprint of the autoencoder."""
-    methods: tuple[Method, ...]
-    blur: float
+    methods: tuple[Method, ...] = ()
+    """l1, ssim and mahalanobis unless given; blemishes for a network that finds these, which has no other."""
+    blur: float = 4.0
     """Standard deviation in pixels of the smoothing of a map."""
-    surroundings: float
+    surroundings: float = 0.0
     """Standard deviation in pixels of what a map is divided by, its mean around each place; 0 for not."""
-    share: float
+    share: float = 0.001
     """The part of a map, the largest of it, whose mean is the image's score."""
-    false_alarm_rate: float
+    false_alarm_rate: float = 0.05
     """Asked for; on new good images it holds on average over what was held out."""
-    thresholds: dict[str, float]
+    thresholds: dict[str, float] = field(default_factory=dict)
     """By method: a higher score is an anomaly."""
-    held_out: int
+    held_out: int = 0
     """Good images that the thresholds come from."""
-    lpips_backbone: Backbone
-    lpips_pretrained: bool
+    lpips_backbone: Backbone = "vgg"
+    lpips_pretrained: bool = True
 
 
 class AnomalyDetector:
@@ -180,7 +175,9 @@ class AnomalyDetector:
             raise ModelError(f"{folder} holds no detector: fit one with `ldm-vae anomaly fit`")
         try:
             record = json.loads((folder / FACTS).read_text())
-            facts = Facts(**{**record, "methods": tuple(record["methods"])})
+            if record.keys() != asdict(Facts()).keys():
+                raise ValueError(f"{FACTS} holds other facts")
+            facts = replace(Facts(**record), methods=tuple(record["methods"]))
             tensors = load_file(folder / STATISTICS)
             mean, whitening = tensors["mean"], tensors["whitening"]
             variance = tensors["variance"] if "standardised" in facts.methods else None
@@ -291,23 +288,10 @@ def image_for(vae: Any, sample: Sample) -> Tensor:
     return to_images(sample.pixels if side is None else centre_square(sample.pixels, side))[None]
 
 
-def fit_detector(
-    vae: Any,
-    good: Source,
-    held_out: Source,
-    *,
-    methods: Sequence[Method] | None = None,
-    false_alarm_rate: float = 0.05,
-    blur: float = 4.0,
-    surroundings: float = 0.0,
-    share: float = 0.001,
-    lpips_backbone: Backbone = "vgg",
-    lpips_pretrained: bool = True,
-) -> tuple[AnomalyDetector, BadImages]:
+def fit_detector(vae: Any, good: Source, held_out: Source, facts: Facts) -> tuple[AnomalyDetector, BadImages]:
     """A detector for this autoencoder, and the bad images met: name -> reason.
 
     Args:
-        methods: l1, ssim and mahalanobis unless given; blemishes for a network that finds these, which has no other.
         good: images without anomalies, whose latents are the measure; the autoencoder may have been trained on them.
         held_out: others, that it was not trained on: they set the thresholds.
 
@@ -315,22 +299,12 @@ def fit_detector(
         ConfigError: a method that this autoencoder does not have, or numbers that cannot be.
         DataError: nothing usable, or too few held out for the rate.
     """
-    methods = methods or (("blemishes",) if is_blemish_detector(vae) else ("l1", "ssim", "mahalanobis"))
-    facts = Facts(
-        vae=fingerprint(vae),
-        methods=tuple(dict.fromkeys(methods)),
-        blur=blur,
-        surroundings=surroundings,
-        share=share,
-        false_alarm_rate=false_alarm_rate,
-        thresholds={},
-        held_out=0,
-        lpips_backbone=lpips_backbone,
-        lpips_pretrained=lpips_pretrained,
-    )
+    methods = facts.methods or (("blemishes",) if is_blemish_detector(vae) else ("l1", "ssim", "mahalanobis"))
+    facts = replace(facts, vae=fingerprint(vae), methods=tuple(dict.fromkeys(methods)))
     check_facts(facts, vae)
-    if len(held_out) < math.ceil(1 / false_alarm_rate) - 1:
-        threshold_at([0.0] * len(held_out), false_alarm_rate)  # says so before hours are spent
+    rate = facts.false_alarm_rate
+    if len(held_out) < math.ceil(1 / rate) - 1:
+        threshold_at([0.0] * len(held_out), rate)  # says so before hours are spent
     lpips = lpips_for(vae, facts)
     bad_images: BadImages = {}
     mean, whitening, variance = measure_good(vae, good, facts, bad_images)
@@ -342,7 +316,7 @@ def fit_detector(
     rows = [scores for _, scores in usable(held_out, bad_images, read=scores_of)]
     if not rows:
         raise nothing_usable(bad_images)
-    thresholds: dict[str, float] = {m: threshold_at([r[m] for r in rows], false_alarm_rate) for m in facts.methods}
+    thresholds: dict[str, float] = {m: threshold_at([r[m] for r in rows], rate) for m in facts.methods}
     detector.facts = replace(facts, thresholds=thresholds, held_out=len(rows))
     return detector, bad_images
 

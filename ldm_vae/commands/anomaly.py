@@ -104,7 +104,7 @@ def split_of(path: str) -> tuple[str, str]:
 
 
 def fit(command: Fit) -> None:
-    from ldm_vae.analysis.anomaly import FACTS, FOLDER, STATISTICS, fit_detector
+    from ldm_vae.analysis.anomaly import FACTS, FOLDER, STATISTICS, Facts, fit_detector
     from ldm_vae.data.sources import check_finite, open_source
     from ldm_vae.files import staged_directory
     from ldm_vae.models.interface import channels_of
@@ -126,9 +126,7 @@ def fit(command: Fit) -> None:
     for path in (good, command.held_out_images):
         sources.append(open_source(path, channels=channels_of(vae)))
         check_finite(sources[-1], path, None)
-    detector, bad_images = fit_detector(
-        vae,
-        *sources,
+    asked = Facts(
         methods=command.methods,
         false_alarm_rate=command.false_alarm_rate,
         blur=command.blur,
@@ -136,6 +134,7 @@ def fit(command: Fit) -> None:
         share=command.share,
         lpips_backbone=command.lpips_backbone,
     )
+    detector, bad_images = fit_detector(vae, sources[0], sources[1], asked)
     with staged_directory(folder) as staging:
         detector.save(staging)
     print_bad(bad_images)

@@ -62,25 +62,23 @@ def usable(
 
 
 def first_usable(
-    source: Source, index: int, known_bad: dict[int, str], *, read: Callable[[int], Any], count: int | None = None
+    source: Source, index: int, known_bad: dict[int, str], *, read: Callable[[int], Any]
 ) -> tuple[Any, BadImages]:
     """read(index), or that of the next index whose image can be used, and the bad images met; None if all are bad.
 
     Args:
         known_bad: reasons by index, of this call and those before: a bad image is read once.
         read: raises BadImageError.
-        count: the images from which to choose are the first so many; all unless given.
     """
     bad_images: BadImages = {}
-    count = len(source) if count is None else count
-    for _ in range(min(count, MAX_TRIES)):
+    for _ in range(min(len(source), MAX_TRIES)):
         if index not in known_bad:
             try:
                 return read(index), bad_images
             except BadImageError as error:
                 known_bad[index] = str(error)
         bad_images[source.name(index)] = known_bad[index]
-        index = (index + 1) % count
+        index = (index + 1) % len(source)
     return None, bad_images
 
 

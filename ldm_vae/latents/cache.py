@@ -29,8 +29,6 @@ from ldm_vae.errors import DataError, nothing_usable
 from ldm_vae.files import atomic, digest_of_json, sha256, write_json
 from ldm_vae.latents.statistics import Statistics
 
-STORED = np.float16
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -56,9 +54,6 @@ class Plan:
     def indices(self, shard: int) -> range:
         """Of the source, in one shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
-
-
-# Writing --------------------------------------------------------------------------------------------------------------
 
 
 def begin(folder: Path, plan: Plan) -> Plan:
@@ -114,7 +109,7 @@ def write_shard(
     record: dict[str, Any] = {"bytes": 0, "sha256": None, "count": len(indices)}
     if len(indices):
         tensors = {
-            "moments": np.ascontiguousarray(moments, STORED),
+            "moments": np.ascontiguousarray(moments, np.float16),
             "indices": np.array(indices),
             "labels": np.array(labels),
         }
@@ -158,9 +153,6 @@ def write_index(folder: Path, summary: Summary) -> None:
     """Written last: it marks the cache as complete."""
     index = {"statistics": summary.statistics.as_json(), "shards": summary.shards, "plan": sha256(folder / "plan.json")}
     write_json(folder / "index.json", index | {"sha256": digest_of_json(index)})
-
-
-# Reading --------------------------------------------------------------------------------------------------------------
 
 
 def read_plan(folder: Path) -> Plan:

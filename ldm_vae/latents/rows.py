@@ -122,11 +122,9 @@ class DiffusionRows:
         if label is None or generator_at(self.seed, position, Stream.LABEL).random() < self.label_dropout:
             label = self.num_classes
         timestep = timestep_at(self.prediction, self.seed, position)
-        noises = [self.draw(position, stream) for stream in (Stream.NOISE, Stream.POSTERIOR)]
+        draws = [generator_at(self.seed, position, stream) for stream in (Stream.NOISE, Stream.POSTERIOR)]
+        noises = [draw.standard_normal(self.latent_shape, dtype=np.float32) for draw in draws]
         return image, self.images.encoded, label, timestep, *noises, met  # type: ignore[return-value]
-
-    def draw(self, position: int, stream: Stream) -> np.ndarray:
-        return generator_at(self.seed, position, stream).standard_normal(self.latent_shape, dtype=np.float32)
 
 
 def collate_rows(rows: list[DiffusionRow]) -> DiffusionBatch[np.ndarray]:

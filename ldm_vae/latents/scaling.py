@@ -56,10 +56,8 @@ def on_device(
     return tensors[0], tensors[1]
 
 
-def scale_of(vae: Any) -> list[list[float]] | None:
-    """The mean and deviation of the latents by the VAE's config, as lists; None where it has none."""
-    if not has_scale(vae):
-        return None
+def scale_of(vae: Any) -> list[list[float]]:
+    """The mean and deviation of the latents by the VAE's config, as lists."""
     return [v.flatten().tolist() for v in mean_and_std(vae, torch.zeros(1, dtype=torch.float64))]
 
 

@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 
-SMALLEST_STD = 1e-6
-"""So that a constant channel is not divided by zero."""
-
 
 @dataclass(kw_only=True)
 class Statistics:
@@ -50,7 +47,8 @@ class Statistics:
 
     @property
     def std(self) -> np.ndarray:
-        return np.maximum(np.sqrt(self.squares / max(self.count, 1)), SMALLEST_STD)
+        """1e-6 at least, so that a constant channel is not divided by zero."""
+        return np.maximum(np.sqrt(self.squares / max(self.count, 1)), 1e-6)
 
     def as_json(self) -> dict[str, Any]:
         return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}

@@ -136,8 +136,6 @@ def denoiser_step(
     return DenoiserStep(loss=losses, grad_norm=norm, waited=waited, healthy=healthy, bad_images=bad_images)
 
 
-# Validation -----------------------------------------------------------------------------------------------------------
-
 VALIDATION_IMAGES = 64
 VALIDATION_TIMES = tuple((k + 0.5) / 8 for k in range(8))
 """The middle of each of eight ranges of time."""

@@ -20,9 +20,6 @@ from torch import Tensor
 
 from ldm_vae.latents.timesteps import FIRST_BETA, LAST_BETA, NUM_TIMESTEPS, Prediction
 
-SMALLEST_SNR = 0.05
-"""For min-SNR weights: at the zero terminal SNR of v the weight would be zero, and sampling starts there."""
-
 
 def alpha_and_sigma(prediction: Prediction, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """Of each image: (B, 1, 1, 1) each, for timesteps (B,)."""
@@ -64,9 +61,10 @@ def min_snr_weights(prediction: Prediction, timesteps: Tensor, gamma: float) -> 
     """Weights (B,) of the squared errors: min(SNR, gamma) in terms of the error in x (Hang et al. 2023, equation 8).
 
     SNR = alpha^2 / sigma^2. An error of the prediction is one in x times: flow, sigma (x = noisy - sigma * v, with
-    alpha + sigma = 1); v, sigma; epsilon, sigma / alpha. SNR is taken as at least SMALLEST_SNR.
+    alpha + sigma = 1); v, sigma; epsilon, sigma / alpha. SNR is taken as at least 0.05: at the zero terminal SNR of v
+    the weight would be zero, and sampling starts there.
     """
     alpha, sigma = (a.flatten() for a in alpha_and_sigma(prediction, timesteps))
-    snr = (alpha / sigma.clamp(min=1e-6)).square().clamp(min=SMALLEST_SNR)
+    snr = (alpha / sigma.clamp(min=1e-6)).square().clamp(min=0.05)
     in_x = sigma.square() if prediction != "epsilon" else 1 / snr
     return snr.clamp(max=gamma) * in_x

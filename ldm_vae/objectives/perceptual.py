@@ -32,7 +32,6 @@ WEIGHTS = {
     "alex": torchvision.models.AlexNet_Weights.IMAGENET1K_V1,
     "squeeze": torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1,
 }
-RANDOM_SEED = 0
 
 
 class PerceptualLoss(nn.Module):
@@ -101,7 +100,7 @@ class PerceptualLoss(nn.Module):
 def load_backbone(backbone: Backbone, pretrained: bool) -> lpips.LPIPS:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), no_pickles():
         warnings.simplefilter("ignore")  # lpips speaks torchvision's older dialect
-        torch.manual_seed(RANDOM_SEED)
+        torch.manual_seed(0)
         try:
             return lpips.LPIPS(net=backbone, pnet_rand=not pretrained, verbose=False)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -146,8 +146,7 @@ def tyro_errors() -> Iterator[None]:
 
 def as_json(config: Any) -> dict[str, Any]:
     """A dataclass in JSON's types: tuples as lists, paths as strings."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return plain
+    return dict(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
 
 
 def differences(saved: Mapping[str, Any], config: Any, *, free: Sequence[str]) -> list[str]:

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env
 from tqdm import tqdm
@@ -18,7 +20,6 @@ from ldm_vae.errors import ConfigError, RunError
 from ldm_vae.files import digest_of_json
 from ldm_vae.progress import progress
 from ldm_vae.runs.config import RunConfig
-from ldm_vae.runs.precision import fast_precision
 from ldm_vae.runs.processes import StopSignal, any_process
 from ldm_vae.runs.run import Run, saved_config
 from ldm_vae.runs.state import Part, load_state
@@ -30,6 +31,8 @@ FREE_ON_RESUME = (
 )
 """Fields that a resumed run may change: no result depends on them beyond rounding."""
 
+FAST_BF16 = {"avx512_bf16", "amx_bf16"}
+"""Instructions with which a CPU multiplies in bf16; without them it is slower than float32."""
 FIRST_GRIDS = (10, 100)
 UNHEALTHY_LIMIT = 3
 TrainerConfig = TypeVar("TrainerConfig", bound=RunConfig)
@@ -59,6 +62,20 @@ def start(config: TrainerConfig) -> tuple[TrainerConfig, Accelerator]:
     config.check(accelerator.num_processes)
     accelerator.print(f"mixed precision: {config.mixed_precision}")
     return config, accelerator
+
+
+def fast_precision(device: torch.device) -> Literal["no", "bf16"]:
+    """bf16 where the device computes it fast, otherwise float32 ("no")."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if device.type == "xpu" or (device.type == "cpu" and FAST_BF16 & cpu_flags()) else "no"
+
+
+def cpu_flags() -> set[str]:
+    """The instruction sets that Linux names; nothing elsewhere."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
 
 
 class Loop:

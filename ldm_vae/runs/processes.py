@@ -16,7 +16,6 @@ from accelerate.utils import InitProcessGroupKwargs
 
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(days=7))
 """For jobs that divide their work once: a process that is done waits for the slowest, longer than ten minutes."""
-PR_SET_PDEATHSIG = 1
 
 
 def any_process(flag: bool, accelerator: Accelerator) -> bool:
@@ -53,4 +52,4 @@ def follow_launcher() -> None:
     """Asks Linux for a SIGTERM when `accelerate launch` dies, which does not pass signals on to a single process."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if launched and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

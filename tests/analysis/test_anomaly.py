@@ -15,6 +15,7 @@ from ldm_vae import cli
 from ldm_vae.analysis.anomaly import (
     SHRINKAGE,
     AnomalyDetector,
+    Facts,
     LatentGaussian,
     dissimilarity,
     fit_detector,
@@ -46,7 +47,7 @@ def detector() -> AnomalyDetector:
     held_out = open_source("procedural:dead-leaves#held-out", resolution=48)
     options = {"blur": 1.0, "share": 0.01, "lpips_backbone": "squeeze", "lpips_pretrained": False}
     methods = ("l1", "ssim", "mahalanobis", "lpips")
-    return fit_detector(make_vae(), head(good, 20), head(held_out, 20), methods=methods, **options)[0]
+    return fit_detector(make_vae(), head(good, 20), head(held_out, 20), Facts(methods=methods, **options))[0]
 
 
 def leaves(index: int) -> torch.Tensor:
@@ -89,7 +90,7 @@ def test_standardised_errors_are_in_units_of_their_variance_at_each_pixel(tmp_pa
     vae = make_vae(latent_channels=5, pool=12, linear_path=False)  # one vector for 48 x 48
     good = [head(open_source(f"procedural:dead-leaves@{i}", resolution=48), 12) for i in (0, 1)]
     options = {"methods": ("standardised",), "blur": 0.0, "share": 1.0, "false_alarm_rate": 0.2}
-    found = fit_detector(vae, *good, **options)[0]  # type: ignore[arg-type]
+    found = fit_detector(vae, *good, Facts(**options))[0]  # type: ignore[arg-type]
 
     def errors(source: Source) -> np.ndarray:
         images = torch.cat([to_images(source[i].pixels)[None] for i in range(12)])
@@ -104,7 +105,7 @@ def test_standardised_errors_are_in_units_of_their_variance_at_each_pixel(tmp_pa
     again = AnomalyDetector.load(tmp_path, vae).maps(to_images(good[1][3].pixels)[None])[0]
     assert np.array_equal(again["standardised"], maps["standardised"])
     with pytest.raises(ConfigError, match="one vector"):
-        fit_detector(make_vae(), *good, **options)  # type: ignore[arg-type]
+        fit_detector(make_vae(), *good, Facts(**options))  # type: ignore[arg-type]
 
 
 def test_images_of_any_size_are_squares_to_an_autoencoder_of_vectors(model: Path, tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_images_of_any_size_are_squares_to_an_autoencoder_of_vectors(model: Path
 def test_a_network_that_finds_blemishes_has_its_own_method_and_no_other() -> None:
     finder = make_vae(out_channels=1, finds_blemishes=True, linear_path=False)
     good = [head(open_source(f"procedural:dead-leaves@{i}", resolution=48), 5) for i in (0, 1)]
-    found = fit_detector(finder, *good, blur=0.0, false_alarm_rate=0.3)[0]
+    found = fit_detector(finder, *good, Facts(blur=0.0, false_alarm_rate=0.3))[0]
     assert found.facts.methods == ("blemishes",)
     maps, given = found.maps(leaves(3))
     with torch.inference_mode():
@@ -142,7 +143,7 @@ def test_a_network_that_finds_blemishes_has_its_own_method_and_no_other() -> Non
     assert torch.allclose(given, 2 * probability - 1, atol=1e-6)
     for vae, methods in ((finder, ("l1",)), (finder, ("blemishes", "mahalanobis")), (make_vae(), ("blemishes",))):
         with pytest.raises(ConfigError, match="blemishes is the one method of networks that find these"):
-            fit_detector(vae, *good, methods=methods, false_alarm_rate=0.3)
+            fit_detector(vae, *good, Facts(methods=methods, false_alarm_rate=0.3))
 
 
 def test_the_map_of_lpips_is_its_distance_place_by_place() -> None:
@@ -177,9 +178,8 @@ def test_ssims_map_has_the_mean_of_the_metric() -> None:
 def test_fresh_good_images_raise_alarms_at_the_rate_asked_for(detector: AnomalyDetector) -> None:
     """A detector of 60 images held out, and 200 fresh ones: within the binomial interval, and that of the threshold."""
     held_out = open_source("procedural:dead-leaves@1", resolution=48)
-    found = fit_detector(
-        detector.vae, head(held_out, 5), head(held_out, 60), blur=1.0, share=0.01, false_alarm_rate=0.2
-    )[0]
+    facts = Facts(blur=1.0, share=0.01, false_alarm_rate=0.2)
+    found = fit_detector(detector.vae, head(held_out, 5), head(held_out, 60), facts)[0]
     own = [found.scores(found.maps(to_images(held_out[i].pixels)[None])[0]) for i in range(60)]
     for method, threshold in found.facts.thresholds.items():
         assert threshold == threshold_at([s[method] for s in own], 0.2)  # of what was held out, and nothing else
@@ -240,9 +240,9 @@ def test_a_detector_is_saved_and_goes_with_its_autoencoder_alone(detector: Anoma
         detector.maps(torch.zeros(1, 3, 8, 30))
     good = open_source("procedural:dead-leaves", resolution=48)
     with pytest.raises(ConfigError, match="share"):
-        fit_detector(make_vae(), good, good, share=0.0)
+        fit_detector(make_vae(), good, good, Facts(share=0.0))
     with pytest.raises(ConfigError, match="surroundings"):
-        fit_detector(make_vae(), good, good, surroundings=-1.0)
+        fit_detector(make_vae(), good, good, Facts(surroundings=-1.0))
 
 
 @pytest.fixture(scope="module")

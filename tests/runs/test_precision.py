@@ -10,8 +10,7 @@ from accelerate.state import AcceleratorState
 
 from ldm_vae.errors import RunError
 from ldm_vae.runs.config import RunConfig
-from ldm_vae.runs.loop import FREE_ON_RESUME, start
-from ldm_vae.runs.precision import fast_precision
+from ldm_vae.runs.loop import FREE_ON_RESUME, fast_precision, start
 from ldm_vae.runs.run import Run, saved_config
 
 OLD, NEW = {"sse2", "avx2", "avx512f"}, {"avx2", "avx512f", "avx512_bf16"}
@@ -20,7 +19,7 @@ OLD, NEW = {"sse2", "avx2", "avx512f"}, {"avx2", "avx512f", "avx512_bf16"}
 def pretend(monkeypatch: pytest.MonkeyPatch, flags: set[str]) -> None:
     """Moves the process to a machine whose CPU has these flags."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr("ldm_vae.runs.precision.cpu_flags", lambda: flags)
+    monkeypatch.setattr("ldm_vae.runs.loop.cpu_flags", lambda: flags)
 
 
 @pytest.mark.parametrize(
