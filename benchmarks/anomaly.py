@@ -153,9 +153,6 @@ def alarm_rates(detector: AnomalyDetector, scored: Scored, anomalous: np.ndarray
     return {"false_alarms": float(alarms[~anomalous].mean()), "detected": float(alarms[anomalous].mean())}
 
 
-# Without a network ---------------------------------------------------------------------------------------------------
-
-
 def flattened(images: Sequence[Pixels], side: int) -> np.ndarray:
     """Grey images resized to side x side: (N, side * side) in [0, 1]."""
     return np.stack([resize(p, (side, side))[:, :, 0].astype(np.float32).ravel() / 255 for p in images])
@@ -194,9 +191,6 @@ def neighbour_distances(good: Sequence[Pixels], test: Sequence[Pixels], side: in
     """Mean distance to the nearest good images, on pixels: (N,)."""
     nearest = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(flattened(good, side))
     return nearest.kneighbors(flattened(test, side))[0].mean(axis=1)
-
-
-# Areas under the ROC curve -------------------------------------------------------------------------------------------
 
 
 def auroc(scores: Any, anomalous: Any) -> float:
@@ -238,9 +232,6 @@ def mean_difference_interval(ours: list[np.ndarray], theirs: list[np.ndarray], l
         gain = (ordered_pairs(a, bad) - ordered_pairs(b, bad)).astype(np.float32)
         total += ((times[:, bad] @ gain) * times[:, ~bad]).sum(axis=1) / gain.size
     return middle_95_percent(total / len(ours))
-
-
-# Defects of tiles ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

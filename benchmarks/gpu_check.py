@@ -35,8 +35,6 @@ from ldm_vae.timing import peak_flops, seconds_of_script
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the check on a GPU."""
-
     output: Path
     photos: str | None = None
     """Training photos; without them, no VAE is trained."""
@@ -51,9 +49,6 @@ class Config:
     """Of the measurements of speed."""
     seconds: float = 0.3
     """Of each measurement, in each round."""
-
-
-# Are results right? -------------------------------------------------------------------------------------------------
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -95,9 +90,6 @@ def sample(vae: Any, unet: Any) -> torch.Tensor:
     output = pipeline([0, 1], generator=[1, 2], num_inference_steps=10, guidance_scale=2.0, output_type="pt")
     images: torch.Tensor = output.images
     return images
-
-
-# How fast is it, and what does it look like? --------------------------------------------------------------------------
 
 
 def speed(folder: Path, config: Config, *words: str) -> dict[str, Any]:

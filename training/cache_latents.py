@@ -36,8 +36,6 @@ from ldm_vae.runs.processes import PATIENCE
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of the caching of latents."""
-
     vae: str
     """Run directory, diffusers folder or hub id."""
     data: str

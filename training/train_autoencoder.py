@@ -51,8 +51,6 @@ from ldm_vae.runs.step import sent
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ImageConfig):
-    """Flags of the autoencoders' trainer."""
-
     reconstruction: Literal["l1", "l2", "charbonnier", "cross-entropy"] = "l2"
     """cross-entropy makes a detector: it sees blemishes made on images, and gives the log-odds of one at each place."""
     posterior: Literal["deterministic", "gaussian"] = "deterministic"

@@ -44,8 +44,6 @@ from ldm_vae.runs.step import sent
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ImageConfig):
-    """Flags of the codec's trainer."""
-
     latent_channels: Annotated[int | None, Range(at_least=1)] = None
     """Channels of the latents; the preset's unless given. Few are for low rates."""
     rate_weight: Annotated[float, Range(above=0)] = 0.02

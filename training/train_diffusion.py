@@ -53,8 +53,6 @@ SAMPLED_CLASSES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DenoiserConfig):
-    """Flags of the diffusion model's trainer."""
-
     latents: Path | None = None
     """Cache that training/cache_latents.py made; or --data and --vae, to encode images as they come."""
     data: str | None = None

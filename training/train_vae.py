@@ -40,8 +40,6 @@ from ldm_vae.runs.images import check_network, crops_of, forget_scale, start_on_
 
 @dataclass(frozen=True, kw_only=True)
 class Config(VAEConfig):
-    """Flags of the VAE's trainer."""
-
     train: Literal["all", "decoder"] = "all"
     """decoder leaves the encoder, and so the latents, as they are."""
     disc_learning_rate: Annotated[float, Range(above=0)] = 2e-4

@@ -41,8 +41,6 @@ IN_ONE = 4 * SIDE**2
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Flags of scripts that send images through an autoencoder."""
-
     vae: str
     """Run directory, diffusers folder or hub id."""
     input: str

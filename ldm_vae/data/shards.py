@@ -96,9 +96,6 @@ def marks_of(shards: Sequence[str]) -> list[list[Any]]:
         return list(pool.map(mark, shards))
 
 
-# Building ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Scan:
     """A shard's samples in their order: rows whose `label` is an index into `classes`, or -1."""
@@ -245,9 +242,6 @@ def in_parts(file: Path, rows: int = 1 << 16) -> Iterator[np.ndarray]:
     with open(file, "rb") as data:
         while content := data.read(rows * ROW.itemsize):
             yield np.frombuffer(content, ROW).copy()
-
-
-# Reading -------------------------------------------------------------------------------------------------------------
 
 
 def local_content(shard: str, begin: int, end: int) -> bytes:

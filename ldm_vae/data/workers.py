@@ -156,8 +156,6 @@ def sendable(error: Exception) -> Exception:
     return error
 
 
-# Memory that both processes see ---------------------------------------------------------------------------------------
-
 NOTICE = struct.Struct("<QQ")
 """All that goes through the socket beside the memory's descriptor: where its table of contents begins and ends."""
 ALIGNMENT = 64
