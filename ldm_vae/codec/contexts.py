@@ -90,12 +90,12 @@ class Contexts:
     def at(self, volume: Integers, places: Integers, channels: Integers) -> tuple[Integers, Integers, Integers]:
         """Prediction, sign of what is off, and table (n,) at flat `places` of the padded volume."""
         mean, activity = self.predict(volume, places, channels)
-        prediction, sign, phase = split(mean)
+        prediction, sign, phase = split_mean(mean)
         bins = (activity[:, None] >= self.thresholds[channels]).sum(axis=1)
         return prediction, sign, (channels * self.num_activities + bins) * NUM_PHASES + phase
 
 
-def split(mean: Integers) -> tuple[Integers, Integers, Integers]:
+def split_mean(mean: Integers) -> tuple[Integers, Integers, Integers]:
     """A mean in units of 2^-12 -> the nearest integer, the side on which it lies of it (-1 or 1), and its phase."""
     prediction = (mean + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS
     off = mean - (prediction << WEIGHT_BITS)  # in [-2^11, 2^11)
@@ -159,7 +159,7 @@ def decode_symbols(payload: bytes, shape: tuple[int, int, int], contexts: Contex
     escapes = Varints(payload)
     length = escapes.next()
     begin = escapes.position
-    decoder = rans.Decoder(payload[begin + length :], lanes=lanes)
+    decoder = rans.RansDecoder(payload[begin + length :], lanes=lanes)
     volume = padded(np.zeros(shape, np.int64))
     flat = volume.reshape(-1)
     places, channels, groups = wavefronts(*shape)

@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 from scipy.optimize import nnls
 
-from ldm_vae.codec.contexts import BORDER, MAGNITUDE, NUM_PHASES, WEIGHT_BITS, Contexts, padded, split, wavefronts
+from ldm_vae.codec.contexts import BORDER, MAGNITUDE, NUM_PHASES, WEIGHT_BITS, Contexts, padded, split_mean, wavefronts
 from ldm_vae.codec.rans import MAX_ALPHABET, TOTAL, Frequencies, Integers
 from ldm_vae.codec.tables import Floats
 
@@ -147,7 +147,7 @@ def measured(values: Integers, contexts: Contexts) -> tuple[Integers, Integers, 
     volume = padded(values)
     places, channels, _ = wavefronts(*values.shape)
     mean, activity = contexts.predict(volume, places, channels)
-    prediction, sign, phase = split(mean)
+    prediction, sign, phase = split_mean(mean)
     return channels, activity, phase, (volume.reshape(-1)[places] - prediction) * sign
 
 

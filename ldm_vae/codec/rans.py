@@ -97,7 +97,7 @@ def steps(groups: Integers, lanes: int) -> list[tuple[int, int]]:
     return bounds
 
 
-class Decoder:
+class RansDecoder:
     """Undoes `encode`, a group at a time, so that what was decoded may choose the tables of what comes next.
 
     Raises:

@@ -65,7 +65,7 @@ class Shards:
 def work_on_shards(command: Shards) -> None:
     check_ranges(command.action)
     if isinstance(command.action, Pack):
-        pack(command.action)
+        pack_shards(command.action)
     else:
         index(command.action.shards, command.action.workers)
 
@@ -81,7 +81,7 @@ def index(path: str, workers: int) -> None:
     print(f"{len(source)} images in {len(shards)} shards{classes}; the index is {folder}")
 
 
-def pack(command: Pack) -> None:
+def pack_shards(command: Pack) -> None:
     """Shards that were finished before it was stopped are not made again.
 
     Raises:

@@ -28,7 +28,7 @@ def draw(rng: np.random.Generator, frequencies: np.ndarray, tables: np.ndarray) 
 
 
 def decode_all(payload: bytes, tables: np.ndarray, groups: np.ndarray, f: rans.Frequencies, lanes: int) -> np.ndarray:
-    decoder = rans.Decoder(payload, lanes=lanes)
+    decoder = rans.RansDecoder(payload, lanes=lanes)
     parts = np.split(tables, np.cumsum(groups)[:-1])
     found = [decoder.decode(part, f) for part in parts]
     decoder.finish()
