@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from ldm_vae.commands.codec import Compress, Decompress, Info, compress, decompr
 from ldm_vae.commands.embed import Embed, embed_images
 from ldm_vae.commands.fit_codec import FitCodec, fit_codec
 from ldm_vae.commands.shards import Shards, work_on_shards
-from ldm_vae.errors import one_line_errors
+from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.runs.config import tyro_errors
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -28,11 +30,21 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line; ends with one line on standard error and exit code 2 for what the user can put right."""
+    args = sys.argv[1:] if args is None else args
     with one_line_errors():
-        with tyro_errors():
-            classes: dict[str, Any] = {name: command for name, (command, _) in COMMANDS.items()}
-            command = tyro.extras.subcommand_cli_from_dict(classes, args=args, prog="ldm-vae")
+        try:
+            with tyro_errors():
+                classes: dict[str, Any] = {name: command for name, (command, _) in COMMANDS.items()}
+                command = tyro.extras.subcommand_cli_from_dict(classes, args=args, prog="ldm-vae")
+        except ConfigError as error:
+            raise ConfigError(f"{error}{hint_on_dashes(args)}") from None
         dict(COMMANDS.values())[type(command)](command)  # type: ignore[index]
+
+
+def hint_on_dashes(args: Sequence[str]) -> str:
+    """What to write for a file whose name begins with a dash, where one of the words may be one."""
+    dashed = next((word for word in args if re.match(r"-[^-]", word)), None)
+    return f"; {dashed} was read as a flag: if it is a file, write ./{dashed}, or -- before it" if dashed else ""
 
 
 if __name__ == "__main__":

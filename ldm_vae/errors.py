@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -78,12 +79,17 @@ class CorruptError(CompressedFileError):
 def one_line_errors() -> Iterator[None]:
     """Ends a script with one line on standard error, and exit code 2 when the user can put the error right.
 
-    Where another process of the launch is gone, the code is 1.
+    Where another process of the launch is gone, the code is 1; where nobody reads the output any longer, there is no
+    line, and the code is 141, as for programs that the system ends (128 + SIGPIPE).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be no text
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what is left is not printed at the exit
+        raise SystemExit(141) from None
     except (LdmVaeError, ValueError, OSError) as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -70,19 +71,34 @@ def lock(directory: Path) -> IO[bytes]:
 def atomic(file: Path) -> Iterator[IO[bytes]]:
     """Opens a temporary file for bytes, which replaces `file`, flushed, when the block ends without an error.
 
+    A file that was there leaves its mode, a symbolic link stays and gets another target. What is no regular file, such
+    as a pipe or a device, is written straight into.
+
     Raises:
         RunError: it cannot be written; an older file is unharmed.
     """
     with said_of(file):
-        beside = beside_of(file, f"{secrets.token_hex(4)}.part")
+        if is_special(file):
+            with open(file, "wb") as out:
+                yield out
+            return
+        target = Path(os.path.realpath(file))
+        beside = beside_of(target, f"{secrets.token_hex(4)}.part")
         try:
             with open(beside, "xb") as out:
                 yield out
                 flush(out)
-            os.replace(beside, file)
+            if target.exists():
+                os.chmod(beside, stat.S_IMODE(target.stat().st_mode))
+            os.replace(beside, target)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
+
+
+def is_special(file: Path) -> bool:
+    """Whether it is there and neither a regular file nor a folder: a pipe, a socket or a device."""
+    return file.exists() and not file.is_file() and not file.is_dir()
 
 
 @contextmanager
@@ -95,6 +111,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
         RunError: it cannot be written; an older folder is unharmed, or restored by the next call.
     """
     with said_of(target):
+        target = Path(os.path.realpath(target))  # a symbolic link stays
         staging, old = beside_of(target, "new"), beside_of(target, "old")
         if old.exists() and not target.exists():  # killed between the two renames below
             os.rename(old, target)
@@ -133,9 +150,11 @@ def beside_of(target: Path, what: str) -> Path:
 
 @contextmanager
 def said_of(target: Path) -> Iterator[None]:
-    """Errors of the system, or of safetensors, as a RunError that names the target."""
+    """Errors of the system, or of safetensors, as a RunError that names the target; not that of a closed pipe."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from None
 

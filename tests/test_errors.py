@@ -37,6 +37,18 @@ def test_names_that_are_no_text_can_be_printed(monkeypatch: pytest.MonkeyPatch) 
     assert out.getvalue() == b"left out: \\udcff.png\n"
 
 
+def test_output_that_nobody_reads_any_longer_ends_without_a_word(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", open(write, "w"))  # noqa: SIM115
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        print("a short line, which is written when the command ends")
+    assert ended.value.code == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
+
+
 def test_a_worker_that_the_system_ends_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     def load() -> None:
         list(made_ahead(ending, ["killed"], num_workers=1))

@@ -261,6 +261,36 @@ def test_a_file_has_the_rights_and_may_have_the_name_that_the_system_allows(tmp_
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_link_stays_a_link_and_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.png").write_bytes(b"old")
+    (tmp_path / "real" / "a.png").chmod(0o640)
+    (tmp_path / "a.png").symlink_to("real/a.png")
+    (tmp_path / "model").symlink_to("real")
+    with atomic(tmp_path / "a.png") as out:
+        out.write(b"new")
+    assert (tmp_path / "a.png").is_symlink()
+    assert (tmp_path / "real" / "a.png").read_bytes() == b"new"
+    assert (tmp_path / "real" / "a.png").stat().st_mode & 0o777 == 0o640
+    with staged_directory(tmp_path / "model") as staging:
+        (staging / "weights").write_text("new")
+    assert (tmp_path / "model").is_symlink()
+    assert [p.name for p in (tmp_path / "real").iterdir()] == ["weights"]
+
+
+def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with atomic(tmp_path / "pipe") as out:
+        out.write(b"through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    with atomic(Path(os.devnull)) as out:
+        out.write(b"gone")
+    assert Path(os.devnull).is_char_device()
+
+
 def test_a_table_takes_every_name_and_stays_when_the_next_cannot_be_written(tmp_path: Path) -> None:
     file = tmp_path / "bad_images.csv"
     rows = [{"name": os.fsdecode(b"\xff.png"), "reason": 'says "no",\nand é'}, {"name": "b.png", "reason": ""}]
