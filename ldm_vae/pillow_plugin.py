@@ -13,8 +13,9 @@ from PIL import Image, ImageFile
 
 from ldm_vae.codec.bitstream import ALPHA, EXIF, EXTENSION, ICC, MAGIC, MODEL_VARIABLE, unpack
 from ldm_vae.codec.codec import LatentCodec
-from ldm_vae.codec.picture import EXIF_PREFIX, as_picture, without_layout
+from ldm_vae.codec.picture import as_picture
 from ldm_vae.codec.sections import MAX_METADATA, inflate
+from ldm_vae.data.metadata import EXIF_PREFIX, without_layout
 from ldm_vae.errors import ConfigError
 
 FORMAT = "LDI"

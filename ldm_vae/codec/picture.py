@@ -14,19 +14,10 @@ from PIL import Image
 from ldm_vae.codec.bitstream import EXTENSION
 from ldm_vae.data import large
 from ldm_vae.data.images import Pixels, check_values
+from ldm_vae.data.metadata import EXIF_PREFIX, metadata_of
 from ldm_vae.data.png import stream_png
-from ldm_vae.data.reader import MAX_PIXELS, formats, limits_are_ours, pil_pixels, read_pixels
+from ldm_vae.data.reader import MAX_PIXELS, ReadOptions, limits_are_ours, pil_pixels, read_image
 from ldm_vae.errors import BadImageError, ConfigError
-
-EXIF_PREFIX = b"Exif\0\0"
-"""Before EXIF in JPEG, and where PIL hands it over; PNG and our files go without."""
-LAYOUT_TAGS = frozenset(
-    [*range(254, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, 318, 319, *range(320, 326), 330, 332]
-    + [*range(338, 342), 347, *range(512, 522), *range(529, 533), 700, 33723, 34377, 34675]
-)
-"""What a TIFF says of how it is stored, with orientation (274) and metadata in other formats: not the picture's."""
-NO_PROFILE = frozenset(("CMYK", "YCbCr", "LAB", "HSV"))
-"""Modes that are converted, so that a profile describes the picture no longer."""
 
 FINEST: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
@@ -84,8 +75,8 @@ def as_picture(image: Image.Image | Pixels | Picture, *, channels: int = 3) -> P
     if isinstance(image, Picture):
         return image
     if isinstance(image, Image.Image):
-        icc, exif = metadata_of(image)
-        return from_pixels(pil_pixels(image), channels=channels, icc=icc, exif=exif)
+        metadata = metadata_of(image)
+        return from_pixels(pil_pixels(image), channels=channels, icc=metadata.icc, exif=metadata.exif)
     return from_pixels(np.atleast_3d(image), channels=channels)
 
 
@@ -133,40 +124,15 @@ def read_picture(
         BadImageError: there is none in them.
         OSError: the file cannot be read.
     """
-    values = None if scratch is None else large.read_large(file, scratch, channels=None, max_pixels=max_pixels)
-    if values is not None:  # PIL would decode it to find its EXIF
-        icc, exif = large.large_metadata(file)
-        return from_pixels(values, channels=channels, icc=icc, exif=without_layout(exif))
-    data = file.read_bytes() if isinstance(file, Path) else file
-    values = read_pixels(data, channels=channels, keep_alpha=True, max_pixels=max_pixels)
-    try:
-        with limits_are_ours(), Image.open(io.BytesIO(data), formats=formats()) as image:
-            icc, exif = metadata_of(image)
-    except Exception:  # not a kind of file that PIL knows
-        icc = exif = b""
-    return from_pixels(values, channels=channels, icc=icc, exif=exif)
-
-
-def metadata_of(image: Image.Image) -> tuple[bytes, bytes]:
-    """ICC profile and EXIF of PIL's image; nothing for metadata that cannot be read: the pixels are what counts."""
-    icc = b"" if image.mode in NO_PROFILE else image.info.get("icc_profile") or b""
-    try:
-        exif = image.getexif().tobytes()  # a copy: the image's own stays as it is
-    except Exception:
-        exif = b""
-    return icc, without_layout(exif)
-
-
-def without_layout(exif: bytes) -> bytes:
-    """EXIF without the prefix, and without what described the file that it comes from; nothing if it is damaged."""
-    try:
-        tags = Image.Exif()
-        tags.load(exif)
-        for tag in LAYOUT_TAGS & set(tags):
-            del tags[tag]
-        return (tags.tobytes() if len(tags) else b"").removeprefix(EXIF_PREFIX)
-    except Exception:
-        return b""
+    found = read_image(
+        file,
+        channels=channels,
+        keep_alpha=True,
+        max_pixels=max_pixels,
+        options=ReadOptions(keep_colour=True),
+        scratch=scratch,
+    )
+    return from_pixels(found.pixels, channels=channels, icc=found.metadata.icc, exif=found.metadata.exif)
 
 
 def encode_picture(picture: Picture, extension: str) -> bytes:

@@ -91,16 +91,6 @@ def open_with_vips(image_file: bytes | Path) -> Any:
     return pyvips.Image.new_from_buffer(image_file, "", **options)
 
 
-def large_metadata(image_file: bytes | Path) -> tuple[bytes, bytes]:
-    """ICC profile and EXIF of a large image, as they are in the file; nothing for what cannot be read."""
-    try:
-        image = open_with_vips(image_file)
-        icc, exif = (image.get(n) if image.get_typeof(n) else b"" for n in ("icc-profile-data", "exif-data"))
-    except (pyvips.Error, OSError):
-        return b"", b""
-    return bytes(icc), bytes(exif)
-
-
 def on_disk(shape: tuple[int, ...], dtype: Any, folder: Path) -> Pixels:
     """Room for an array, reserved: a mapped page that the disk has no place for would end the process."""
     with tempfile.TemporaryFile(dir=folder) as file:

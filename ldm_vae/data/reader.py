@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -16,12 +16,85 @@ from PIL import Image, ImageOps
 
 from ldm_vae.data.image_files import EXTENSIONS
 from ldm_vae.data.images import Pixels, check_size, check_values, convert_channels, exact_channels, orient
-from ldm_vae.data.large import DTYPES, open_with_vips
+from ldm_vae.data.large import DTYPES, open_with_vips, read_large
+from ldm_vae.data.metadata import Metadata, head_of, large_png_metadata, metadata_of
+from ldm_vae.data.png import SIGNATURE
 from ldm_vae.errors import BadImageError
 
 MAX_PIXELS = 100_000_000
 NUMPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """What files of these kinds begin with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How files are understood, where there is more than one way."""
+
+    keep_colour: bool = False
+    """Leave the pixels in the file's colour space; without it they are converted to sRGB."""
+    pages_as_channels: bool = False
+    """The pages of a TIFF are its channels; without it the first page is the image."""
+    value_range: tuple[float, float] | None = None
+    """Values of black and of white, in files of floats and of more than 8 bits; what lies outside is clipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFile:
+    """What a file holds: `pixels` (H, W, C), what is written beside them, and what whoever reads it should hear."""
+
+    pixels: Pixels
+    metadata: Metadata = field(default_factory=Metadata)
+    notes: tuple[str, ...] = ()
+
+
+def read_image(
+    file: bytes | Path,
+    *,
+    channels: int = 3,
+    keep_alpha: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    options: ReadOptions = ReadOptions(),
+    scratch: Path | None = None,
+) -> ImageFile:
+    """A file, or its bytes -> pixels (H, W, channels): uint8, uint16 of deeper integers, or float32 in [0, 1].
+
+    `docs/files.md` says what is read, at which depth, and what is noted. The orientation that EXIF names is applied.
+
+    Args:
+        keep_alpha: as many channels as the file has. Unless they are `channels`, the last of 2 and of 4 is
+            transparency.
+        scratch: a folder where large images are kept (`read_large`); only with `options.keep_colour`.
+
+    Raises:
+        BadImageError: empty, truncated, not an image, more than `max_pixels`, or channels that do not fit.
+        OSError: the file cannot be read, or `scratch` has no room.
+    """
+    if scratch is not None:
+        pixels = read_large(file, scratch, channels=None if keep_alpha else channels, max_pixels=max_pixels)
+        if pixels is not None:
+            return ImageFile(pixels=pixels, metadata=large_metadata(file))
+    data = file.read_bytes() if isinstance(file, Path) else file
+    pixels = read_pixels(data, channels=channels, keep_alpha=keep_alpha, max_pixels=max_pixels)
+    try:
+        with limits_are_ours(), Image.open(io.BytesIO(data), formats=formats()) as image:
+            image.load()
+            metadata = metadata_of(image, data)
+    except Exception:  # not a kind of file that PIL knows
+        metadata = Metadata()
+    return ImageFile(pixels=pixels, metadata=metadata)
+
+
+def large_metadata(file: bytes | Path) -> Metadata:
+    """Of a file that `read_large` reads, without decoding it; nothing where it cannot be read."""
+    try:
+        head = file[:8] if isinstance(file, bytes) else head_of(file)[:8]
+        if head == SIGNATURE:
+            return large_png_metadata(file)
+        source = io.BytesIO(file) if isinstance(file, bytes) else file
+        with limits_are_ours(), Image.open(source, formats=formats()) as image:
+            return metadata_of(image)
+    except Exception:  # the pixels are what counts
+        return Metadata()
 
 
 def read_pixels(data: bytes, *, channels: int = 3, keep_alpha: bool = False, max_pixels: int = MAX_PIXELS) -> Pixels:

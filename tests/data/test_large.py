@@ -12,8 +12,9 @@ from PIL import Image
 
 from ldm_vae.data import large
 from ldm_vae.data.large import read_large
+from ldm_vae.data.metadata import Metadata
 from ldm_vae.data.png import stream_png
-from ldm_vae.data.reader import read_pixels
+from ldm_vae.data.reader import large_metadata, read_pixels
 from ldm_vae.errors import BadImageError
 
 
@@ -99,7 +100,7 @@ def test_a_name_that_is_no_text_is_read_as_any_other(tmp_path: Path) -> None:
     file.write_bytes(as_file(pixels_of(3), "PNG"))
     found = read_large(file, tmp_path, channels=3, max_pixels=10**6)
     assert np.array_equal(found, pixels_of(3))
-    assert large.large_metadata(file) == (b"", b"")
+    assert large_metadata(file) == Metadata()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
