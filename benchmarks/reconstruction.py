@@ -55,8 +55,6 @@ class Config:
     perceptual: Literal["pretrained", "random", "none"] = "pretrained"
     """LPIPS with pretrained features, with random ones (labelled so), or no LPIPS."""
     lpips_backbone: Backbone = "alex"
-    lpips_channels: tuple[int, int, int] | None = None
-    """The three channels that LPIPS sees, when the images have neither one nor three."""
     gallery: int = 8
     """How many of the worst images the gallery shows."""
 
@@ -183,7 +181,6 @@ def load_lpips(channels: int, config: Config, accelerator: Accelerator) -> Perce
             config.lpips_backbone,
             pretrained=config.perceptual == "pretrained",
             image_channels=channels,
-            channels=config.lpips_channels,
         ).to(accelerator.device)
 
 

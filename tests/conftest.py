@@ -18,11 +18,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a network
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_sampling_steps() -> None:
-    """Of the grids that diffusion runs draw: what they show after a few training steps is nothing yet."""
-    from training import train_diffusion  # not before the hub's library is told to stay offline
+def small_grids() -> None:
+    from tests.processes import few_sampling_steps  # not before the hub's library is told to stay offline
 
-    train_diffusion.SAMPLE_STEPS = 2
+    few_sampling_steps()
 
 
 @pytest.fixture(autouse=True)

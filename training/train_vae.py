@@ -42,7 +42,7 @@ from ldm_vae.runs.images import check_network, crops_of, forget_scale, start_on_
 class Config(VAEConfig):
     train: Literal["all", "decoder"] = "all"
     """decoder leaves the encoder, and so the latents, as they are."""
-    disc_learning_rate: Annotated[float, Range(above=0)] = 2e-4
+    disc_learning_rate: tyro.conf.Suppress[Annotated[float, Range(above=0)]] = 2e-4
     spectral_norm: tyro.conf.Suppress[bool] = False
     """Spectral norm instead of group norm in the discriminator."""
 
@@ -95,7 +95,6 @@ def build(config: Config, accelerator: Accelerator) -> VAEState:
                 config.lpips_backbone,
                 pretrained=config.perceptual == "pretrained",
                 image_channels=config.channels,
-                channels=config.lpips_channels,
             )
         state.lpips = lpips.to(accelerator.device).to(memory_format=torch.channels_last)
     return state
@@ -129,6 +128,8 @@ def main(config: Config) -> None:
     images = validation_set(loop, val_source, config, vae)
     if config.perceptual == "random":
         accelerator.print("LPIPS has a random backbone: its values compare with nothing else")
+    if config.perceptual != "none" and config.channels > 3:
+        accelerator.print(f"LPIPS sees the first three of {config.channels} channels")
     with loop:
         for step, batches in loop.steps(crops, collate):
             peaks = {"vae": config.learning_rate, "discriminator": config.disc_learning_rate}

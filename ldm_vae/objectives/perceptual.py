@@ -38,38 +38,26 @@ class PerceptualLoss(nn.Module):
     """LPIPS between images (B, C, H, W) in [-1, 1]: `forward(reconstruction, images)` is its mean over the batch.
 
     The backbone is frozen; the gradient reaches the reconstruction. LPIPS knows three channels: one channel is
-    repeated, three are taken as they are, and for any other number `channels` names the three that are shown to it.
+    repeated, and of more than three it sees the first three.
 
     Args:
         backbone: vgg, alex or squeeze.
         pretrained: False takes a randomly initialised backbone (always the same one). Its distances are those of
             random features and must be labelled so.
         image_channels: C.
-        channels: three indices, needed unless C is 1 or 3.
 
     Raises:
-        ConfigError: C is neither 1 nor 3, and `channels` is missing or out of range.
+        ConfigError: C is 2.
         ModelError: the pretrained weights are missing and cannot be downloaded.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone = "vgg",
-        *,
-        pretrained: bool = True,
-        image_channels: int = 3,
-        channels: tuple[int, int, int] | None = None,
-    ) -> None:
+    def __init__(self, backbone: Backbone = "vgg", *, pretrained: bool = True, image_channels: int = 3) -> None:
         super().__init__()
-        if channels is None and image_channels not in (1, 3):
+        if image_channels == 2:
             raise ConfigError(
-                f"LPIPS sees three channels and the images have {image_channels}: name three of them "
-                "(training: --lpips-channels 2 1 0) or do without it (training: --perceptual none; anomaly fit: other "
-                "--methods)"
+                "LPIPS sees three channels and the images have 2: do without it (training: --perceptual none; anomaly "
+                "fit: other --methods)"
             )
-        if channels is not None and not all(0 <= c < image_channels for c in channels):
-            raise ConfigError(f"LPIPS channels {channels} are not all among the images' 0..{image_channels - 1}")
-        self.channels = list(channels) if channels else None
         self.lpips = load_backbone(backbone, pretrained)
         self.requires_grad_(False)
 
@@ -89,9 +77,7 @@ class PerceptualLoss(nn.Module):
             self.lpips.spatial = False
 
     def three(self, images: Tensor) -> Tensor:
-        if self.channels is not None:
-            return images[:, self.channels]
-        return images.expand(-1, 3, -1, -1)  # (B, 3, H, W): one channel repeated, three as they are
+        return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]  # (B, 3, H, W)
 
     def train(self, mode: bool = True) -> PerceptualLoss:
         return super().train(False)  # dropout stays off

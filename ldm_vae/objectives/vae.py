@@ -33,8 +33,6 @@ class VAEConfig(ImageConfig):
     """LPIPS with pretrained features, with random features (no download), or without LPIPS."""
     lpips_backbone: Backbone = "vgg"
     lpips_weight: Annotated[float, Range(at_least=0)] = 1.0
-    lpips_channels: tuple[int, int, int] | None = None
-    """The three channels that LPIPS sees, when the images have neither one nor three."""
     adversarial: Literal["hinge", "non-saturating", "none"] = "hinge"
     adversarial_weight: Annotated[float, Range(at_least=0)] = 0.5
     """Times the adaptive weight."""

@@ -66,9 +66,9 @@ class RunConfig:
     """Micro-batches a step in each process."""
     learning_rate: Annotated[float, Range(above=0)] = 2e-4
     """Absolute: not scaled with the batch or the processes."""
-    warmup_steps: Annotated[int, Range(at_least=0)] = 100
+    warmup_steps: tyro.conf.Suppress[Annotated[int, Range(at_least=0)]] = 100
     """Steps of linear warm-up; a cosine to zero follows."""
-    max_grad_norm: Annotated[float, Range(above=0)] = 1.0
+    max_grad_norm: tyro.conf.Suppress[Annotated[float, Range(above=0)]] = 1.0
     ema_decay: Annotated[float, Range(at_least=0, below=1)] = 0.999
     mixed_precision: MixedPrecision = "auto"
     """Of autocast. auto: bf16 where the device computes it fast, float32 elsewhere; a resumed run keeps its own."""

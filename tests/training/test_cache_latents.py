@@ -13,7 +13,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, launch, run_until_killed
 from safetensors.torch import load_file
 
 from ldm_vae.data.conversion import to_images
@@ -26,6 +25,7 @@ from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.interface import posterior_of
 from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.runs.config import parse_flags
+from tests.processes import ROOT, kill_at, launch, run_until_killed
 from training import cache_latents
 from training.cache_latents import Config, main
 
@@ -94,7 +94,7 @@ def statistics_of(folder: Path) -> dict[str, list[float]]:
 def test_three_processes_make_the_cache_that_one_makes(
     reference: Path, photos: Path, vae: Path, tmp_path: Path
 ) -> None:
-    done = launch(SCRIPT, words(config_for(photos, vae, tmp_path / "cache")), 3)
+    done = launch(main, config_for(photos, vae, tmp_path / "cache"), processes=3)
     assert done.returncode == 0, done.stderr
     one, three = statistics_of(reference), statistics_of(tmp_path / "cache")
     assert one["count"] == three["count"] == 12 * 2 * 16
@@ -105,26 +105,16 @@ def test_three_processes_make_the_cache_that_one_makes(
         assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-3) for k in a)
 
 
-KILLER = """
-import os, signal, sys
-from ldm_vae.runs.config import parse_flags
-
-from training import cache_latents
-real = cache_latents.write_shard
-def write_shard(folder, shard, **tensors):
-    if shard == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(folder, shard, **tensors)
-cache_latents.write_shard = write_shard
-cache_latents.main(parse_flags(cache_latents.Config, description="", args=sys.argv[1:]))
-"""
+def killed_at_the_third_shard(config: Config) -> None:
+    kill_at(3, cache_latents, "write_shard")
+    main(config)
 
 
 def test_a_killed_job_goes_on_without_doing_finished_shards_again(
     reference: Path, photos: Path, vae: Path, tmp_path: Path
 ) -> None:
     config = replace(config_for(photos, vae, tmp_path / "cache"), num_workers=1)
-    run_until_killed(KILLER, words(config))
+    run_until_killed(killed_at_the_third_shard, config)
     with pytest.raises(DataError, match="is not finished"):
         LatentCache(config.output)
     finished = {f: f.stat().st_mtime_ns for f in config.output.glob("shard-*")}

@@ -1,10 +1,11 @@
-"""Accelerate's own reading of configs/*.yaml, and what its environment makes of the one for FSDP."""
+"""Accelerate's own reading of configs/*.yaml, what its environment makes of the one for FSDP."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from ldm_vae.errors import ConfigError
 from ldm_vae.models.unet import make_denoiser
+from ldm_vae.runs.config import parse_config
 from ldm_vae.runs.loop import start
-from training import train_diffusion, train_vae
+from training import train_autoencoder, train_codec, train_diffusion, train_vae
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 PROCESSES = {"one_gpu": (1, 1), "eight_gpus": (8, 1), "nodes": (32, 4), "fsdp_unet": (8, 1)}
@@ -73,3 +75,10 @@ def test_fsdp_is_of_version_2_and_for_the_denoiser_alone(monkeypatch: pytest.Mon
     assert start(config)[1].is_fsdp2
     with pytest.raises(ConfigError, match="an autoencoder is not divided among processes"):
         train_vae.main(replace(train_vae.PRESETS["demo"][1], output=tmp_path, data="procedural:shapes"))
+
+
+@pytest.mark.parametrize("trainer", [train_vae, train_codec, train_autoencoder, train_diffusion])
+def test_a_trainer_has_36_flags_at_most(trainer: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(trainer.PRESETS, description="", args=[next(iter(trainer.PRESETS)), "--help"])
+    assert 20 < len(re.findall(r"^. --[a-z]", capsys.readouterr().out, flags=re.M)) <= 36

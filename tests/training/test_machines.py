@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, largest_difference, launch_machines, metrics, state, trainer_below, wait_for
 
+from tests.processes import ROOT, largest_difference, launch_machines, metrics, state, trainer_below, wait_for
 from training import train_diffusion, train_vae
 
 SMALL = "--steps 40 --batch-size 4 --resolution 32 --num-workers 0 --learning-rate 1e-4 --mixed-precision no".split()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from diffusers import UNet2DModel
-from processes import ROOT, largest_difference, launch, metrics, state
 
 from ldm_vae.runs.config import parse_config
+from tests.processes import ROOT, largest_difference, launch, metrics, state
 from training import train_diffusion
 
 PROGRAM = """

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT, metrics
 from scipy.ndimage import gaussian_filter
 from scipy.stats import mannwhitneyu
 
@@ -27,10 +25,10 @@ from ldm_vae.metrics import psnr
 from ldm_vae.models.interface import encode_moments, is_variational, posterior_of
 from ldm_vae.models.loading import load_autoencoder, load_network
 from ldm_vae.models.reconstruction import denoise, reconstruct
+from tests.processes import largest_difference, launch, metrics, state
 from training import cache_latents
 from training.train_autoencoder import PRESETS, Config, main, training_crops
 
-SCRIPT = str(ROOT / "training" / "train_autoencoder.py")
 DATA = "procedural:dead-leaves#train"
 
 
@@ -188,13 +186,12 @@ def test_variants_combine_and_do_not_depend_on_how_the_batch_is_split(tmp_path: 
     whole = config_for("denoise", tmp_path / "whole", **changes)
     main(whole)
     main(replace(whole, output=tmp_path / "micro", gradient_accumulation_steps=2))
-    words = ["denoise", *processes.flags(replace(whole, output=tmp_path / "two"), PRESETS["denoise"][1])]
-    two = processes.launch(SCRIPT, words, 2)
+    two = launch(main, replace(whole, output=tmp_path / "two"), processes=2)
     assert two.returncode == 0, two.stderr
-    reference = processes.state(tmp_path / "whole", 3)
+    reference = state(tmp_path / "whole", 3)
     for name in ("micro", "two"):
-        other = processes.state(tmp_path / name, 3)
-        assert processes.largest_difference(reference, other, ("vae", "ema")) < 1e-5
+        other = state(tmp_path / name, 3)
+        assert largest_difference(reference, other, ("vae", "ema")) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -9,24 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import processes
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
 from diffusers.training_utils import EMAModel
-from processes import ROOT, metrics
 
 from ldm_vae.data.loader import Batch
 from ldm_vae.errors import ConfigError
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.loading import load_autoencoder
-from ldm_vae.objectives import losses
+from ldm_vae.objectives import autoencoding, losses
 from ldm_vae.objectives.rate import STEERING, TrainableCodec, steering
 from ldm_vae.runs.config import parse_config
+from tests.processes import flags, kill_at, metrics, run_until_killed, state
 from training.train_codec import PRESETS, CodecState, Config, codec_step, codec_terms, main
 
-SCRIPT = str(ROOT / "training" / "train_codec.py")
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 NOISE = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(1))
 QUALITY = torch.tensor([0.5, 1.0, 2.0, 4.0])
@@ -106,13 +104,17 @@ def config_for(preset: str, output: Path, **changes: Any) -> Config:
     return replace(PRESETS[preset][1], **small | quiet | {"warmup_steps": 1, "mixed_precision": "no"} | changes)
 
 
+def killed_in_the_third_step(config: Config) -> None:
+    kill_at(3, autoencoding, "noise_at")
+    main(config)
+
+
 def test_a_run_logs_its_rate_resumes_and_is_where_a_run_with_coarse_errors_starts(tmp_path: Path) -> None:
     config = config_for("f8c32", tmp_path / "first", latent_channels=8)
     main(replace(config, output=tmp_path / "whole"))
-    words = ["f8c32", *processes.flags(config, PRESETS["f8c32"][1])]
-    processes.run_until_killed(KILLER, words)
+    run_until_killed(killed_in_the_third_step, config)
     main(config)
-    first, whole = (processes.state(tmp_path / name, 3) for name in ("first", "whole"))
+    first, whole = (state(tmp_path / name, 3) for name in ("first", "whole"))
     assert all(torch.equal(first[name], whole[name]) for name in whole)
     lines = [m for m in metrics(config.output) if "rate" in m]
     assert [m["step"] for m in lines] == [1, 2, 3]
@@ -127,23 +129,6 @@ def test_a_run_logs_its_rate_resumes_and_is_where_a_run_with_coarse_errors_start
     again = config_for("f8c32", tmp_path / "again", init=str(config.output), coarse_weight=2.0, steps=1)
     main(again)
     assert metrics(again.output)[0]["coarse"] > 0
-
-
-KILLER = """
-import os, signal, sys
-from ldm_vae.objectives import autoencoding
-from ldm_vae.runs.config import parse_config
-from training import train_codec
-calls, real = 0, autoencoding.noise_at
-def noise_at(*args):
-    global calls
-    calls += 1
-    if calls == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
-autoencoding.noise_at = noise_at
-train_codec.main(parse_config(train_codec.PRESETS, description="", args=sys.argv[1:]))
-"""
 
 
 @pytest.mark.parametrize(
@@ -167,7 +152,7 @@ def test_what_cannot_be_trained_is_said(words: list[str], message: str, tmp_path
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     ).save_pretrained(tmp_path / "tiny")
-    args = ["f8c32", *processes.flags(config_for("f8c32", tmp_path / "run"), PRESETS["f8c32"][1])]
+    args = ["f8c32", *flags(config_for("f8c32", tmp_path / "run", warmup_steps=100), PRESETS["f8c32"][1])]
     args += [word.format(tmp=tmp_path) for word in words]
     with pytest.raises(ConfigError, match=message):
         main(parse_config(PRESETS, description="", args=args))

@@ -17,14 +17,26 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from processes import ENVIRONMENT, ROOT, flags, largest_difference, launch, metrics, run_until_killed, state, wait_for
 
 from ldm_vae.errors import ConfigError, DataError, LdmVaeError, ModelError, RunError, one_line_errors
 from ldm_vae.latents.scaling import scale_latents
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.objectives import denoising
 from ldm_vae.pipeline import load_pipeline
 from ldm_vae.runs.state import state_tensors
+from tests.processes import (
+    ENVIRONMENT,
+    ROOT,
+    flags,
+    kill_at,
+    largest_difference,
+    launch,
+    metrics,
+    run_until_killed,
+    state,
+    wait_for,
+)
 from training import cache_latents, train_diffusion
 from training.train_diffusion import PRESETS, Config, build, main, open_data
 
@@ -116,7 +128,7 @@ def validated(run: Path) -> dict[str, float]:
 def test_two_processes_and_micro_batches_and_one_process_give_the_same_network(
     reference: Path, cache: Path, tmp_path: Path
 ) -> None:
-    two = launch(SCRIPT, words(config_for(cache, tmp_path / "two")), 2)
+    two = launch(main, config_for(cache, tmp_path / "two"), processes=2)
     assert two.returncode == 0, two.stderr
     assert "effective batch 8 = 2 processes x 4 images x 1 micro-batches" in two.stdout
     main(config_for(cache, tmp_path / "micro", gradient_accumulation_steps=2))
@@ -137,21 +149,10 @@ def test_two_processes_and_micro_batches_and_one_process_give_the_same_network(
     assert moved > 1e-4  # it trains: agreement is not idleness
 
 
-KILLER = """
-import os, signal, sys
-from ldm_vae.runs.config import parse_config
-from ldm_vae.objectives import denoising
-from training import train_diffusion
-calls, real = 0, denoising.denoising_losses
-def denoising_losses(*args):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
-denoising.denoising_losses = denoising_losses
-train_diffusion.main(parse_config(train_diffusion.PRESETS, description="", args=sys.argv[2:]))
-"""
+def killed(micro_batch: int, config: Config) -> None:
+    """The run, killed as it begins its so-many-th micro-batch."""
+    kill_at(micro_batch, denoising, "denoising_losses")
+    main(config)
 
 
 def assert_identical(a: Path, b: Path) -> None:
@@ -169,8 +170,8 @@ def test_a_run_killed_in_a_later_epoch_and_again_within_a_step_ends_bit_identica
     whole = config_for(cache, tmp_path / "whole", gradient_accumulation_steps=2)
     main(whole)
     config = replace(whole, output=tmp_path / "killed", num_workers=1)
-    run_until_killed(KILLER, ["7", *words(config)])  # as step 3 begins: the checkpoint of step 2 is the newest
-    run_until_killed(KILLER, ["6", *words(config)])  # resumed at step 2: in step 4, between its two micro-batches
+    run_until_killed(killed, 7, config)  # as step 3 begins: the checkpoint of step 2 is the newest
+    run_until_killed(killed, 6, config)  # resumed at step 2: in step 4, between its two micro-batches
     assert (tmp_path / "killed" / "checkpoints" / "step-4").exists()
     main(config)
     assert_identical(tmp_path / "whole", tmp_path / "killed")
@@ -179,8 +180,8 @@ def test_a_run_killed_in_a_later_epoch_and_again_within_a_step_ends_bit_identica
 
 def test_two_processes_go_on_with_what_one_began(reference: Path, cache: Path, tmp_path: Path) -> None:
     config = config_for(cache, tmp_path / "run")
-    run_until_killed(KILLER, ["6", *words(config)])
-    done = launch(SCRIPT, words(config), 2)
+    run_until_killed(killed, 6, config)
+    done = launch(main, config, processes=2)
     assert done.returncode == 0, done.stderr
     assert largest_difference(state(reference, 6), state(tmp_path / "run", 6), ("unet", "ema")) < 1e-5
 
@@ -325,7 +326,7 @@ def test_the_scale_is_the_cache_s_whatever_the_vae_that_is_named_says(photos: Pa
 
 
 def test_a_stop_signal_ends_the_step_and_the_same_command_goes_on(cache: Path, tmp_path: Path) -> None:
-    whole = config_for(cache, tmp_path / "whole", steps=20, checkpoint_every=1000)
+    whole = config_for(cache, tmp_path / "whole", steps=20, checkpoint_every=1000, warmup_steps=100)
     config = replace(whole, output=tmp_path / "stopped")
     command = [sys.executable, SCRIPT, *words(config)]
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -407,7 +408,7 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
     extra: list[str], message: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     PatchAutoencoderKL(block_out_channels=(8, 8)).save_pretrained(tmp_path / "other")
-    given = words(config_for(cache, tmp_path / "run")) + [w.format(tmp=tmp_path) for w in extra]
+    given = words(config_for(cache, tmp_path / "run", warmup_steps=100)) + [w.format(tmp=tmp_path) for w in extra]
     with pytest.raises(SystemExit) as ended, one_line_errors():
         main(train_diffusion.parse_config(PRESETS, description="", args=given))
     assert ended.value.code == 2

@@ -15,13 +15,11 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import processes
 import pytest
 import tifffile
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from processes import ENVIRONMENT, LAUNCH, ON_CPU, ROOT, metrics, run_until_killed, trainer_below, wait_for
 from skimage.metrics import peak_signal_noise_ratio
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -33,7 +31,21 @@ from ldm_vae.errors import ConfigError, LdmVaeError, RunError, one_line_errors
 from ldm_vae.grids import reconstruction_grid, validation_images
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.objectives import autoencoding
 from ldm_vae.runs.state import state_tensors
+from tests import processes
+from tests.processes import (
+    ENVIRONMENT,
+    LAUNCH,
+    ON_CPU,
+    ROOT,
+    kill_at,
+    launch,
+    metrics,
+    run_until_killed,
+    trainer_below,
+    wait_for,
+)
 from training import train_vae
 from training.train_vae import PRESETS, Config, build, main
 
@@ -64,13 +76,13 @@ def config_for(photos: Path, output: Path, **changes: Any) -> Config:
     return replace(base, **changes)
 
 
+BY_FLAGS = {name: getattr(DEMO, name) for name in ("warmup_steps", "disc_learning_rate")}
+"""What no flag changes."""
+
+
 def flags(config: Config) -> list[str]:
     """The command line that gives this configuration."""
     return ["demo", *processes.flags(config, DEMO)]
-
-
-def launch(config: Config, count: int) -> subprocess.CompletedProcess[str]:
-    return processes.launch(SCRIPT, flags(config), count)
 
 
 def state(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
@@ -107,7 +119,7 @@ def reference(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_and_micro_batches_and_one_process_give_the_same_networks(
     reference: Path, photos: Path, tmp_path: Path
 ) -> None:
-    two = launch(config_for(photos, tmp_path / "two"), count=2)
+    two = launch(main, config_for(photos, tmp_path / "two"), processes=2)
     assert two.returncode == 0, two.stderr
     assert "effective batch 8 = 2 processes x 4 images x 1 micro-batches" in two.stdout
     main(config_for(photos, tmp_path / "micro", gradient_accumulation_steps=2))
@@ -118,26 +130,10 @@ def test_two_processes_and_micro_batches_and_one_process_give_the_same_networks(
         assert max((start[k] - end[k]).abs().max().item() for k in end if k.startswith(part)) > 1e-4
 
 
-KILLER = """
-import os, signal, sys
-from ldm_vae.objectives import autoencoding
-from ldm_vae.runs.config import parse_config
-from training import train_vae
-calls, real = 0, autoencoding.noise_at
-def noise_at(*args):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
-autoencoding.noise_at = noise_at
-train_vae.main(parse_config(train_vae.PRESETS, description="", args=sys.argv[2:]))
-"""
-
-
-def killed(config: Config, micro_batch: int) -> None:
-    """The run, killed with signal 9 as it begins its so-many-th micro-batch."""
-    run_until_killed(KILLER, [str(micro_batch), *flags(config)])
+def killed(micro_batch: int, config: Config) -> None:
+    """The run, killed as it begins its so-many-th micro-batch."""
+    kill_at(micro_batch, autoencoding, "noise_at")
+    main(config)
 
 
 def test_a_run_killed_in_a_later_epoch_and_again_within_a_step_ends_bit_identical(photos: Path, tmp_path: Path) -> None:
@@ -145,8 +141,8 @@ def test_a_run_killed_in_a_later_epoch_and_again_within_a_step_ends_bit_identica
     whole = config_for(photos, tmp_path / "whole", gradient_accumulation_steps=2)
     main(whole)
     config = replace(whole, output=tmp_path / "killed", num_workers=1)
-    killed(config, micro_batch=7)  # as step 3 begins: the checkpoint of step 2 is the newest
-    killed(config, micro_batch=6)  # resumed at step 2: in step 4, between its two micro-batches
+    run_until_killed(killed, 7, config)  # as step 3 begins: the checkpoint of step 2 is the newest
+    run_until_killed(killed, 6, config)  # resumed at step 2: in step 4, between its two micro-batches
     assert (tmp_path / "killed" / "checkpoints" / "step-4").exists()
     main(config)
     assert_identical(tmp_path / "whole", tmp_path / "killed")
@@ -156,8 +152,8 @@ def test_a_run_killed_in_a_later_epoch_and_again_within_a_step_ends_bit_identica
 
 def test_two_processes_go_on_with_what_one_began(reference: Path, photos: Path, tmp_path: Path) -> None:
     config = config_for(photos, tmp_path / "run")
-    killed(config, micro_batch=6)
-    done = launch(config, count=2)
+    run_until_killed(killed, 6, config)
+    done = launch(main, config, processes=2)
     assert done.returncode == 0, done.stderr
     assert largest_difference(reference, tmp_path / "run", ("vae", "ema", "discriminator")) < 1e-5
 
@@ -165,7 +161,8 @@ def test_two_processes_go_on_with_what_one_began(reference: Path, photos: Path, 
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Of a run that is long enough to be stopped within, and was not."""
-    config = config_for(photos, tmp_path_factory.mktemp("whole"), steps=30, checkpoint_every=1000, num_workers=1)
+    changes = {"steps": 30, "checkpoint_every": 1000, "num_workers": 1} | BY_FLAGS
+    config = config_for(photos, tmp_path_factory.mktemp("whole"), **changes)
     torch.set_num_threads(1)
     main(config)
     return config
@@ -309,7 +306,7 @@ def test_images_of_five_channels_go_all_the_way(tmp_path: Path) -> None:
         pixels = np.kron(rng.integers(0, 256, (5, 6, 5)), np.ones((8, 8, 1))).astype(np.uint8)
         np.save(folder / f"{i}.npy", pixels)
         tifffile.imwrite(folder / f"{i}.tif", np.moveaxis(pixels, 2, 0), photometric="minisblack")
-    config = config_for(folder, tmp_path / "run", channels=5, lpips_channels=(4, 2, 0), steps=3, disc_start=1)
+    config = config_for(folder, tmp_path / "run", channels=5, steps=3, disc_start=1)
     main(config)
     lines = metrics(config.output)
     assert {"lpips_random", "discriminator", "bad_images"} <= lines[-2].keys()
@@ -511,7 +508,7 @@ def npy(array: np.ndarray) -> bytes:
         ),
         (["--output", "{tmp}/file"], "cannot write to"),
         (["--output", "/proc/nothing"], "cannot write to"),
-        (["--channels", "13"], "the images have 13"),
+        (["--channels", "2"], "the images have 2"),
         (["--init", "{tmp}/missing"], "no such model"),
         (["--learning-rate", "-1"], "must be more than 0"),
         (["--tracker", "nonsense"], "nonsense"),
@@ -528,7 +525,7 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     ).save_pretrained(tmp_path / "tiny")
-    given = flags(config_for(photos, tmp_path / "run"))
+    given = flags(config_for(photos, tmp_path / "run", **BY_FLAGS))
     given += [w.format(tmp=tmp_path) for w in words]
     with pytest.raises(SystemExit) as ended, one_line_errors():
         main(train_vae.parse_config(PRESETS, description="", args=given))

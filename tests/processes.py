@@ -1,0 +1,156 @@
+"""Jobs in processes of their own: on several at once, killed, waited for.
+
+A process that imports torch and diffusers takes five seconds of a core. `launch` and `run_until_killed` take theirs
+from a server that has imported them once and forks. What is about the launch itself runs the command.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ldm_vae.errors import one_line_errors
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["ldm_vae.objectives.vae", "ldm_vae.objectives.denoising", "ldm_vae.pipeline", "pytest"])
+
+
+def flags(config: Any, preset: Any) -> list[str]:
+    """The flags that make `config` of a preset's configuration."""
+    words = []
+    for name, value in vars(config).items():
+        if value != getattr(preset, name):
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no"]
+LAUNCH += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+ON_CPU = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """The first exit code that is not 0, and what all processes said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def launch(job: Callable[..., None], *args: Any, processes: int = 1) -> Launched:
+    """A script's `main`, or another function of a module, on so many processes that meet over gloo."""
+    shared = ON_CPU | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    with TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+            environment = shared | own if processes > 1 else ON_CPU
+            ranks.append(FORKS.Process(target=run_forked, args=(job, args, environment, Path(folder) / str(rank))))
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(300)
+        assert all(process.exitcode is not None for process in ranks), "not finished after five minutes"
+        said = ["".join(f.read_text() for f in sorted(Path(folder).glob(f"*.{end}"))) for end in ("out", "err")]
+    return Launched(next((p.exitcode for p in ranks if p.exitcode), 0), *said)
+
+
+def run_forked(job: Callable[..., None], args: tuple[Any, ...], environment: dict[str, str], said: Path) -> None:
+    for descriptor, end in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(said.with_suffix(end), os.O_CREAT | os.O_WRONLY), descriptor)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    few_sampling_steps()
+    with one_line_errors():
+        job(*args)
+
+
+def few_sampling_steps() -> None:
+    """Of the grids that diffusion runs draw: what they show after a few training steps is nothing yet."""
+    from training import train_diffusion  # late: the hub's library is told to stay offline before
+
+    train_diffusion.SAMPLE_STEPS = 2
+
+
+def run_until_killed(job: Callable[..., None], *args: Any) -> None:
+    """A job that ends with `kill_at` or the like."""
+    done = launch(job, *args)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def kill_at(call: int, module: Any, name: str) -> None:
+    """Has this process killed with signal 9 by the so-many-th call of a module's function."""
+    calls, real = 0, getattr(module, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(module, name, counted)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def launch_machines(script: str, words: list[str], machines: int) -> list[subprocess.Popen[str]]:
+    """An `accelerate launch` for each of so many machines, as it is given on each, here all on this one."""
+    command = [*LAUNCH, "--num_processes", str(machines), "--num_machines", str(machines)]
+    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen([*command, "--machine_rank", str(m), script, *words], env=ON_CPU, cwd=ROOT, **pipes)
+        for m in range(machines)
+    ]
+
+
+def trainer_below(launcher: subprocess.Popen[str]) -> int:
+    """The process that an `accelerate launch` of one process started."""
+    return int(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()[-1])
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step}" / "state.safetensors")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], parts: tuple[str, ...]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in a if k.split("/")[0] in parts)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
