@@ -23,7 +23,16 @@ from ldm_vae.data.sources import check_finite
 from ldm_vae.data.workers import default_workers, made_ahead
 from ldm_vae.errors import one_line_errors
 from ldm_vae.files import check_writable, lock, staged_directory, write_bad_images
-from ldm_vae.latents.cache import Plan, begin, summarise, unfinished, write_index, write_shard
+from ldm_vae.latents.cache import (
+    Plan,
+    begin,
+    class_table,
+    labels_among,
+    summarise,
+    unfinished,
+    write_index,
+    write_shard,
+)
 from ldm_vae.latents.resolution import open_squares
 from ldm_vae.latents.rows import EncoderBatch, Squares, squares_of
 from ldm_vae.latents.scaling import as_stored, put_statistics
@@ -81,6 +90,7 @@ def make_shards(shards: list[int], plan: Plan, vae: Any, squares: Squares, confi
     order = [batch for shard in shards for batch in batches[shard]]
     num_workers = default_workers() if config.num_workers is None else config.num_workers
     images = made_ahead(partial(squares_of, squares), order, num_workers=num_workers)
+    label_of = [*labels_among(plan.classes, squares.classes), -1]  # the last one stays: no label
     loaded = (with_tensors(batch, pin_memory=vae.device.type == "cuda") for batch in images)
     for shard in progress(shards, unit="shard", show=show):
         encoded = [encode(batch, vae, squares, flip=config.flip) for batch in islice(loaded, len(batches[shard]))]
@@ -90,7 +100,7 @@ def make_shards(shards: list[int], plan: Plan, vae: Any, squares: Squares, confi
             shard,
             moments=as_stored(torch.cat(moments)).numpy() if moments else np.empty(0),
             indices=[i for batch in encoded for i in batch.indices],
-            labels=[label for batch in encoded for label in batch.labels],
+            labels=[label_of[label] for batch in encoded for label in batch.labels],
             bad_images={name: reason for batch in encoded for name, reason in batch.bad_images.items()},
         )
 
@@ -121,6 +131,7 @@ def main(config: Config) -> None:
     output_lock = lock(config.output) if accelerator.is_main_process else None
     with accelerator.main_process_first():
         plan = begin(config.output, plan)
+    accelerator.print(class_table(plan.classes))
     todo = unfinished(config.output, plan)
     accelerator.wait_for_everyone()  # before a shard is finished: all must have seen the same list
     if accelerator.is_main_process:

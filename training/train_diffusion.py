@@ -22,9 +22,9 @@ from diffusers.training_utils import EMAModel
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import check_outside
 from ldm_vae.errors import ConfigError, DataError, ModelError, one_line_errors
-from ldm_vae.files import staged_directory
+from ldm_vae.files import staged_directory, write_csv
 from ldm_vae.grids import labelled_rows, visible
-from ldm_vae.latents.cache import LatentCache
+from ldm_vae.latents.cache import LatentCache, class_table, in_order_of, labels_among
 from ldm_vae.latents.resolution import open_squares
 from ldm_vae.latents.rows import DiffusionRows, Squares, collate_rows
 from ldm_vae.latents.scaling import has_scale, put_statistics, scale_of
@@ -42,7 +42,7 @@ from ldm_vae.objectives.denoising import (
 from ldm_vae.pipeline import LatentDiffusionPipeline
 from ldm_vae.runs.config import Range, parse_config
 from ldm_vae.runs.loop import FREE_ON_RESUME, Loop, start
-from ldm_vae.runs.run import Checkpoint, Run
+from ldm_vae.runs.run import Checkpoint, Run, saved_facts
 from ldm_vae.runs.state import state_tensors
 from ldm_vae.sampling import make_scheduler
 
@@ -116,6 +116,7 @@ class Data:
     latent_shape: tuple[int, int, int]
     """(c, h, w)."""
     classes_of_data: tuple[str, ...]
+    """In the order that the run began with, which the images' may differ from."""
     classes: tuple[str, ...]
     """Those that are learned."""
 
@@ -129,6 +130,11 @@ class Data:
             "classes": list(self.classes_of_data),
             "size": list(self.latent_shape),
         }
+
+
+def classes_of(run: Path) -> list[str]:
+    """Those that a run has begun with, in the order of their labels."""
+    return list(saved_facts(run).get("made_from", {}).get("classes", []))
 
 
 def open_cache(folder: Path, accelerator: Accelerator) -> LatentCache:
@@ -148,14 +154,15 @@ def open_latents(config: Config, folder: Path, accelerator: Accelerator) -> Data
         )
     if config.flip and not cache.plan.flip:
         raise ConfigError(f"{folder} has no mirrored images: make the cache with --flip, or leave it out here")
+    classes = in_order_of(classes_of(config.output), cache.classes)
     put_statistics(vae, cache.statistics)  # whatever scale a --vae says: these are its latents
     return Data(
         vae=vae,
         images=cache,
         fingerprint=cache.plan.data,
         latent_shape=cache.plan.latent_shape,
-        classes_of_data=cache.plan.classes,
-        classes=cache.plan.classes if config.class_conditional else (),
+        classes_of_data=classes,
+        classes=classes if config.class_conditional else (),
     )
 
 
@@ -170,13 +177,14 @@ def open_data(config: Config, accelerator: Accelerator) -> Data:
     squares = open_squares(config.data, vae, config.vae, config.resolution)
     accelerator.print(f"images of {squares.resolution} x {squares.resolution} pixels")
     side = squares.resolution // stride_of(vae)
+    classes = in_order_of(classes_of(config.output), squares.classes)
     return Data(
         vae=vae,
         images=squares,
         fingerprint=squares.source.fingerprint(),
         latent_shape=(latent_channels_of(vae), side, side),
-        classes_of_data=squares.source.classes,
-        classes=squares.source.classes if config.class_conditional else (),
+        classes_of_data=classes,
+        classes=classes if config.class_conditional else (),
     )
 
 
@@ -187,10 +195,10 @@ def open_validation_images(config: Config, data: Data, accelerator: Accelerator)
     cache = open_cache(config.val_latents, accelerator)
     if cache.plan.vae != fingerprint(data.vae) or cache.plan.latent_shape != data.latent_shape:
         raise ModelError(f"{config.val_latents} holds latents of another VAE or size than the training data")
-    if config.class_conditional and cache.plan.classes != data.classes:
+    if config.class_conditional and sorted(cache.classes) != sorted(data.classes):
         raise DataError(
-            f"{config.val_latents} has other classes ({', '.join(cache.plan.classes) or 'none'}) than the "
-            f"training data ({', '.join(data.classes) or 'none'}): labels are their places in these lists"
+            f"{config.val_latents} has other classes ({', '.join(cache.classes) or 'none'}) than the training data "
+            f"({', '.join(data.classes) or 'none'})"
         )
     return cache
 
@@ -221,7 +229,7 @@ def rows_of(images: LatentCache | Squares, data: Data, config: Config) -> Diffus
         seed=config.seed,
         prediction=config.prediction,
         latent_shape=data.latent_shape,
-        num_classes=len(data.classes),
+        label_of=labels_among(data.classes, images.classes) if data.classes else (),
         label_dropout=config.label_dropout if data.classes else 1.0,
         flip=config.flip,
     )
@@ -301,10 +309,8 @@ def draw(run: Run, unet: Any, data: Data, config: Config, *, step: int, accelera
 def describe(config: Config, state: DenoiserState, data: Data, accelerator: Accelerator) -> str:
     parameters = sum(p.numel() for p in state.bare.parameters()) / 1e6
     shape = "x".join(map(str, data.latent_shape))
-    shown = ", ".join(data.classes[:SAMPLED_CLASSES]) + (", ..." if len(data.classes) > SAMPLED_CLASSES else "")
-    classes = f"{len(data.classes)} classes ({shown})" if data.classes else "no classes"
     return (
-        f"{parameters:.2f} M parameters, {len(data.images)} images, latents {shape}, {classes}; "
+        f"{parameters:.2f} M parameters, {len(data.images)} images, latents {shape}, {class_table(data.classes)}; "
         f"{config.effective_batch(accelerator.num_processes)}"
     )
 
@@ -321,6 +327,8 @@ def main(config: Config) -> None:
     rows = rows_of(data.images, data, config)
     micro_batch = config.batch_size // accelerator.num_processes // config.gradient_accumulation_steps
     val_batches = validation_batches(rows_of(val_images, data, config), micro_batch) if run.main else []
+    if run.main and data.classes:
+        write_csv(run.directory / "classes.csv", [{"label": i, "class": name} for i, name in enumerate(data.classes)])
     accelerator.print(describe(config, state, data, accelerator))
     with loop:
         for _, batches in loop.steps(rows, collate_rows):

@@ -9,7 +9,15 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldm_vae.data.image_files import MAX_FILE_BYTES, UNREADABLE, digest_of, files_below, is_image, patiently
+from ldm_vae.data.image_files import (
+    MAX_FILE_BYTES,
+    UNREADABLE,
+    digest_of,
+    files_below,
+    in_natural_order,
+    is_image,
+    patiently,
+)
 from ldm_vae.data.images import Sample
 from ldm_vae.data.large import read_large
 from ldm_vae.data.reader import ImageReader
@@ -21,7 +29,8 @@ class FileSource(ABC):
 
     def __init__(self, names: Iterable[str], reader: ImageReader) -> None:
         self.names, self.reader = sorted(names), reader
-        self.classes: tuple[str, ...] = tuple(sorted({folder for name in self.names if (folder := class_of(name))}))
+        folders = {folder for name in self.names if (folder := class_of(name))}
+        self.classes: tuple[str, ...] = tuple(sorted(folders, key=in_natural_order))
         self.label_of = {folder: label for label, folder in enumerate(self.classes)}
 
     @abstractmethod
@@ -39,9 +48,12 @@ class FileSource(ABC):
         return self.names[index]
 
     def fingerprint(self) -> str:
-        """sha256 of all names and sizes (of a zip: checksums, too), in their order; the files are not read."""
+        """sha256 of all names and sizes (of a zip: checksums, too), in their order; the files are not read.
+
+        The order of the classes changes nothing.
+        """
         lines = (f"{name} {self.mark(name)}" for name in self.names)
-        return digest_of([str(self.reader), *self.classes], lines)
+        return digest_of([str(self.reader), *sorted(self.classes)], lines)
 
     def label(self, index: int) -> int | None:
         folder = class_of(self.names[index])

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import lzma
 import os
+import re
 import time
 import zipfile
 import zlib
@@ -57,6 +58,12 @@ def patiently(read: Callable[[], Read], name: str, *, passes: Callable[[Exceptio
                 raise DataError(f"{name} cannot be read: {type(error).__name__}: {error}") from None
             time.sleep(pause)
     raise AssertionError
+
+
+def in_natural_order(name: str) -> tuple[list[str | int], str]:
+    """A key to sort names by, with numbers in them by their value: 2 before 10, and class-9 before class-10."""
+    parts = re.split(r"([0-9]+)", name)  # text and digits take turns
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def digest_of(settings: Iterable[str], lines: Iterable[str]) -> str:

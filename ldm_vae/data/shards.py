@@ -23,7 +23,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from fsspec.core import url_to_fs
 
-from ldm_vae.data.image_files import MAX_FILE_BYTES, digest_of, is_image, patiently
+from ldm_vae.data.image_files import MAX_FILE_BYTES, digest_of, in_natural_order, is_image, patiently
 from ldm_vae.data.images import Sample
 from ldm_vae.data.reader import ImageReader
 from ldm_vae.errors import BadImageError, DataError
@@ -233,7 +233,7 @@ def ordered(classes: list[Class]) -> tuple[list[str], np.ndarray]:
         if max(numbers) >= MAX_CLASSES:
             raise DataError(f"class {max(numbers)} is more than {MAX_CLASSES}")
         return [str(i) for i in range(max(numbers) + 1)], np.array(numbers + [-1], np.int32)
-    names = sorted({str(name) for name in classes})
+    names = sorted({str(name) for name in classes}, key=in_natural_order)
     label_of = {name: i for i, name in enumerate(names)}
     return names, np.array([label_of[str(name)] for name in classes] + [-1], np.int32)
 

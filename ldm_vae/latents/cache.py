@@ -14,7 +14,7 @@ source; `labels` (N,), -1 for none. Bad images have no row. Bytes an image: E * 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -57,7 +57,7 @@ class Plan:
 
 
 def begin(folder: Path, plan: Plan) -> Plan:
-    """Writes the plan, or checks it against the saved one, whose shard size is kept.
+    """Writes the plan, or checks it against the saved one, whose shard size and order of classes are kept.
 
     Raises:
         DataError: the folder holds latents of something else, or cannot be read.
@@ -68,6 +68,7 @@ def begin(folder: Path, plan: Plan) -> Plan:
         write_json(file, asdict(plan))
         return plan
     saved = read_plan(folder)
+    plan = replace(plan, classes=in_order_of(saved.classes, plan.classes))
     differing = [n for n in asdict(plan) if getattr(saved, n) != getattr(plan, n) and n != "shard_size"]
     if differing:
         raise DataError(
@@ -75,6 +76,26 @@ def begin(folder: Path, plan: Plan) -> Plan:
             "or choose another --output"
         )
     return saved
+
+
+def in_order_of(begun: Iterable[str], classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes in the order of those that something was begun with; as they are, if those were others."""
+    begun = tuple(begun)
+    return begun if sorted(begun) == sorted(classes) else classes
+
+
+def labels_among(classes: tuple[str, ...], own: tuple[str, ...]) -> list[int]:
+    """The label among `classes` of each label among `own`, the same in another order."""
+    label_of = {name: label for label, name in enumerate(classes)}
+    return [label_of[name] for name in own]
+
+
+def class_table(classes: tuple[str, ...], shown: int = 10) -> str:
+    """The first of the classes with their labels, for people."""
+    if not classes:
+        return "no classes"
+    first = ", ".join(f"{label} {name}" for label, name in enumerate(classes[:shown]))
+    return f"{len(classes)} classes ({first}{', ...' if len(classes) > shown else ''})"
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -180,6 +201,10 @@ class LatentCache:
     """
 
     encoded = True
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.plan.classes
 
     def __init__(self, folder: Path, *, shards_to_verify: Callable[[int], bool] = lambda shard: True) -> None:
         self.folder, self.plan = folder, read_plan(folder)

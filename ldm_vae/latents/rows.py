@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Generic
@@ -27,6 +28,10 @@ class Squares:
     resolution: int
     known_bad: dict[int, str] = field(default_factory=dict)
     encoded: ClassVar[bool] = False
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.source.classes
 
     def __len__(self) -> int:
         return len(self.source)
@@ -106,14 +111,20 @@ class DiffusionRows:
     prediction: Prediction
     latent_shape: tuple[int, int, int]
     """(c, h, w)."""
-    num_classes: int
-    """K; labels are dropped to K with probability `label_dropout` (Ho & Salimans 2022)."""
+    label_of: Sequence[int]
+    """What each label of the images is called here: K labels, none without classes."""
     label_dropout: float
+    """The probability that a label is dropped to K (Ho & Salimans 2022)."""
     flip: bool
     """Half of the positions take the mirrored image."""
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.label_of)
 
     def __getitem__(self, position: int) -> DiffusionRow:
         index = index_at(position, size=len(self.images), seed=self.seed)
@@ -121,6 +132,8 @@ class DiffusionRows:
         image, label, met = self.images.load(index, mirrored)
         if label is None or generator_at(self.seed, position, Stream.LABEL).random() < self.label_dropout:
             label = self.num_classes
+        else:
+            label = self.label_of[label]
         timestep = timestep_at(self.prediction, self.seed, position)
         draws = [generator_at(self.seed, position, stream) for stream in (Stream.NOISE, Stream.POSTERIOR)]
         noises = [draw.standard_normal(self.latent_shape, dtype=np.float32) for draw in draws]

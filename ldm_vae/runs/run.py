@@ -182,6 +182,16 @@ def saved_config(directory: Path) -> dict[str, Any] | None:
         raise RunError(f"{file} is not a run's configuration: choose another --output") from None
 
 
+def saved_facts(directory: Path) -> dict[str, Any]:
+    """Of the newest checkpoint whose record can be read; none of a run without checkpoints."""
+    for folder in sorted((directory / "checkpoints").glob("step-*"), key=step_of, reverse=True):
+        try:
+            return dict(json.loads((folder / "state.json").read_text())["facts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Raises ValueError for a digest that differs, and whatever else reading a damaged file raises."""
     record = json.loads((folder / "state.json").read_text())

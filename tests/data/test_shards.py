@@ -18,7 +18,7 @@ from ldm_vae import cli
 from ldm_vae.commands import shards as packing
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.reader import ImageReader
-from ldm_vae.data.shards import FACTS, ROW, ROWS, ShardSource, build_index, index_folder, shards_of
+from ldm_vae.data.shards import FACTS, ROW, ROWS, ShardSource, build_index, index_folder, ordered, shards_of
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import BadImageError, DataError
 
@@ -73,6 +73,11 @@ def test_names_of_classes_stay_names(tmp_path: Path) -> None:
     whole, shards = open_source(str(tmp_path / "images")), open_source(str(tmp_path / "packed"))
     assert shards.classes == whole.classes
     assert [shards[i].label for i in range(4)] == [whole[i].label for i in range(4)]
+
+
+def test_names_of_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    assert ordered(["a-10", "a-2", "b"])[0] == ["a-2", "a-10", "b"]
+    assert ordered(["10", "9"])[1].tolist() == [1, 0, -1]
 
 
 def test_images_that_share_a_key_are_not_left_out_in_silence(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,24 @@ def test_a_folder_is_read_recursively_in_order_with_labels(photos: Path) -> None
         sample = source[i]
         assert sample.label == source.classes.index(sample.name.split("/")[0])
         assert np.array_equal(sample.pixels, np.asarray(Image.open(photos / sample.name)))
+
+
+def test_classes_with_numbers_are_in_the_order_of_the_numbers(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = ["0", "1", "2", "10", "11", "a-2", "a-10", "b"]
+    image = next(photos.rglob("*.png"))
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        shutil.copy(image, tmp_path / folder)
+    source = open_source(str(tmp_path))
+    assert source.classes == tuple(folders)
+    labels = {source.name(i).split("/")[0]: source[i].label for i in range(len(source))}
+    assert labels == {folder: label for label, folder in enumerate(folders)}
+    monkeypatch.setattr("ldm_vae.data.file_sources.in_natural_order", str)
+    before = open_source(str(tmp_path))
+    assert before.classes == tuple(sorted(folders))
+    assert before.fingerprint() == source.fingerprint()  # the same data in either order
 
 
 def test_a_zip_of_a_folder_is_the_same_as_the_folder(photos: Path, tmp_path: Path) -> None:

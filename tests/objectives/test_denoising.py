@@ -29,7 +29,7 @@ from ldm_vae.objectives.denoising import (
 
 
 def rows_for(photos: Path, **changes: object) -> DiffusionRows:
-    keywords = {"seed": 5, "prediction": "flow", "latent_shape": (4, 4, 4), "num_classes": 2}
+    keywords = {"seed": 5, "prediction": "flow", "latent_shape": (4, 4, 4), "label_of": (0, 1)}
     keywords |= {"label_dropout": 0.0, "flip": True} | changes
     return DiffusionRows(Squares(open_source(str(photos)), 32), **keywords)
 
@@ -82,7 +82,7 @@ def test_labels_are_dropped_as_often_as_asked_for(photos: Path) -> None:
     assert set(collate_rows([rows_for(photos)[p] for p in range(12)]).labels) == {0, 1}
     flat = Squares(open_source("procedural:dead-leaves", resolution=32), 32)
     unlabelled = DiffusionRows(
-        flat, seed=0, prediction="v", latent_shape=(4, 4, 4), num_classes=0, label_dropout=1.0, flip=False
+        flat, seed=0, prediction="v", latent_shape=(4, 4, 4), label_of=(), label_dropout=1.0, flip=False
     )
     assert set(collate_rows([unlabelled[p] for p in range(4)]).labels) == {0}
 

@@ -127,6 +127,28 @@ def test_a_killed_job_goes_on_without_doing_finished_shards_again(
     assert {f: f.stat().st_mtime_ns for f in config.output.iterdir()} == before
 
 
+def test_a_cache_begun_before_keeps_the_order_of_its_classes(
+    photos: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its classes were sorted as strings: 1, 10, 2."""
+    for i, file in enumerate(sorted(photos.rglob("*.png"))):
+        place = tmp_path / "data" / ("1", "2", "10")[i % 3] / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
+    config = config_for(tmp_path / "data", vae, tmp_path / "cache")
+    with monkeypatch.context() as before:
+        before.setattr("ldm_vae.data.file_sources.in_natural_order", str)
+        main(config)
+    cache = LatentCache(config.output)
+    labels = [cache.load(i)[1] for i in range(len(cache))]
+    for file in (config.output / "shard-00002.json", config.output / "index.json"):
+        file.unlink()  # as if it had been stopped there
+    main(config)
+    cache = LatentCache(config.output)
+    assert cache.classes == ("1", "10", "2")
+    assert [cache.load(i)[1] for i in range(len(cache))] == labels == [0] * 4 + [1] * 4 + [2] * 4
+
+
 def run_of(vae: Path, folder: Path, **config: int | None) -> Path:
     """A run that trained this autoencoder with these flags."""
     shutil.copytree(vae, folder / "vae")

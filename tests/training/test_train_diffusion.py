@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ldm_vae.errors import ConfigError, DataError, LdmVaeError, ModelError, RunError, one_line_errors
+from ldm_vae.latents.cache import LatentCache
 from ldm_vae.latents.scaling import scale_latents
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.loading import load_autoencoder
@@ -176,6 +177,51 @@ def test_a_run_killed_in_a_later_epoch_and_again_within_a_step_ends_bit_identica
     main(config)
     assert_identical(tmp_path / "whole", tmp_path / "killed")
     assert [m["step"] for m in metrics(tmp_path / "killed") if "loss" in m] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.fixture
+def numbered(photos: Path, tmp_path: Path) -> Path:
+    """Images in classes 1, 2 and 10."""
+    for i, file in enumerate(sorted(photos.rglob("*.png"))):
+        place = tmp_path / "numbered" / ("1", "2", "10")[i % 3] / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
+    return tmp_path / "numbered"
+
+
+def test_a_run_begun_before_keeps_the_order_of_its_classes(
+    numbered: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its classes were sorted as strings: 1, 10, 2."""
+    data = {"data": str(numbered), "vae": str(vae), "resolution": 32, "label_dropout": 0.0, "flip": False}
+    with monkeypatch.context() as before:
+        before.setattr("ldm_vae.data.file_sources.in_natural_order", str)
+        main(config_for(None, tmp_path / "whole", **data))
+        main(config_for(None, tmp_path / "run", **data))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-6")
+    main(config_for(None, tmp_path / "run", **data))
+    assert_identical(tmp_path / "run", tmp_path / "whole")
+    assert load_pipeline(str(tmp_path / "run")).config.class_names == ["1", "10", "2"]
+    assert (tmp_path / "run" / "classes.csv").read_text().split() == ["label,class", "0,1", "1,10", "2,2"]
+    capsys.readouterr()
+    main(config_for(None, tmp_path / "new", **data, steps=1))
+    assert "3 classes (0 1, 1 2, 2 10)" in capsys.readouterr().out
+    assert load_pipeline(str(tmp_path / "new")).config.class_names == ["1", "2", "10"]
+
+
+def test_a_validation_cache_may_have_the_classes_in_another_order(
+    numbered: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"vae": str(vae), "data": str(numbered), "resolution": 32, "num_workers": 0, "flip": True}
+    cache_latents.main(cache_latents.Config(output=tmp_path / "natural", **settings))
+    monkeypatch.setattr("ldm_vae.data.file_sources.in_natural_order", str)
+    cache_latents.main(cache_latents.Config(output=tmp_path / "strings", **settings))
+    losses = []
+    for name in ("natural", "strings"):
+        assert LatentCache(tmp_path / name).classes == (("1", "2", "10") if name == "natural" else ("1", "10", "2"))
+        main(config_for(tmp_path / "natural", tmp_path / name / "run", val_latents=tmp_path / name, steps=1))
+        losses.append(validated(tmp_path / name / "run"))
+    assert losses[0] == losses[1]
 
 
 def test_two_processes_go_on_with_what_one_began(reference: Path, cache: Path, tmp_path: Path) -> None:
