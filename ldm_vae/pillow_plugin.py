@@ -11,11 +11,12 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile
 
-from ldm_vae.codec.bitstream import ALPHA, EXIF, EXTENSION, ICC, MAGIC, MODEL_VARIABLE, unpack
+from ldm_vae.codec.bitstream import ALPHA, EXTENSION, MAGIC, METADATA, MODEL_VARIABLE, unpack
 from ldm_vae.codec.codec import LatentCodec
-from ldm_vae.codec.picture import as_picture
-from ldm_vae.codec.sections import MAX_METADATA, inflate
-from ldm_vae.data.metadata import EXIF_PREFIX, without_layout
+from ldm_vae.codec.picture import as_picture, pil_info
+from ldm_vae.codec.sections import unpack_metadata
+from ldm_vae.codec.transparency import smooth_transparent
+from ldm_vae.data.metadata import without_layout
 from ldm_vae.errors import ConfigError
 
 FORMAT = "LDI"
@@ -57,9 +58,9 @@ class LdiImageFile(ImageFile.ImageFile):
             self._mode = MODES[header.colours, header.depth, ALPHA in contents.sections]
         except KeyError:
             raise ConfigError(f"Pillow has no mode for {header.colours} channels of {header.depth} bits") from None
-        for kind, name, prefix in ((ICC, "icc_profile", b""), (EXIF, "exif", EXIF_PREFIX)):
-            if kind in contents.sections:
-                self.info[name] = prefix + inflate(contents.read(contents.sections[kind]), limit=MAX_METADATA)
+        if METADATA in contents.sections:
+            metadata = unpack_metadata(contents.read(contents.sections[METADATA]))
+            self.info.update(dict(metadata.text) | pil_info(metadata))
 
     def load(self) -> Any:
         if hasattr(self, "data"):
@@ -73,14 +74,21 @@ class LdiImageFile(ImageFile.ImageFile):
 
 
 def save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
-    """`image.save(file, quality=1.0, strip=False, icc_profile=..., exif=...)`; quality is a step, not a percentage."""
+    """`image.save(file, quality=1.0, strip=False, exact=False, icc_profile=..., exif=...)`.
+
+    `quality` is a step, not a percentage; with `exact`, the colours of fully transparent pixels are kept, too.
+    """
     flags = image.encoderinfo
     picture = as_picture(image, channels=codec().network.channels)
+    metadata = picture.metadata
     if "icc_profile" in flags:
-        picture = replace(picture, icc=flags["icc_profile"] or b"")
+        metadata = replace(metadata, icc=flags["icc_profile"] or b"")
     if "exif" in flags:
         exif = flags["exif"].tobytes() if isinstance(flags["exif"], Image.Exif) else flags["exif"] or b""
-        picture = replace(picture, exif=without_layout(exif))  # the pixels are upright already
+        metadata = replace(metadata, exif=without_layout(exif))  # the pixels are upright already
+    picture = replace(picture, metadata=metadata)
+    if not flags.get("exact", False):
+        picture = smooth_transparent(picture)
     file.write(codec().compress(picture, quality=flags.get("quality", 1.0), strip=flags.get("strip", False)))
 
 

@@ -27,8 +27,8 @@ MAGIC = b"\x89LDI\r\n\x1a\n"
 VERSION = 1
 FIXED = struct.Struct("<8s BBB II B H BB H 8s 8s B")
 CRC = struct.Struct("<I")
-ALPHA, ICC, EXIF = 1, 2, 3
-SECTIONS = {ALPHA: "alpha", ICC: "ICC profile", EXIF: "EXIF"}
+ALPHA, METADATA = 1, 2
+SECTIONS = {ALPHA: "alpha", METADATA: "metadata"}
 MAX_LOG2_SYMBOLS = 17
 """Of a tile's symbols, for each lane: a lane's symbols are decoded one after the other."""
 Box = tuple[int, int, int, int]
@@ -142,7 +142,7 @@ def report(error: CompressedFileError, name: str, damage: list[str] | None) -> N
 
 
 def pack(header: Header, sections: dict[int, bytes], tiles: list[bytes]) -> bytes:
-    """A whole file. `tiles` are in the order of `Header.tile_boxes`, sections keyed by ALPHA, ICC or EXIF."""
+    """A whole file. `tiles` are in the order of `Header.tile_boxes`, sections keyed by ALPHA or METADATA."""
     head = FIXED.pack(MAGIC, VERSION, *astuple(header), len(sections))
     ordered = sorted(sections.items())
     contents = b"".join(bytes([kind]) + varint(len(d)) + CRC.pack(crc32(d)) for kind, d in ordered)

@@ -83,7 +83,7 @@ class LatentCodec:
         Args:
             image: PIL's, a `Picture`, or uint8 or uint16 (H, W) or (H, W, C), where the last of 2 or 4 is alpha.
             quality: the quantiser's step in posterior deviations * sqrt(12): more is coarser and smaller.
-            strip: leave out ICC profile and EXIF.
+            strip: leave out all metadata.
             limits: on the picture's size; Limits() unless given, as in `decompress`.
 
         Raises:
@@ -169,11 +169,11 @@ class LatentCodec:
                 f"the region {left} {top} {width} {height} is not within the picture's {header.width}x{header.height}"
             )
         box = (top, left, top + height, left + width)
-        alpha, icc, exif = unpack_sections(contents, damage)
+        alpha, metadata = unpack_sections(contents, damage)
         if alpha is not None:
             alpha = np.ascontiguousarray(alpha[top : box[2], left : box[3]])
         pixels = np.empty((height, width, header.colours), np.uint16 if header.depth == 16 else np.uint8)
-        return Picture(pixels=pixels, alpha=alpha, icc=icc, exif=exif), self.unpack(contents, box, damage)
+        return Picture(pixels=pixels, alpha=alpha, metadata=metadata), self.unpack(contents, box, damage)
 
     def unpack(self, contents: Contents, box: Box, damage: list[str] | None) -> Iterator[Pixels]:
         """A box of pixels from a file, in bands from top to bottom."""

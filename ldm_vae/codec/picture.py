@@ -14,7 +14,7 @@ from PIL import Image
 from ldm_vae.codec.bitstream import EXTENSION
 from ldm_vae.data import large
 from ldm_vae.data.images import Pixels, check_values
-from ldm_vae.data.metadata import EXIF_PREFIX, metadata_of
+from ldm_vae.data.metadata import EXIF_PREFIX, NO_METADATA, Metadata, metadata_of
 from ldm_vae.data.png import stream_png
 from ldm_vae.data.reader import MAX_PIXELS, ReadOptions, limits_are_ours, pil_pixels, read_image
 from ldm_vae.errors import BadImageError, ConfigError
@@ -25,11 +25,13 @@ FINEST: dict[str, dict[str, Any]] = {
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
 }
 """Options of PIL's writers whose defaults lose what can be seen."""
+BLOCKS = {"icc": "ICC profile", "cicp": "cICP", "exif": "EXIF", "xmp": "XMP", "resolution": "resolution"}
+"""What people call the fields of `Metadata`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """`pixels` (H, W, C) of uint8 or uint16, `alpha` (H, W) of the same type or None, ICC profile and EXIF as bytes.
+    """`pixels` (H, W, C) of uint8 or uint16, `alpha` (H, W) of the same type or None, and what is written beside.
 
     Raises:
         BadImageError: other types or shapes.
@@ -37,8 +39,7 @@ class Picture:
 
     pixels: Pixels
     alpha: Pixels | None = None
-    icc: bytes = b""
-    exif: bytes = b""
+    metadata: Metadata = NO_METADATA
 
     def __post_init__(self) -> None:
         values, alpha = self.pixels, self.alpha
@@ -58,13 +59,21 @@ class Picture:
         if (values.dtype == np.uint16 and channels > 1) or channels not in (1, 2, 3, 4) or self.pixels.shape[2] == 2:
             raise ConfigError(f"PIL has no images of {channels} channels with {values.dtype.itemsize * 8} bits")
         image = Image.fromarray(values[:, :, 0] if channels == 1 else values)
-        image.info.update(self.metadata())
+        image.info.update(dict(self.metadata.text) | pil_info(self.metadata))
         return image
 
-    def metadata(self) -> dict[str, bytes]:
-        """As PIL names and wants it."""
-        exif = EXIF_PREFIX + self.exif if self.exif else b""
-        return {k: v for k, v in (("icc_profile", self.icc), ("exif", exif)) if v}
+
+def pil_info(metadata: Metadata) -> dict[str, Any]:
+    """What PIL has a name for, as PIL names and wants it."""
+    exif, comment = EXIF_PREFIX + metadata.exif if metadata.exif else b"", dict(metadata.text).get("Comment")
+    found = {"icc_profile": metadata.icc, "exif": exif, "xmp": metadata.xmp, "dpi": metadata.resolution}
+    return {k: v for k, v in (found | {"comment": comment}).items() if v}
+
+
+def named(metadata: Metadata) -> list[str]:
+    """What there is, in people's words."""
+    blocks = [name for field, name in BLOCKS.items() if getattr(metadata, field)]
+    return blocks + [f'text "{keyword}"' for keyword, _ in metadata.text]
 
 
 def as_picture(image: Image.Image | Pixels | Picture, *, channels: int = 3) -> Picture:
@@ -75,18 +84,17 @@ def as_picture(image: Image.Image | Pixels | Picture, *, channels: int = 3) -> P
     if isinstance(image, Picture):
         return image
     if isinstance(image, Image.Image):
-        metadata = metadata_of(image)
-        return from_pixels(pil_pixels(image), channels=channels, icc=metadata.icc, exif=metadata.exif)
+        return from_pixels(pil_pixels(image), channels=channels, metadata=metadata_of(image))
     return from_pixels(np.atleast_3d(image), channels=channels)
 
 
-def from_pixels(values: Pixels, *, channels: int = 3, icc: bytes = b"", exif: bytes = b"") -> Picture:
+def from_pixels(values: Pixels, *, channels: int = 3, metadata: Metadata = NO_METADATA) -> Picture:
     """Pixels (H, W, C); floats in [0, 1] get 16 bits."""
     if values.dtype == np.float32:
         values = np.rint(check_values(values) * 65535).astype(np.uint16)
     if values.ndim == 3 and values.shape[2] in (2, 4) and values.shape[2] != channels:
-        return Picture(pixels=values[:, :, :-1], alpha=last_channel(values), icc=icc, exif=exif)
-    return Picture(pixels=values, icc=icc, exif=exif)
+        return Picture(pixels=values[:, :, :-1], alpha=last_channel(values), metadata=metadata)
+    return Picture(pixels=values, metadata=metadata)
 
 
 def fill(picture: Picture, bands: Iterable[Pixels]) -> Picture:
@@ -116,55 +124,72 @@ def last_channel(values: Pixels) -> Pixels:
 
 
 def read_picture(
-    file: bytes | Path, *, channels: int = 3, max_pixels: int = MAX_PIXELS, scratch: Path | None = None
+    file: bytes | Path,
+    *,
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    scratch: Path | None = None,
+    notes: list[str] | None = None,
 ) -> Picture:
-    """From a file or its bytes; the orientation that EXIF names is applied. `scratch` is `read_large`'s folder.
+    """From a file or its bytes, in its own colours; the orientation that EXIF names is applied.
+
+    Args:
+        scratch: `read_large`'s folder.
+        notes: takes what is not as one might expect: pages, frames or precision left out.
 
     Raises:
         BadImageError: there is none in them.
         OSError: the file cannot be read.
     """
+    options = ReadOptions(keep_colour=True)
     found = read_image(
-        file,
-        channels=channels,
-        keep_alpha=True,
-        max_pixels=max_pixels,
-        options=ReadOptions(keep_colour=True),
-        scratch=scratch,
+        file, channels=channels, keep_alpha=True, max_pixels=max_pixels, options=options, scratch=scratch
     )
-    return from_pixels(found.pixels, channels=channels, icc=found.metadata.icc, exif=found.metadata.exif)
+    if notes is not None:
+        notes += found.notes
+    return from_pixels(found.pixels, channels=channels, metadata=found.metadata)
 
 
-def encode_picture(picture: Picture, extension: str) -> bytes:
-    """A file's bytes for an extension: .png and .npy hold everything, others what PIL makes of 8 bits.
+def encode_picture(picture: Picture, extension: str, notes: list[str] | None = None) -> bytes:
+    """A file's bytes for an extension: .png and .npy hold all values, others what PIL makes of 8 bits.
 
-    Lossless where a format can be, and next to it where not.
+    Lossless where a format can be, and next to it where not. `notes` takes a line on metadata that had to stay behind.
 
     Raises:
         ConfigError: an extension that is not known, or cannot hold this picture: its alpha, or its colours.
     """
     check_extension(extension)
     file = io.BytesIO()
+    kept = NO_METADATA
     if extension == ".npy":
         np.save(file, picture.whole())
-        return file.getvalue()
-    if extension == ".png":
+    elif extension == ".png":
         values = picture.whole()
         if values.shape[2] > 4 or picture.pixels.shape[2] == 2:
             raise ConfigError(f"a PNG has no {values.shape[2]} channels: write .npy")
-        stream_png(file, [values], values.shape, icc=picture.icc, exif=picture.exif)
-        return file.getvalue()
+        stream_png(file, [values], values.shape, metadata=picture.metadata)
+        kept = picture.metadata
+    else:
+        kept = save_by_pil(picture, file, extension)
+    missing = [name for name in named(picture.metadata) if name not in named(kept)]
+    if missing and notes is not None:
+        notes.append(f"{extension} holds no {', '.join(missing)}: left out")
+    return file.getvalue()
+
+
+def save_by_pil(picture: Picture, file: io.BytesIO, extension: str) -> Metadata:
+    """Writes the picture, and reads it again: what it has kept of the metadata. Raises ConfigError."""
     image = picture.to_pil()
     kind = Image.registered_extensions()[extension]
     try:
-        image.save(file, kind, **FINEST.get(kind, {}), **picture.metadata())
+        image.save(file, kind, **FINEST.get(kind, {}), **pil_info(picture.metadata))
         with limits_are_ours(), Image.open(file) as again:
-            kept = again.size, again.mode
+            size, mode, kept = again.size, again.mode, metadata_of(again)
     except Exception as error:  # writers raise many kinds, for metadata that they cannot read, too
         raise ConfigError(f"{extension} cannot hold this picture ({error}): write .png") from None
-    if kept != (image.size, image.mode):
-        raise ConfigError(f"{extension} cannot hold this picture ({image.mode} became {kept[1]}): write .png")
-    return file.getvalue()
+    if (size, mode) != (image.size, image.mode):
+        raise ConfigError(f"{extension} cannot hold this picture ({image.mode} became {mode}): write .png")
+    return kept
 
 
 def check_extension(extension: str) -> None:

@@ -26,22 +26,24 @@ def compress_to(
     *,
     target_bpp: float | None = None,
     target_psnr: float | None = None,
+    target_size: int | None = None,
     strip: bool = False,
     scratch: Path | None = None,
 ) -> bytes:
-    """The best file of at most `target_bpp` bits per pixel, or the smallest of at least `target_psnr` dB.
+    """The best file of at most `target_bpp` bits per pixel or `target_size` bytes, or the smallest of `target_psnr` dB.
 
     Found by bisection between the finest and the coarsest quality that the tables were fitted at. The PSNR is that of
     the colours, over all values, after rounding; the rate is that of the whole file. `scratch` is a folder for the
     latents of a large picture, which then do not lie in memory.
 
     Raises:
-        ConfigError: a target out of reach, or not exactly one of the two.
+        ConfigError: a target out of reach, or not exactly one of the three.
     """
-    if (target_bpp is None) == (target_psnr is None):
-        raise ConfigError("give one target: bits per pixel, or PSNR")
-    target = target_psnr if target_bpp is None else target_bpp
-    if target is None or not 0 < target < math.inf:
+    targets = [target for target in (target_bpp, target_psnr, target_size) if target is not None]
+    if len(targets) != 1:
+        raise ConfigError("give one target: bits per pixel, bytes, or PSNR")
+    (target,) = targets
+    if not 0 < target < math.inf:
         raise ConfigError(f"the target is {target}: it must be a number above 0")
     latents, whole = latents_of(codec, picture, scratch), codec.network.box_of(picture.pixels)
 
@@ -50,16 +52,19 @@ def compress_to(
         return codec.file_of(picture, header, (window(latents, whole, box) for box in header.tile_boxes), strip)
 
     def rate_at(quality: int) -> float:
-        return bits_per_pixel(file_at(quality), picture.pixels)
+        """In bytes or bits per pixel, as the target is."""
+        file = file_at(quality)
+        return bits_per_pixel(file, picture.pixels) if target_size is None else len(file)
 
     psnr_at = partial(psnr_of, codec, picture, latents)
     finest, coarsest = codec.tables.qualities[0], codec.tables.qualities[-1]
     between = range(finest, coarsest)
-    if target_bpp is not None:
+    if target_psnr is None:
         least = rate_at(coarsest)
-        if least > target_bpp:
-            raise ConfigError(f"{target_bpp:g} bits per pixel cannot be reached: the coarsest file has {least:.3f}")
-        return file_at(finest + bisect_left(between, True, key=lambda quality: rate_at(quality) <= target_bpp))
+        if least > target:
+            unit = "bits per pixel" if target_size is None else "bytes"
+            raise ConfigError(f"{target:g} {unit} cannot be reached: the coarsest file has {least:.6g}")
+        return file_at(finest + bisect_left(between, True, key=lambda quality: rate_at(quality) <= target))
     best = psnr_at(finest)
     if best < target:
         raise ConfigError(f"{target:g} dB cannot be reached: the finest file has {best:.2f}")

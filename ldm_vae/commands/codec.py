@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Annotated, Any
 
 from tyro.conf import Positional
 
 from ldm_vae.codec import bitstream
-from ldm_vae.codec.bitstream import EXTENSION, MODEL_VARIABLE, Limits
-from ldm_vae.commands.folders import result_names, run_jobs, totals
-from ldm_vae.data.image_files import files_below, is_image
+from ldm_vae.codec.bitstream import EXTENSION, Limits
+from ldm_vae.commands.folders import in_one_line
+from ldm_vae.commands.transfer import STREAM, Transfer, is_nameless, load_codec, read, transfer, write
+from ldm_vae.data.image_files import is_image
 from ldm_vae.errors import CompressedFileError, ConfigError, DataError
-from ldm_vae.files import atomic, check_writable
-from ldm_vae.runs.config import Range, check_ranges
-
-STREAM = "-"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transfer:
-    """From a file, a folder or standard input (-) to the same kind."""
-
-    input: Positional[str]
-    output: Positional[str]
-    model: str = os.environ.get(MODEL_VARIABLE, "")
-    """Run directory, model folder or hub id with fitted tables; $LDM_VAE_MODEL unless given."""
-    device: str = "cpu"
-    workers: Annotated[int, Range(at_least=0)] = 0
-    """Processes for a folder's files, or for the tiles of one large image; 0: one a core."""
-    overwrite: bool = False
-    """Replace files that are there; without it, a folder's are skipped, and a single one is an error."""
-    max_pixels: Annotated[int, Range(at_least=1)] = Limits().max_pixels
-    max_side: Annotated[int, Range(at_least=1)] = Limits().max_side
-
-    def limits(self) -> Limits:
-        return Limits(max_pixels=self.max_pixels, max_side=self.max_side)
+from ldm_vae.files import atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +31,21 @@ class Compress(Transfer):
     """The best quality with at most so many bits per pixel, instead of --quality."""
     target_psnr: float | None = None
     """The smallest file with at least so many dB, instead of --quality."""
+    target_size: str | None = None
+    """The best quality with at most so many bytes, instead of --quality; k and M are thousands and millions."""
     strip: bool = False
-    """Leave out ICC profile and EXIF."""
+    """Leave out metadata: colour profile, EXIF, XMP, texts, resolution."""
+    exact: bool = False
+    """Keep the colours of fully transparent pixels, which are filled smoothly otherwise."""
+    force: bool = False
+    """Write to a name that does not end in .ldi."""
+    only_if_smaller: bool = False
+    """Of a folder's files, copy those that would not become smaller."""
+
+    def results(self) -> list[Path]:
+        """What one file may become: with `only_if_smaller` also a copy, beside the others, by its own name."""
+        target = Path(self.output)
+        return [target, target.with_name(PurePath(self.input).name)][: 1 + self.only_if_smaller]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +57,7 @@ class Decompress(Transfer):
     salvage: bool = False
     """Decode what is whole of a damaged file, and mark the rest."""
     extension: str = ".png"
-    """Of a folder's images, and of standard output."""
+    """Of a folder's images, and of what has no name of its own: standard output, a pipe, a device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,58 +67,60 @@ class Info:
     file: Positional[str]
 
 
-@cache
-def load_codec(model: str, device: str, workers: int) -> Any:
-    from ldm_vae.codec.codec import LatentCodec
-    from ldm_vae.models.loading import check_device
-    from ldm_vae.models.reconstruction import exact_float32
-
-    exact_float32()
-    if not model:
-        raise ConfigError(f"no --model given, and ${MODEL_VARIABLE} is not set")
-    check_device(device)
-    return LatentCodec.from_pretrained(model, device=device, workers=workers)
-
-
-def read(name: str) -> bytes:
-    return sys.stdin.buffer.read() if name == STREAM else Path(name).read_bytes()
-
-
-def write(name: str, data: bytes) -> None:
-    if name == STREAM:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-        return
-    with atomic(Path(name)) as out:
-        out.write(data)
-
-
-def compress_file(command: Compress) -> None:
+def compress_file(command: Compress) -> str | None:
+    """What is to be said of it, if anything."""
     from ldm_vae.codec.picture import read_picture
     from ldm_vae.codec.search import compress_to
+    from ldm_vae.codec.transparency import smooth_transparent
 
     codec = load_codec(command.model, command.device, command.workers)
     scratch = None
     if codec.network.finite:  # then large images need not lie in memory: they are kept where the output goes
-        scratch = Path(tempfile.gettempdir()) if command.output == STREAM else Path(command.output).parent
+        scratch = Path(tempfile.gettempdir()) if is_nameless(command.output) else Path(command.output).parent
     file = read(STREAM) if command.input == STREAM else Path(command.input)
-    picture = read_picture(file, channels=codec.network.channels, max_pixels=command.max_pixels, scratch=scratch)
+    notes: list[str] = []
+    picture = read_picture(
+        file, channels=codec.network.channels, max_pixels=command.max_pixels, scratch=scratch, notes=notes
+    )
+    note = in_one_line(notes, strict=command.strict)
     command.limits().check(picture.pixels.shape[1], picture.pixels.shape[0])
-    bpp, psnr = command.target_bpp, command.target_psnr
-    if bpp is None and psnr is None:
-        data = codec.compress(picture, quality=command.quality, strip=command.strip, limits=command.limits())
+    if not command.exact:
+        picture = smooth_transparent(picture)
+    bpp, psnr, size = command.target_bpp, command.target_psnr, num_bytes(command.target_size)
+    if (bpp, psnr, size) != (None, None, None):
+        data = compress_to(
+            codec, picture, target_bpp=bpp, target_psnr=psnr, target_size=size, strip=command.strip, scratch=scratch
+        )
     else:
-        data = compress_to(codec, picture, target_bpp=bpp, target_psnr=psnr, strip=command.strip, scratch=scratch)
-    write(command.output, data)
+        data = codec.compress(picture, quality=command.quality, strip=command.strip, limits=command.limits())
+    if command.only_if_smaller and len(data) >= Path(command.input).stat().st_size:
+        target, copy = command.results()
+        with open(command.input, "rb") as original, atomic(copy) as out:
+            shutil.copyfileobj(original, out)
+        target.unlink(missing_ok=True)  # of another quality
+    else:
+        write(command.output, data)
+    return note
+
+
+def num_bytes(size: str | None) -> int | None:
+    """100k -> 100,000. Raises ConfigError."""
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)B?", size)
+    if not match:
+        raise ConfigError(f"--target-size {size} is no number of bytes: try 100k")
+    return int(float(match[1]) * {"": 1, "k": 1000, "M": 1_000_000}[match[2]])
 
 
 def decompress_file(command: Decompress) -> str | None:
-    """What is damaged, if anything."""
+    """What is to be said of it, if anything. Raises DataError for what is damaged; the rest has been written then."""
     from ldm_vae.codec.picture import check_extension, encode_picture, fill, with_alpha
     from ldm_vae.data.large import LARGE
     from ldm_vae.data.png import stream_png
 
-    extension = command.extension if command.output == STREAM else Path(command.output).suffix.lower()
+    target = Path(command.output)
+    extension = command.extension if is_nameless(command.output) else target.suffix.lower()
     check_extension(extension)
     codec = load_codec(command.model, command.device, command.workers)
     damage: list[str] | None = [] if command.salvage else None
@@ -137,63 +128,19 @@ def decompress_file(command: Decompress) -> str | None:
         read(command.input), region=command.region, limits=command.limits(), damage=damage
     )
     height, width, colours = picture.pixels.shape
+    notes: list[str] = []
+    note = None
     if extension == ".png" and height * width > LARGE and colours in (1, 3):
         shape, parts = (height, width, colours + (picture.alpha is not None)), with_alpha(bands, picture.alpha)
-        with nullcontext(sys.stdout.buffer) if command.output == STREAM else atomic(Path(command.output)) as out:
-            stream_png(out, parts, shape, icc=picture.icc, exif=picture.exif)
+        with nullcontext(sys.stdout.buffer) if command.output == STREAM else atomic(target) as out:
+            stream_png(out, parts, shape, metadata=picture.metadata)
     else:
-        write(command.output, encode_picture(fill(picture, bands), extension))
-    return "; ".join(damage) if damage else None
-
-
-def transfer_folder(
-    act: Callable[[Any], str | None], command: Transfer, *, inputs: Callable[[str], bool], extension: str
-) -> None:
-    """Every file below the input folder, to a file of the same name below the output.
-
-    Raises:
-        DataError: no files; and at the end, when some could not be done.
-        ConfigError: an output within the input.
-    """
-    source, target = Path(command.input), Path(command.output)
-    if target.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"the output {target} is inside the input {source}: choose another one")
-    names = sorted(name for name in files_below(source, inputs) if (source / name).is_file())
-    if not names:
-        raise DataError(f"{source} has no such files")
-    load_codec(command.model, command.device, 1)  # what is wrong with it is said once
-    jobs = {}
-    for name, result in zip(names, result_names(names, extension), strict=True):
-        if command.overwrite or not (target / result).exists():
-            check_writable((target / result).parent)
-            jobs[name] = replace(command, input=str(source / name), output=str(target / result), workers=1)
-    failures = run_jobs(act, jobs, workers=min(command.workers, len(jobs)))
-    print(totals(len(jobs), failures, target, skipped=len(names) - len(jobs)), file=sys.stderr)
-    if failures:
-        raise DataError(f"{len(failures)} of {len(jobs)} files could not be done, or not whole: see above")
-
-
-def transfer(
-    act: Callable[[Any], str | None], command: Transfer, *, inputs: Callable[[str], bool], extension: str
-) -> None:
-    """A folder by `transfer_folder`; a file, or standard input, by act(command), which may return a warning."""
-    check_ranges(command)
-    command = replace(command, workers=command.workers or os.cpu_count() or 1)
-    if command.input != STREAM and Path(command.input).is_dir():
-        if command.output == STREAM:
-            raise ConfigError("a folder cannot go to standard output")
-        transfer_folder(act, command, inputs=inputs, extension=extension)
-        return
-    if command.output != STREAM:
-        target = Path(command.output)
-        if target.is_dir():
-            raise ConfigError(f"{target} is a folder: name the file")
-        if target.exists() and not command.overwrite:
-            raise ConfigError(f"{target} is there already: add --overwrite to replace it")
-        if not target.parent.is_dir():
-            raise ConfigError(f"there is no folder {target.parent}")
-    if warning := act(command):
-        raise DataError(f"{command.input}: {warning}; the rest was written")
+        data = encode_picture(fill(picture, bands), extension, notes)
+        note = in_one_line(notes, strict=command.strict)
+        write(command.output, data)
+    if damage:
+        raise DataError(f"{'; '.join(damage)}; the rest was written")
+    return note
 
 
 def is_compressed(name: str) -> bool:
@@ -203,8 +150,16 @@ def is_compressed(name: str) -> bool:
 
 
 def compress(command: Compress) -> None:
-    if sum([command.target_bpp is not None, command.target_psnr is not None, command.quality != 1.0]) > 1:
-        raise ConfigError("give one of --quality, --target-bpp and --target-psnr")
+    targets = command.target_bpp, command.target_psnr, command.target_size
+    if sum(target is not None for target in targets) + (command.quality != 1.0) > 1:
+        raise ConfigError("give one of --quality, --target-bpp, --target-psnr and --target-size")
+    num_bytes(command.target_size)
+    if not Path(command.input).is_dir():
+        target = Path(command.output)
+        if target.suffix.lower() != EXTENSION and not (is_nameless(command.output) or target.is_dir() or command.force):
+            raise ConfigError(f"{target} is not named {EXTENSION}: do so, or add --force to write it all the same")
+        if command.only_if_smaller:
+            raise ConfigError("--only-if-smaller is for folders")
     transfer(compress_file, command, inputs=is_image, extension=EXTENSION)
 
 

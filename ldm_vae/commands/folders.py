@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldm_vae.errors import LdmVaeError
+from ldm_vae.errors import BadImageError, LdmVaeError
 from ldm_vae.progress import progress
 
 Errors = tuple[type[Exception], ...]
@@ -56,37 +56,49 @@ def run_jobs(
     errors: Errors = (Exception,),
     show: bool = True,
 ) -> dict[str, str]:
-    """act(job) for each of the named jobs; what went wrong, name -> reason, is said in a line each as it happens.
+    """act(job) for each of the named jobs; what went wrong: name -> reason.
+
+    That, and what a job has to say, is printed in a line each as it happens.
 
     Args:
-        act: does one file, and returns a warning or None.
+        act: does one file, and returns what is to be said of it, or None.
         workers: processes, each with one thread of torch; with 1, this process does all.
         errors: what concerns one file alone, so that the others are done; any other error ends everything.
         show: whether a bar shows the progress.
     """
     failures: dict[str, str] = {}
     with progress(total=len(jobs), unit="file", show=show) as bar:
-        for name, failure in outcomes(act, jobs, workers, errors):
+        for name, note, failure in outcomes(act, jobs, workers, errors):
             bar.update()
             if failure is not None:
                 failures[name] = failure
-                bar.write(f"{name}: {failure}", file=sys.stderr)
+            for line in (note, failure):
+                if line is not None:
+                    bar.write(f"{name}: {line}", file=sys.stderr)
     return failures
+
+
+def in_one_line(notes: Sequence[str], *, strict: bool) -> str | None:
+    """What is to be said of a file; None for nothing. Raises BadImageError for any note if `strict`."""
+    line = "; ".join(notes) or None
+    if line and strict:
+        raise BadImageError(f"{line} (--strict)")
+    return line
 
 
 def outcomes(
     act: Callable[[Any], str | None], jobs: Mapping[str, Any], workers: int, errors: Errors
-) -> Iterator[tuple[str, str | None]]:
-    """Each job's name with its warning or error, None for neither, in the order in which they are done."""
+) -> Iterator[tuple[str, str | None, str | None]]:
+    """Each job's name, its note and its error, or None for either, in the order in which they are done."""
     if workers <= 1:
         for name, job in jobs.items():
-            yield name, outcome(partial(act, job), errors)
+            yield name, *outcome(partial(act, job), errors)
         return
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=use_one_thread)
     try:
         names = {pool.submit(act, job): name for name, job in jobs.items()}
         for future in as_completed(names):
-            yield names[future], outcome(future.result, errors)
+            yield names[future], *outcome(future.result, errors)
     finally:
         pool.shutdown(cancel_futures=True)  # what has not begun when somebody stops it does not begin
 
@@ -97,13 +109,14 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def outcome(call: Callable[[], str | None], errors: Errors) -> str | None:
-    """What `call` returns, or the text of its error in one line."""
+def outcome(call: Callable[[], str | None], errors: Errors) -> tuple[str | None, str | None]:
+    """What `call` returns, and the text of its error in one line."""
     try:
-        return call()
+        return call(), None
     except errors as error:
         text = " ".join(str(error).split())
-        return text if isinstance(error, (LdmVaeError, ValueError, OSError)) else f"{type(error).__name__}: {text}"
+        plain = isinstance(error, (LdmVaeError, ValueError, OSError))
+        return None, text if plain else f"{type(error).__name__}: {text}"
 
 
 def totals(num_jobs: int, failures: Mapping[str, str], output: Path | str, *, skipped: int) -> str:

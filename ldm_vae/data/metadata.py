@@ -11,8 +11,9 @@ from typing import Any
 from PIL import ExifTags, Image
 
 from ldm_vae.data.large import open_with_vips
-from ldm_vae.data.png import SIGNATURE
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+"""What a PNG begins with."""
 EXIF_PREFIX = b"Exif\0\0"
 """Before EXIF in JPEG, and where PIL hands it over; PNG and our files go without."""
 LAYOUT_TAGS = frozenset(
@@ -45,6 +46,9 @@ class Metadata:
     """Keys and texts of a PNG; the comment of a JPEG or GIF has the key "Comment"."""
     resolution: tuple[float, float] | None = None
     """Dots per inch, across and down."""
+
+
+NO_METADATA = Metadata()
 
 
 def metadata_of(image: Image.Image, data: bytes = b"") -> Metadata:

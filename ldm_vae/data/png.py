@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import IO
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.large import strips
+from ldm_vae.data.metadata import NO_METADATA, SIGNATURE, XMP_KEY, Metadata
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 """By the number of channels: grey, grey with alpha, RGB, RGBA."""
 FILTER_UP = 2
@@ -30,16 +30,14 @@ def stream_png(
     parts: Iterable[Pixels],
     shape: tuple[int, ...],
     *,
-    icc: bytes = b"",
-    exif: bytes = b"",
+    metadata: Metadata = NO_METADATA,
     text: Mapping[str, str] | None = None,
 ) -> None:
     """A PNG from parts of its pixels (h, W, C), 1 to 4 channels of uint8 or uint16, from top to bottom.
 
     Args:
         shape: (H, W, C) of the whole.
-        exif: without a prefix.
-        text: keyword -> text, in chunks of their own.
+        text: keyword -> text, in place of the metadata's of the same keywords.
 
     Raises:
         OSError: it cannot be written.
@@ -49,13 +47,8 @@ def stream_png(
     first = next(parts)
     header = struct.pack(">IIBBBBB", width, height, 8 * first.dtype.itemsize, COLOUR_TYPES[channels], 0, 0, 0)
     out.write(SIGNATURE + chunk(b"IHDR", header))
-    if icc:
-        out.write(chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)))
-    if exif:
-        out.write(chunk(b"eXIf", exif))
-    for keyword, value in (text or {}).items():
-        content = value.encode(errors="backslashreplace")  # names of files can be no text
-        out.write(chunk(b"iTXt", keyword.encode("latin-1") + bytes(5) + content))
+    for kind, content in metadata_chunks(metadata, text or {}):
+        out.write(chunk(kind, content))
     deflate = zlib.compressobj()
     above = np.zeros((1, width * channels * first.dtype.itemsize), np.uint8)
     for part in chain([first], parts):
@@ -68,3 +61,26 @@ def stream_png(
             if data := deflate.compress(lines.data):
                 out.write(chunk(b"IDAT", data))
     out.write(chunk(b"IDAT", deflate.flush()) + chunk(b"IEND", b""))
+
+
+def metadata_chunks(metadata: Metadata, text: Mapping[str, str]) -> Iterator[tuple[bytes, bytes]]:
+    """Kind and content of the chunks that stand before the pixels (11.3)."""
+    if metadata.cicp:
+        yield b"cICP", bytes(metadata.cicp)
+    if metadata.icc:
+        yield b"iCCP", b"ICC profile\0\0" + zlib.compress(metadata.icc)
+    if metadata.resolution:
+        across, down = (round(dots / 0.0254) for dots in metadata.resolution)  # dots per metre
+        yield b"pHYs", struct.pack(">IIB", across, down, 1)
+    if metadata.exif:
+        yield b"eXIf", metadata.exif
+    kept = [(keyword, value) for keyword, value in metadata.text if keyword not in text]
+    for keyword, value in [*kept, *text.items()]:
+        yield b"iTXt", international_text(keyword, value.encode(errors="backslashreplace"))  # names can be no text
+    if metadata.xmp:
+        yield b"iTXt", international_text(XMP_KEY, metadata.xmp)
+
+
+def international_text(keyword: str, content: bytes) -> bytes:
+    """The content of an iTXt chunk, not compressed (11.3.3.4)."""
+    return keyword.encode("latin-1", "replace")[:79] + bytes(5) + content

@@ -17,8 +17,7 @@ from PIL import Image, ImageOps
 from ldm_vae.data.image_files import EXTENSIONS
 from ldm_vae.data.images import Pixels, check_size, check_values, convert_channels, exact_channels, orient
 from ldm_vae.data.large import DTYPES, open_with_vips, read_large
-from ldm_vae.data.metadata import Metadata, head_of, large_png_metadata, metadata_of
-from ldm_vae.data.png import SIGNATURE
+from ldm_vae.data.metadata import SIGNATURE, Metadata, head_of, large_png_metadata, metadata_of
 from ldm_vae.errors import BadImageError
 
 MAX_PIXELS = 100_000_000

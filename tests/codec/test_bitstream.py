@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ldm_vae.codec import bitstream
-from ldm_vae.codec.bitstream import ALPHA, EXIF, Header, Limits, Varints, pack, unpack, varint
+from ldm_vae.codec.bitstream import ALPHA, METADATA, Header, Limits, Varints, pack, unpack, varint
 from ldm_vae.errors import (
     CompressedFileError,
     CorruptError,
@@ -31,7 +31,7 @@ HEADER = Header(
     weights=b"abcdefgh",
 )
 TILES = [bytes([i]) * (i % 5) for i in range(18)]  # 38 x 88 latents: 3 x 6 tiles
-FILE = pack(HEADER, {ALPHA: b"alpha", EXIF: b""}, TILES)
+FILE = pack(HEADER, {ALPHA: b"alpha", METADATA: b""}, TILES)
 
 
 def with_header(**changes: int) -> bytes:
@@ -43,7 +43,7 @@ def test_a_file_gives_back_what_was_packed() -> None:
     assert contents.header == HEADER
     assert contents.header.grid == (3, 6)
     assert [contents.read(t) for t in contents.tiles] == TILES
-    assert {k: contents.read(p) for k, p in contents.sections.items()} == {ALPHA: b"alpha", EXIF: b""}
+    assert {k: contents.read(p) for k, p in contents.sections.items()} == {ALPHA: b"alpha", METADATA: b""}
 
 
 def test_the_fields_lie_where_the_specification_says() -> None:

@@ -22,6 +22,7 @@ from ldm_vae.codec.picture import Picture, as_picture
 from ldm_vae.codec.search import bits_per_pixel, compress_to
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.data import large as by_disk
+from ldm_vae.data.metadata import Metadata
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import (
     ConfigError,
@@ -108,11 +109,11 @@ def test_16_bits_come_back_with_more_than_8(codec: LatentCodec) -> None:
 
 
 def test_profile_and_exif_are_kept_unless_stripped(codec: LatentCodec, photo) -> None:
-    picture = Picture(pixels=photo, icc=b"profile" * 100, exif=b"II*\0\x08\0\0\0\0\0")
+    picture = Picture(pixels=photo, metadata=Metadata(icc=b"profile" * 100, exif=b"II*\0\x08\0\0\0\0\0"))
     decoded = codec.decompress_picture(codec.compress(picture))
-    assert (decoded.icc, decoded.exif) == (picture.icc, picture.exif)
+    assert decoded.metadata == picture.metadata
     bare = codec.decompress_picture(codec.compress(picture, strip=True))
-    assert (bare.icc, bare.exif) == (b"", b"")
+    assert bare.metadata == Metadata()
 
 
 @pytest.fixture(scope="module")

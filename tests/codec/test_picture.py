@@ -1,21 +1,31 @@
 from __future__ import annotations
 
 import io
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageCms
 
-from ldm_vae.codec.bitstream import ALPHA
+from ldm_vae.codec import transparency
+from ldm_vae.codec.bitstream import ALPHA, METADATA
 from ldm_vae.codec.picture import Picture, as_picture, encode_picture, read_picture
-from ldm_vae.codec.sections import inflate, pack_sections, unpack_alpha
+from ldm_vae.codec.sections import inflate, pack_metadata, pack_sections, unpack_alpha, unpack_metadata
+from ldm_vae.codec.transparency import smooth_transparent
+from ldm_vae.data import large
+from ldm_vae.data.metadata import Metadata
 from ldm_vae.errors import BadImageError, ConfigError, CorruptError
 
 
 def pixels_of(channels: int, dtype: type = np.uint8) -> np.ndarray:
     top = np.iinfo(dtype).max
     return np.random.default_rng(channels).integers(top, size=(9, 14, channels), dtype=dtype, endpoint=True)
+
+
+def deflated(content: bytes) -> bytes:
+    return zlib.compress(content, 9, -15)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -27,13 +37,20 @@ def test_a_png_holds_every_picture_whole(channels: int, dtype: type) -> None:
     picture = Picture(
         pixels=values[:, :, : channels - 1] if channels in (2, 4) else values,
         alpha=values[:, :, -1] if channels in (2, 4) else None,
-        icc=b"a profile" * 50,
-        exif=exif.tobytes().removeprefix(b"Exif\0\0"),
+        metadata=Metadata(
+            icc=b"a profile" * 50,
+            cicp=(9, 16, 0, 1),
+            exif=exif.tobytes().removeprefix(b"Exif\0\0"),
+            xmp=b"<x:xmpmeta/>",
+            text=(("prompt", "a cat, é"), ("workflow", "{}" * 500)),
+            resolution=(300.0, 150.0),
+        ),
     )
     read = read_picture(encode_picture(picture, ".png"))
     assert np.array_equal(read.whole(), picture.whole())
     assert read.whole().dtype == dtype
-    assert (read.icc, read.exif) == (picture.icc, picture.exif)
+    assert replace(read.metadata, resolution=None) == replace(picture.metadata, resolution=None)
+    assert read.metadata.resolution == pytest.approx((300, 150), abs=0.0254)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1", "CMYK", "I;16"])
@@ -54,7 +71,7 @@ def test_the_orientation_is_applied_and_no_longer_said() -> None:
     read = read_picture(file.getvalue())
     assert np.array_equal(read.pixels, np.rot90(pixels_of(3), -1))
     kept = Image.Exif()
-    kept.load(read.exif)
+    kept.load(read.metadata.exif)
     assert dict(kept) == {0x010E: "kept"}
 
 
@@ -96,6 +113,88 @@ def test_other_extensions_hold_what_they_can() -> None:
         encode_picture(Picture(pixels=pixels_of(3, np.uint16)), ".bmp")
 
 
+def test_a_line_names_what_a_format_cannot_hold() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    texts = (("Comment", "a comment"), ("prompt", "a cat"))
+    metadata = Metadata(icc=srgb, cicp=(9, 16, 0, 1), xmp=b"<x:xmpmeta/>", text=texts, resolution=(300.0, 300.0))
+    picture = Picture(pixels=pixels_of(3), metadata=metadata)
+    expected = {
+        ".png": [],
+        ".jpg": ["cICP", 'text "prompt"'],
+        ".webp": ["cICP", "resolution", 'text "Comment"', 'text "prompt"'],
+        ".npy": ["ICC profile", "cICP", "XMP", "resolution", 'text "Comment"', 'text "prompt"'],
+    }
+    for extension, names in expected.items():
+        notes: list[str] = []
+        encode_picture(picture, extension, notes)
+        assert notes == ([f"{extension} holds no {', '.join(names)}: left out"] if names else [])
+    read = read_picture(encode_picture(picture, ".jpg"))
+    assert read.metadata == replace(metadata, cicp=None, text=texts[:1])
+
+
+def test_all_metadata_takes_one_small_section() -> None:
+    metadata = Metadata(
+        cicp=(9, 16, 0, 1),
+        exif=b"II*\0",
+        xmp=b"<x/>",
+        text=(("prompt", "é"), ("empty", "")),
+        resolution=(72.009, 300),
+    )
+    picture = Picture(pixels=pixels_of(3), metadata=metadata)
+    sections = pack_sections(picture, strip=False)
+    assert list(sections) == [METADATA]
+    assert unpack_metadata(sections[METADATA]) == metadata
+    assert len(pack_metadata(Metadata(resolution=(72.0, 72.0)))) <= 10
+    assert pack_sections(picture, strip=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\4\3abc", "cICP of 3 bytes"),
+        (b"\5\2\0\1", "resolution"),
+        (b"\5\1\1", "cut short"),
+        (b"\1\7abc", "cut short"),
+        (b"\6", "cut short"),
+        (b"\0\0" * 5000, "4096 items"),
+    ],
+)
+def test_metadata_that_cannot_be_is_refused(content: bytes, reason: str) -> None:
+    with pytest.raises(CorruptError, match=reason):
+        unpack_metadata(deflated(content))
+    assert unpack_metadata(deflated(b"\x77\2xy\3\1z")) == Metadata(xmp=b"z")  # one of a later writer
+
+
+def test_noise_under_transparent_pixels_gives_way_to_their_neighbours_colours() -> None:
+    rng = np.random.default_rng(0)
+    for dtype, channels, shape in ((np.uint8, 3, (70, 50)), (np.uint16, 1, (17, 91)), (np.uint8, 3, (1, 3))):
+        top = np.iinfo(dtype).max
+        pixels = rng.integers(top, size=(*shape, channels), dtype=dtype, endpoint=True)
+        alpha = np.zeros(shape, dtype)
+        alpha[: shape[0] // 2 + 1, : shape[1] // 3] = 1
+        pixels[alpha > 0] = top // 3
+        given = pixels.copy()
+        filled = smooth_transparent(Picture(pixels=pixels, alpha=alpha)).pixels
+        assert np.array_equal(pixels, given)
+        assert np.abs(filled.astype(int) - top // 3).max() <= 1
+        empty = smooth_transparent(Picture(pixels=pixels, alpha=np.zeros(shape, dtype)))
+        assert (empty.pixels == empty.pixels[0, 0]).all()
+    opaque = Picture(pixels=pixels, alpha=np.ones(shape, np.uint8))
+    assert smooth_transparent(opaque) is opaque
+
+
+def test_transparent_pixels_are_filled_alike_strip_by_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, x = np.mgrid[:60, :40]
+    pixels = np.stack([4 * y, 6 * x, x + y], axis=2).astype(np.uint8)
+    alpha = np.where((y - 30) ** 2 + (x - 20) ** 2 < 200, 255, 0).astype(np.uint8)
+    whole = smooth_transparent(Picture(pixels=pixels, alpha=alpha)).pixels
+    for module in (large, transparency):
+        monkeypatch.setattr(module, "STRIP", 40 * 9)
+    assert np.array_equal(smooth_transparent(Picture(pixels=pixels, alpha=alpha)).pixels, whole)
+    assert np.array_equal(whole[alpha > 0], pixels[alpha > 0])
+    assert np.abs(np.diff(whole.astype(int), axis=0)).max() < 90
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_alpha_comes_back_or_is_refused(dtype: type) -> None:
     alpha = pixels_of(1, dtype)[:, :, 0]
@@ -107,15 +206,13 @@ def test_alpha_comes_back_or_is_refused(dtype: type) -> None:
 
 
 def test_metadata_that_would_grow_without_end_is_refused() -> None:
-    import zlib
-
-    assert inflate(zlib.compress(bytes(1000)), limit=1000) == bytes(1000)
+    assert inflate(deflated(bytes(1000)), limit=1000) == bytes(1000)
     for data in (
-        zlib.compress(bytes(10**7)),
-        zlib.compress(b"x") + b"more",
+        deflated(bytes(10**7)),
+        deflated(b"x") + b"more",
         b"",
         b"nonsense",
-        zlib.compress(b"x")[:-1],
+        deflated(b"x")[:-1],
     ):
         with pytest.raises(CorruptError, match=r"1000 bytes|damaged"):
             inflate(data, limit=1000)
@@ -139,7 +236,7 @@ def test_a_phones_photo_comes_upright_with_its_exif_from_pil_and_from_a_file() -
     for read in (from_file, from_pil):
         assert read.pixels.shape == (14, 9, 3)
         kept = Image.Exif()
-        kept.load(read.exif)
+        kept.load(read.metadata.exif)
         assert dict(kept) == {0x010F: "a phone"}
     assert np.array_equal(from_file.pixels, from_pil.pixels)
     with Image.open(io.BytesIO(encode_picture(from_file, ".jpg"))) as again:
@@ -152,16 +249,16 @@ def test_how_a_tiff_is_stored_is_not_kept_as_exif() -> None:
     Image.fromarray(pixels_of(3)).save(file, "TIFF", description="kept", compression="tiff_lzw")
     read = read_picture(file.getvalue())
     kept = Image.Exif()
-    kept.load(read.exif)
+    kept.load(read.metadata.exif)
     assert dict(kept) == {0x010E: "kept"}
-    part = Picture(pixels=read.pixels[:4, :5], exif=read.exif)
+    part = Picture(pixels=read.pixels[:4, :5], metadata=read.metadata)
     with Image.open(io.BytesIO(encode_picture(part, ".tif"))) as again:
         assert np.array_equal(np.asarray(again), read.pixels[:4, :5])
 
 
 def test_metadata_that_a_format_cannot_hold_is_one_error() -> None:
     with pytest.raises(ConfigError, match=r"\.png"):
-        encode_picture(Picture(pixels=pixels_of(3), exif=b"garbage"), ".tif")
+        encode_picture(Picture(pixels=pixels_of(3), metadata=Metadata(exif=b"garbage")), ".tif")
 
 
 def test_a_model_of_four_channels_takes_them_as_colours() -> None:

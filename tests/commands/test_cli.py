@@ -16,6 +16,7 @@ from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.picture import as_picture, encode_picture, read_picture
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.data import large
+from ldm_vae.data.metadata import Metadata
 from ldm_vae.metrics import psnr
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 
@@ -237,7 +238,7 @@ def test_large_images_go_by_way_of_the_disk(
     exif[270] = "a title"
     given = as_picture(pixels)
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() if kind == "alpha" else b""
-    given = replace(given, exif=exif.tobytes().removeprefix(b"Exif\0\0"), icc=icc)
+    given = replace(given, metadata=Metadata(exif=exif.tobytes().removeprefix(b"Exif\0\0"), icc=icc))
     (tmp_path / "in.png").write_bytes(encode_picture(given, ".png"))
     outputs = []
     for limit in (large.LARGE, 10_000):
@@ -245,7 +246,7 @@ def test_large_images_go_by_way_of_the_disk(
         run("compress", tmp_path / "in.png", tmp_path / f"{limit}.ldi", "--model", model)
         run("decompress", tmp_path / f"{limit}.ldi", tmp_path / f"{limit}.png", "--model", model)
         found = read_picture((tmp_path / f"{limit}.png").read_bytes())
-        assert found.icc == icc
+        assert found.metadata.icc == icc
         assert Image.open(tmp_path / f"{limit}.png").getexif()[270] == "a title"
         outputs.append([(tmp_path / f"{limit}.ldi").read_bytes(), found.whole()])
     assert outputs[0][0] == outputs[1][0]

@@ -75,7 +75,8 @@ def test_strips_become_one_file(channels: int, dtype: Any, tmp_path: Path) -> No
     with open(tmp_path / "out", "wb") as out:
         parts = [pixels[:20], pixels[20:21], pixels[21:]]
         text = {"name": "ü.png", "no text": os.fsdecode(b"caf\xe9")}
-        stream_png(out, parts, pixels.shape, icc=b"a profile", exif=exif.tobytes().removeprefix(b"Exif\0\0"), text=text)
+        metadata = Metadata(icc=b"a profile", exif=exif.tobytes().removeprefix(b"Exif\0\0"))
+        stream_png(out, parts, pixels.shape, metadata=metadata, text=text)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     data = (tmp_path / "out").read_bytes()
     assert np.array_equal(read_pixels(data, keep_alpha=True, channels=channels), pixels)
@@ -89,7 +90,7 @@ def test_strips_become_one_file(channels: int, dtype: Any, tmp_path: Path) -> No
 def test_nothing_is_said_of_an_image_that_nobody_said(tmp_path: Path) -> None:
     pixels = pixels_of(3)
     with open(tmp_path / "out", "wb") as out:
-        stream_png(out, [pixels], pixels.shape, icc=b"")
+        stream_png(out, [pixels], pixels.shape)
     with Image.open(tmp_path / "out") as image:
         image.load()
         assert (dict(image.info), dict(image.getexif())) == ({}, {})

@@ -27,6 +27,7 @@ from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.codec.picture import Picture, encode_picture
 from ldm_vae.data.images import Pixels
+from ldm_vae.data.metadata import Metadata
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import CompressedFileError, ConfigError, one_line_errors
 from ldm_vae.files import write_json
@@ -37,6 +38,14 @@ from tests.endurance.fuzzing.mutations import mutate
 
 LIMITS = Limits(max_pixels=1 << 16, max_side=1 << 10)
 EXTENSIONS = (".png", ".jpg", ".tif", ".npy")
+METADATA = Metadata(
+    icc=b"profile" * 30,
+    cicp=(9, 16, 0, 1),
+    exif=b"II*\0\x08\0\0\0\0\0",
+    xmp=b"<x:xmpmeta/>",
+    text=(("prompt", "a cat"), ("Comment", "é")),
+    resolution=(300.0, 150.0),
+)
 SLOW = 10.0
 """Seconds of computing within which any file must be decoded."""
 MOST_MEMORY = 1 << 29
@@ -85,7 +94,7 @@ def mutate_inside(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def same(picture: Picture, other: Picture) -> bool:
-    return np.array_equal(picture.whole(), other.whole()) and (picture.icc, picture.exif) == (other.icc, other.exif)
+    return np.array_equal(picture.whole(), other.whole()) and picture.metadata == other.metadata
 
 
 def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[str, Any]:
@@ -99,7 +108,7 @@ def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[st
         several,
         codec.compress(photo, quality=0.5),
         codec.compress(photo[:24, :40, :1], quality=1),
-        codec.compress(Picture(pixels=photo, alpha=alpha, icc=b"profile" * 30, exif=b"II*\0\x08\0\0\0\0\0"), quality=2),
+        codec.compress(Picture(pixels=photo, alpha=alpha, metadata=METADATA), quality=2),
     ]
     whole = [codec.decompress_picture(f) for f in files]
     outcome: dict[str, Any] = {"wrong": [], "crashed": [], "slow": [], "refused": 0, "past the checksums": 0}
