@@ -171,6 +171,9 @@ def decompress(command: Decompress) -> None:
 
 
 def info(command: Info) -> None:
+    from ldm_vae.codec.picture import named
+    from ldm_vae.codec.sections import unpack_sections
+
     data = read(command.file)
     contents = bitstream.unpack(data, limits=Limits(max_pixels=1 << 64, max_side=1 << 32))
     for part in (*contents.sections.values(), *contents.tiles):
@@ -186,6 +189,7 @@ def info(command: Info) -> None:
         "latents": f"{header.channels} channels, stride {1 << header.log2_stride}",
         "tiles": f"{len(contents.tiles)} of up to {1 << header.log2_tile} latents a side, {header.lanes} lanes",
         "beside": ", ".join(f"{p.name} ({p.end - p.begin} bytes)" for p in contents.sections.values()) or "nothing",
+        "metadata": ", ".join(named(unpack_sections(contents, None)[1])) or "none",
         "autoencoder": header.weights.hex(),
         "tables": header.tables.hex(),
     }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from ldm_vae import cli
 from ldm_vae.codec.codec import LatentCodec
@@ -87,6 +89,8 @@ def test_targets_are_met(model: Path, image: Path, tmp_path: Path) -> None:
     run("compress", image, tmp_path / "coarse.ldi", "--model", model, "--quality", 1)
     sizes = [(tmp_path / f"{name}.ldi").stat().st_size for name in ("coarse", "met", "fine")]
     assert sizes[0] < sizes[1] <= sizes[2]
+    run("compress", image, tmp_path / "met.ldi", "--model", model, "--target-size", sizes[1], "--overwrite")
+    assert (tmp_path / "met.ldi").stat().st_size == sizes[1]
     pixels = np.asarray(Image.open(image).convert("RGB"))
     figures = {}
     for name in ("coarse", "fine"):
@@ -98,16 +102,117 @@ def test_targets_are_met(model: Path, image: Path, tmp_path: Path) -> None:
     assert psnr(pixels[None], np.asarray(Image.open(tmp_path / "good.png"))[None])[0] >= wanted
 
 
-def test_metadata_is_kept_unless_it_is_stripped(model: Path, image: Path, tmp_path: Path) -> None:
-    exif = Image.Exif()
+def test_metadata_is_kept_unless_it_is_stripped(
+    model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    exif, text = Image.Exif(), PngInfo()
     exif[0x010E] = "a description"
-    Image.open(image).save(tmp_path / "a.png", exif=exif, icc_profile=b"a profile")
-    for words, kept in (((), True), (("--strip",), False)):
-        run("compress", tmp_path / "a.png", tmp_path / "a.ldi", "--model", model, "--overwrite", *words)
-        run("decompress", tmp_path / "a.ldi", tmp_path / "b.png", "--model", model, "--overwrite")
-        with Image.open(tmp_path / "b.png") as found:
-            assert (found.getexif().get(0x010E) == "a description") == kept
-            assert ("icc_profile" in found.info) == kept
+    text.add_text("prompt", "a cat, a mat")
+    text.add_itxt("XML:com.adobe.xmp", "<x:xmpmeta/>")
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.open(image).convert("RGB").save(tmp_path / "a.png", exif=exif, icc_profile=icc, pnginfo=text, dpi=(300, 300))
+    there, back = (tmp_path / "a.png", tmp_path / "a.ldi"), (tmp_path / "a.ldi", tmp_path / "b.png")
+    run("compress", *there, "--model", model, "--strip")
+    run("decompress", *back, "--model", model)
+    assert read_picture(tmp_path / "b.png").metadata == Metadata()
+    run("compress", *there, "--model", model, "--overwrite")
+    run("decompress", *back, "--model", model, "--overwrite")
+    given, found = (read_picture(file).metadata for file in (tmp_path / "a.png", tmp_path / "b.png"))
+    assert replace(found, resolution=None) == replace(given, resolution=None)
+    assert found.resolution == pytest.approx((300, 300), abs=0.01)
+    assert found.text == (("prompt", "a cat, a mat"),)
+    capsys.readouterr()
+    run("info", tmp_path / "a.ldi")
+    assert 'ICC profile, EXIF, XMP, resolution, text "prompt"' in capsys.readouterr().out
+    jpeg = ("decompress", tmp_path / "a.ldi", tmp_path / "b.jpg", "--model", model)
+    lost = '.jpg holds no text "prompt": left out'
+    assert lost in fails(capsys, *jpeg, "--strict")
+    assert not (tmp_path / "b.jpg").exists()
+    run(*jpeg)
+    assert capsys.readouterr().err == f"{tmp_path / 'a.ldi'}: {lost}\n"
+
+
+def test_an_original_is_not_written_over(
+    model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    original = tmp_path / "a.png"
+    shutil.copy(image, original)
+    (tmp_path / "link.ldi").symlink_to(original)
+    os.link(original, tmp_path / "hard.ldi")
+    words = ("--model", model, "--overwrite")
+    for name in ("a.png", "link.ldi", "hard.ldi"):
+        assert "is the input itself" in fails(capsys, "compress", original, tmp_path / name, *words, "--force")
+    for name in ("a.png", "o.jpg", "o"):
+        assert "not named .ldi" in fails(capsys, "compress", original, tmp_path / name, *words)
+    assert original.read_bytes() == image.read_bytes()
+    run("compress", original, tmp_path / "o.jpg", "--model", model, "--force")
+    run("compress", original, os.devnull, "--model", model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "hard.ldi", "link.ldi", "o.jpg"]
+    run("decompress", tmp_path / "o.jpg", tmp_path / "again.png", "--model", model)
+
+
+def test_bytes_do_not_go_to_a_terminal(
+    model: Path, image: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert "is a terminal" in fails(capsys, "compress", image, "-", "--model", model)
+
+
+def test_a_name_that_begins_with_a_dash_needs_more(
+    model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "write ./-x.ldi, or -- before it" in fails(capsys, "info", "-x.ldi")
+    run("compress", "--model", model, "--", image, "-x.ldi")
+    run("info", "--", "-x.ldi")
+    run("info", "./-x.ldi")
+
+
+def test_times_are_kept_where_asked(model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(image, tmp_path / "in" / "a.png")
+    os.utime(tmp_path / "in" / "a.png", (1e9, 1e9))
+    words = ("--model", model, "--keep-times", "--workers", 1)
+    run("compress", tmp_path / "in", tmp_path / "small", *words)
+    run("decompress", tmp_path / "small" / "a.ldi", tmp_path / "a.png", *words)
+    assert (tmp_path / "small" / "a.ldi").stat().st_mtime == (tmp_path / "a.png").stat().st_mtime == 1e9
+    assert "no times" in fails(capsys, "compress", image, "-", *words)
+
+
+def test_a_folder_ends_with_bytes_before_and_after_and_what_grew(
+    model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    Image.open(image).convert("RGB").save(source / "large.bmp")
+    (source / "small.pgm").write_bytes(b"P5 1 1 255\n\0")
+    words = ("--model", model, "--workers", 1)
+    run("compress", source, tmp_path / "out", *words)
+    before = sum(p.stat().st_size for p in source.iterdir())
+    after = sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
+    said = capsys.readouterr().err
+    assert f"2 of 2 files done; they are in {tmp_path / 'out'}; {before} -> {after} bytes" in said
+    assert f"({100 * (after / before - 1):+.1f}%), 1 grew" in said
+    for _ in range(2):
+        run("compress", source, tmp_path / "kept", *words, "--only-if-smaller")
+        assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["large.ldi", "small.pgm"]
+    assert (tmp_path / "kept" / "small.pgm").read_bytes() == (source / "small.pgm").read_bytes()
+    said = capsys.readouterr().err
+    assert "1 copied as they were" in said
+    assert "0 of 0 files done, 2 were there" in said
+    assert "for folders" in fails(capsys, "compress", image, tmp_path / "x.ldi", *words, "--only-if-smaller")
+
+
+def test_noise_that_nobody_sees_takes_no_bytes_unless_it_shall_stay_exact(model: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 4), np.uint8)
+    pixels[8:24, 8:40, :3], pixels[:, :, 3] = 100, 0
+    pixels[8:24, 8:40, 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    run("compress", tmp_path / "a.png", tmp_path / "smooth.ldi", "--model", model, "--quality", 0.5)
+    run("compress", tmp_path / "a.png", tmp_path / "exact.ldi", "--model", model, "--quality", 0.5, "--exact")
+    assert 2 * (tmp_path / "smooth.ldi").stat().st_size < (tmp_path / "exact.ldi").stat().st_size
+    codec = LatentCodec.from_pretrained(str(model))
+    assert (tmp_path / "exact.ldi").read_bytes() == codec.compress(pixels, quality=0.5)
 
 
 def test_a_folder_goes_there_and_back_on_two_workers(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -200,6 +305,8 @@ def test_what_cannot_work_is_said_in_one_line(
     assert "No such file" in fails(capsys, "compress", tmp_path / "no.png", out, *with_model)
     assert "give one of" in fails(capsys, *compress, *with_model, "--target-bpp", 1, "--target-psnr", 30)
     assert "cannot be reached" in fails(capsys, *compress, *with_model, "--target-psnr", 99)
+    assert "try 100k" in fails(capsys, *compress, *with_model, "--target-size", "100 kilos")
+    assert "10 bytes cannot be reached" in fails(capsys, *compress, *with_model, "--target-size", 10)
     assert "quality" in fails(capsys, *compress, *with_model, "--quality", 0)
     assert "no folder" in fails(capsys, "compress", image, tmp_path / "no" / "x.ldi", *with_model)
     assert "is a folder" in fails(capsys, "compress", image, tmp_path, *with_model)
