@@ -321,7 +321,7 @@ def main(config: Config) -> None:
     val_images = open_validation_images(config, data, accelerator)
     state = build(config, data, accelerator)
     free = (*FREE_ON_RESUME, "resolution")  # the size of the latents stands in for it
-    run = Run(config.output, config, free=free, main=accelerator.is_main_process)
+    run = Run(config.output, config, free=free, extend=config.extend, main=accelerator.is_main_process)
     loop = Loop(run, state.parts(), config, accelerator, made_from=data.identity())
     ensure_scale(data, loop, config.seed)
     rows = rows_of(data.images, data, config)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm_vae.latents.statistics import Statistics
+from ldm_vae.models.interface import patch_norm_of
 
 STORED = torch.float16
 
@@ -20,30 +21,63 @@ def as_stored(moments: Tensor) -> Tensor:
 
 
 def put_statistics(vae: Any, statistics: Statistics) -> None:
-    """Puts them into the VAE's config, for `scale_latents` and `save_pretrained`; clears older factors."""
-    vae.register_to_config(
-        latents_mean=statistics.mean.tolist(), latents_std=statistics.std.tolist(), scaling_factor=1.0, shift_factor=0.0
-    )
+    """Puts them into the VAE's config, for `scale_latents` and `save_pretrained`; clears older factors.
+
+    A VAE that has a scale in buffers keeps that one.
+    """
+    if scale_in_buffers(vae) is None:
+        mean, std = statistics.mean.tolist(), statistics.std.tolist()
+        vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=0.0)
 
 
 def has_scale(vae: Any) -> bool:
     """Whether the VAE says how its latents are scaled."""
     config = vae.config
-    return config.get("latents_mean") is not None or (config.get("scaling_factor") or 1.0) != 1.0
+    in_config = config.get("latents_mean") is not None or (config.get("scaling_factor") or 1.0) != 1.0
+    return in_config or scale_in_buffers(vae) is not None
 
 
-def mean_and_std(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """What latents are shifted and divided by, (c, 1, 1) or (1, 1, 1), with the type and device of `like`.
+def scale_in_buffers(vae: Any) -> tuple[Tensor, Tensor] | None:
+    """The mean and deviation (c, p, p) of patches of p x p latents, which FLUX.2's VAE has in a batch norm.
 
-    `latents_mean` and `latents_std` when the config has them; otherwise the scalars of older diffusers VAEs, for which
-    scaled latents are (z - shift_factor) * scaling_factor (Rombach et al. 2022, appendix G).
+    None for a VAE without one, or whose batch norm has seen nothing.
+    """
+    norm = patch_norm_of(vae)
+    if norm is None or bool((norm.running_mean == 0).all() and (norm.running_var == 1).all()):
+        return None
+    shape = (-1, *vae.config.patch_size)  # in the order in which diffusers' Flux2Pipeline makes channels of a patch
+    return norm.running_mean.view(shape), (norm.running_var + norm.eps).sqrt().view(shape)
+
+
+def patch_scale(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What latents are shifted and divided by, (c, p, p) for patches of p x p, (c, 1, 1) or (1, 1, 1).
+
+    `latents_mean` and `latents_std` when the config has them; otherwise those in buffers; otherwise the scalars of
+    older diffusers VAEs, for which scaled latents are (z - shift_factor) * scaling_factor (Rombach et al. 2022,
+    appendix G). With the type and device of `like`.
     """
     config = vae.config
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = config["latents_mean"], config["latents_std"]
+    elif (buffers := scale_in_buffers(vae)) is not None:
+        return buffers[0].to(like), buffers[1].to(like)
     else:
         mean, std = [config.get("shift_factor") or 0.0], [1 / (config.get("scaling_factor") or 1.0)]
     return on_device(tuple(mean), tuple(std), like.dtype, like.device)
+
+
+def mean_and_std(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """`patch_scale`, the patches repeated until they cover latents (..., c, h, w)."""
+    mean, std = patch_scale(vae, latents)
+    return covering(mean, *latents.shape[-2:]), covering(std, *latents.shape[-2:])
+
+
+def covering(patch: Tensor, height: int, width: int) -> Tensor:
+    """(c, p, q) -> (c, height, width); a patch of one value stays as it is."""
+    rows, columns = patch.shape[1:]
+    if rows == columns == 1:
+        return patch
+    return patch.repeat(1, -(-height // rows), -(-width // columns))[:, :height, :width]
 
 
 @cache
@@ -57,8 +91,8 @@ def on_device(
 
 
 def scale_of(vae: Any) -> list[list[float]]:
-    """The mean and deviation of the latents by the VAE's config, as lists."""
-    return [v.flatten().tolist() for v in mean_and_std(vae, torch.zeros(1, dtype=torch.float64))]
+    """The mean and deviation of the latents by the VAE's config or buffers, as lists."""
+    return [v.flatten().tolist() for v in patch_scale(vae, torch.zeros(1, dtype=torch.float64))]
 
 
 def scale_latents(vae: Any, latents: Tensor) -> Tensor:

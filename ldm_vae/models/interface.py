@@ -109,6 +109,12 @@ def latent_channels_of(vae: Any) -> int:
     return int(vae.config.latent_channels)
 
 
+def patch_norm_of(vae: Any) -> Any:
+    """The batch norm over patches of latents that FLUX.2's VAE has, and its forward pass does not use; or None."""
+    norm = getattr(vae, "bn", None)
+    return norm if isinstance(norm, nn.BatchNorm2d) else None
+
+
 def last_layer(vae: Any) -> nn.Parameter:
     """The weights of the decoder's last convolution, where the adaptive weight compares gradients."""
     convolutions = [m for m in vae.decoder.modules() if isinstance(m, nn.Conv2d)]

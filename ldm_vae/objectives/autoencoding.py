@@ -212,7 +212,7 @@ def update(
 
 def open_loop(config: ImageConfig, state: AutoencoderState, source: Source, accelerator: Accelerator) -> Loop:
     """The run's loop, where its last checkpoint left it. Prints what is trained, and whether the images changed."""
-    run = Run(config.output, config, free=FREE_ON_RESUME, main=accelerator.is_main_process)
+    run = Run(config.output, config, free=FREE_ON_RESUME, extend=config.extend, main=accelerator.is_main_process)
     loop = Loop(run, state.parts(), config, accelerator)
     before = loop.facts.get("number of images", len(source))
     if before != len(source):

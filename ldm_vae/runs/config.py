@@ -60,6 +60,8 @@ class RunConfig:
     seed: int = 0
     steps: Annotated[int, Range(at_least=1)] = 100_000
     """Optimizer steps."""
+    extend: bool = False
+    """Train a run that was begun with fewer --steps on, at the learning rate of the longer schedule."""
     batch_size: Annotated[int, Range(at_least=1)] = 32
     """Images a step, over all processes and micro-batches."""
     gradient_accumulation_steps: Annotated[int, Range(at_least=1)] = 1

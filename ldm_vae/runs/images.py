@@ -12,7 +12,7 @@ from ldm_vae.data.corruption import Pairing
 from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.sources import Source, check_outside, open_source
 from ldm_vae.errors import ConfigError
-from ldm_vae.models.interface import SCALE, channels_of, check_resolution, has_vector, stride_of
+from ldm_vae.models.interface import SCALE, channels_of, check_resolution, has_vector, patch_norm_of, stride_of
 from ldm_vae.runs.config import Range, RunConfig
 from ldm_vae.runs.loop import start
 
@@ -78,6 +78,9 @@ def check_network(vae: Any, config: ImageConfig) -> None:
 def forget_scale(vae: Any) -> None:
     """Of the latents of an autoencoder whose encoder is about to change."""
     vae.register_to_config(**{name: value for name, value in SCALE.items() if name in vae.config})
+    norm = patch_norm_of(vae)
+    if norm is not None:
+        norm.reset_running_stats()
 
 
 def crops_of(

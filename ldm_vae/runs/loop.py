@@ -27,7 +27,7 @@ from ldm_vae.runs.step import learning_rate_at
 
 FREE_ON_RESUME = (
     *("gradient_accumulation_steps", "num_workers", "cache_gib", "gradient_checkpointing", "compile"),
-    *("log_every", "sample_every", "checkpoint_every", "tracker", "output"),
+    *("log_every", "sample_every", "checkpoint_every", "tracker", "output", "extend"),
 )
 """Fields that a resumed run may change: no result depends on them beyond rounding."""
 
@@ -113,6 +113,11 @@ class Loop:
         self.facts: dict[str, Any] = {"seconds": 0.0, "skipped_steps": 0, "made_from": self.made_from}
         if not self.resume():
             self.run.forget_after(0)
+        if run.extended_from is not None:
+            accelerator.print(
+                f"extended from {run.extended_from} to {config.steps} steps: after step {self.step} the learning rate "
+                f"is {self.learning_rate(1.0):.0%} of its peak, on the cosine of {config.steps} steps"
+            )
         self.stopping = self.logging = self.drawing = self.saving = False
         self.waited, self.unhealthy_in_a_row, self.rolled_back = 0.0, 0, False
         self.logged_at = (self.step, self.facts["seconds"])

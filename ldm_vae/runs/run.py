@@ -57,13 +57,19 @@ class Run:
         directory: created when missing.
         config: a dataclass; its fields must equal those of the run that is resumed.
         free: fields that may differ on resume, because no result depends on them.
+        extend: more `steps` than the run was begun with are taken, and stored.
         main: whether this process writes.
 
     Raises:
         RunError: the directory cannot be written, holds a run with other settings, or is in use by another process.
     """
 
-    def __init__(self, directory: Path, config: Any, *, free: Sequence[str] = (), main: bool = True) -> None:
+    extended_from: int | None = None
+    """The steps that the run had until now, where it is extended."""
+
+    def __init__(
+        self, directory: Path, config: Any, *, free: Sequence[str] = (), extend: bool = False, main: bool = True
+    ) -> None:
         self.directory, self.main = directory, main
         if main:
             check_writable(directory)
@@ -77,13 +83,32 @@ class Run:
                 write_json(directory / "config.json", record)
         except OSError as error:
             raise RunError(f"cannot write the run directory {directory}: {error.strerror or error}") from None
-        changed = [] if saved is None else differences(saved, config, free=free)
-        if changed:
+        if saved is not None:
+            self.check(saved, config, free, extend)
+        self.seen_bad_images = self.read_bad_images()
+
+    def check(self, saved: Mapping[str, Any], config: Any, free: Sequence[str], extend: bool) -> None:
+        """Raises RunError for other settings than the saved ones; stores more steps where they may `extend` the run."""
+        before, now = saved.get("steps", 0), as_json(config).get("steps", 0)
+        changed = differences(saved, config, free=free)
+        if changed and not (before < now and len(changed) == 1):
             raise RunError(
-                f"{directory} holds a run with other settings ({'; '.join(changed)}): "
+                f"{self.directory} holds a run with other settings ({'; '.join(changed)}): "
                 "use those to resume it, or choose another --output"
             )
-        self.seen_bad_images = self.read_bad_images()
+        if before < now and not extend:
+            raise RunError(
+                f"{self.directory} holds a run of {before} steps: add --extend to train it on to {now}, or choose "
+                f"another --output. From where it stands, its learning rate then follows the cosine of {now} steps, so "
+                f"it rises; the result is not that of {now} steps from the start"
+            )
+        if before < now:
+            self.extended_from = before
+            if self.main:
+                file = self.directory / "config.json"
+                record = json.loads(file.read_text())
+                record["config"]["steps"] = now
+                write_json(file, record | {"extended_from": [*record.get("extended_from", []), before]})
 
     def release(self) -> None:
         """Lets other processes in."""

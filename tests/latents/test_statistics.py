@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import diffusers
 import numpy as np
 import torch
+from torch.nn import functional
 
-from ldm_vae.latents.scaling import has_scale, put_statistics, scale_latents, unscale_latents
+from ldm_vae.latents.scaling import has_scale, put_statistics, scale_latents, scale_of, unscale_latents
 from ldm_vae.latents.statistics import Statistics
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.interface import fingerprint
 from ldm_vae.models.loading import load_autoencoder
+from ldm_vae.runs.images import forget_scale
 
 
 def small_vae() -> PatchAutoencoderKL:
@@ -67,6 +71,44 @@ def test_the_scalars_of_older_vaes_are_honoured_and_then_replaced(tmp_path) -> N
     assert loaded.config.scaling_factor == 1.0
     assert torch.allclose(scale_latents(loaded, latents)[:, 1], (latents[:, 1] - 2) / 3, atol=1e-6)
     assert fingerprint(loaded) == before
+
+
+def flux2_vae() -> diffusers.AutoencoderKLFlux2:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        mid_block_add_attention=False,
+    )
+
+
+def test_a_scale_over_patches_that_a_vae_has_in_buffers_is_used_and_kept(tmp_path: Path) -> None:
+    vae = flux2_vae()
+    assert not has_scale(vae)
+    vae.bn.running_mean.copy_(torch.randn(12))
+    vae.bn.running_var.copy_(torch.rand(12) + 0.1)
+    assert has_scale(vae)
+    latents = torch.randn(2, 3, 6, 8)
+    patches = functional.pixel_unshuffle(latents, 2)  # as diffusers' Flux2Pipeline makes channels of a patch
+    expected = functional.pixel_shuffle(vae.bn.eval()(patches), 2)
+    assert torch.allclose(scale_latents(vae, latents), expected, atol=1e-6)
+    assert torch.allclose(unscale_latents(vae, expected), latents, atol=1e-6)
+    odd = latents[:, :, :5, :7]
+    assert torch.allclose(scale_latents(vae, odd), expected[:, :, :5, :7], atol=1e-6)
+    before = scale_of(vae)
+    put_statistics(vae, Statistics(count=1, mean=np.zeros(3), squares=np.ones(3)))  # as a cache does
+    vae.save_pretrained(tmp_path)
+    loaded = load_autoencoder(str(tmp_path))
+    assert scale_of(loaded) == before
+    assert loaded.config.get("latents_mean") is None
+    forget_scale(loaded)  # its encoder is about to change
+    assert not has_scale(loaded)
+    put_statistics(loaded, Statistics(count=1, mean=np.zeros(3), squares=np.ones(3)))
+    assert torch.equal(scale_latents(loaded, latents), latents)
 
 
 def test_a_fingerprint_is_of_the_weights_and_the_architecture() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from ldm_vae.data.corruption import parse_corruption
 from ldm_vae.data.loader import CropDataset, collate
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import open_source
-from ldm_vae.errors import ConfigError, ModelError
+from ldm_vae.errors import ConfigError, ModelError, RunError
 from ldm_vae.metrics import psnr
 from ldm_vae.models.interface import encode_moments, is_variational, posterior_of
 from ldm_vae.models.loading import load_autoencoder, load_network
 from ldm_vae.models.reconstruction import denoise, reconstruct
+from ldm_vae.runs.step import learning_rate_at
 from tests.processes import largest_difference, launch, metrics, state
 from training import cache_latents
 from training.train_autoencoder import PRESETS, Config, main, training_crops
@@ -178,6 +180,29 @@ def test_what_finds_blemishes_finds_them_on_images_it_never_saw(tmp_path: Path) 
     main(config_for("plain", tmp_path / "plain", data=data, channels=1, steps=1))
     with pytest.raises(ConfigError, match="plain does not find blemishes: leave out --init"):
         main(config_for("find", tmp_path / "again", data=data, channels=1, init=str(tmp_path / "plain")))
+
+
+def test_a_finished_run_is_extended_on_the_longer_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(name: str, steps: int, **changes: Any) -> None:
+        main(config_for("plain", tmp_path / name, steps=steps, log_every=1, learning_rate=1e-2, **changes))
+
+    run("run", 2)
+    with pytest.raises(RunError, match=r"a run of 2 steps: add --extend .* learning rate then follows the cosine of 4"):
+        run("run", 4)
+    with pytest.raises(RunError, match=r"other settings \(seed: 0 -> 1; steps: 2 -> 4\)"):
+        run("run", 4, extend=True, seed=1)
+    run("run", 4, extend=True)
+    assert "extended from 2 to 4 steps: after step 2 the learning rate is 50% of its peak" in capsys.readouterr().out
+    rates = [m["learning_rate"] for m in metrics(tmp_path / "run") if "learning_rate" in m]
+    lengths = (2, 2, 4, 4)
+    assert rates == [learning_rate_at(i, 1e-2, steps=n, warmup_steps=2) for i, n in enumerate(lengths)]
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (record["config"]["steps"], record["extended_from"]) == (4, [2])
+    run("run", 4)  # it is a run of four steps now
+    run("run", 4, extend=True)
+    with pytest.raises(RunError, match=r"other settings \(steps: 4 -> 3\)"):
+        run("run", 3, extend=True)
+    assert state(tmp_path / "run", 4).keys() == state(tmp_path / "run", 2).keys()
 
 
 def test_variants_combine_and_do_not_depend_on_how_the_batch_is_split(tmp_path: Path) -> None:
