@@ -10,22 +10,25 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ldm_vae.data.image_files import (
+    HEAD_BYTES,
     MAX_FILE_BYTES,
     UNREADABLE,
     digest_of,
-    files_below,
+    images_among,
+    images_below,
     in_natural_order,
-    is_image,
     patiently,
 )
 from ldm_vae.data.images import Sample
-from ldm_vae.data.large import read_large
 from ldm_vae.data.reader import ImageReader
 from ldm_vae.errors import BadImageError, DataError
 
 
 class FileSource(ABC):
     """Image files under one root; the first folder of a name is its class."""
+
+    not_read = ""
+    """Kinds of files there that are no images, in one line; empty when all are."""
 
     def __init__(self, names: Iterable[str], reader: ImageReader) -> None:
         self.names, self.reader = sorted(names), reader
@@ -72,13 +75,9 @@ class FileSource(ABC):
         return self.content(index)
 
     def __getitem__(self, index: int) -> Sample:
-        pixels, reader = None, self.reader
-        if reader.scratch is not None:
-            image_file = self.path_or_content(index)
-            pixels = read_large(image_file, reader.scratch, channels=reader.channels, max_pixels=reader.max_pixels)
-        if pixels is None:
-            pixels = reader(self.content(index))
-        return Sample(pixels=pixels, label=self.label(index), name=self.name(index))
+        found = None if self.reader.scratch is None else self.reader.large(self.path_or_content(index))
+        found = found or self.reader(self.content(index))
+        return found.as_sample(label=self.label(index), name=self.name(index))
 
 
 def class_of(name: str) -> str | None:
@@ -98,7 +97,10 @@ class FolderSource(FileSource):
 
     def __init__(self, root: Path, reader: ImageReader, *, names: Iterable[str] | None = None) -> None:
         self.root = root
-        super().__init__(files_below(root, is_image) if names is None else names, reader)
+        if names is None:
+            listing = images_below(root)
+            names, self.not_read = listing.names, str(listing)
+        super().__init__(names, reader)
 
     def read(self, name: str) -> bytes:
         path = self.root / name
@@ -123,10 +125,16 @@ class ZipSource(FileSource):
         self.archive: zipfile.ZipFile | None = None
         self.process = 0
         try:
-            names = [name for name in self.open().namelist() if is_image(name)]
+            files = [name for name in self.open().namelist() if not name.endswith("/")]
+            listing = images_among(files, self.head)
         except UNREADABLE as error:
             raise DataError(f"{path} is not a zip that can be read: {error}") from None
-        super().__init__(names, reader)
+        self.not_read = str(listing)
+        super().__init__(listing.names, reader)
+
+    def head(self, name: str) -> bytes:
+        with self.open().open(name) as member:
+            return member.read(HEAD_BYTES)
 
     def open(self) -> zipfile.ZipFile:
         if self.archive is None or self.process != os.getpid():

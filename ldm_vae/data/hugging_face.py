@@ -50,10 +50,10 @@ class HuggingFaceSource:
             if not inside or not os.path.isfile(path):
                 raise BadImageError("names a file that is not in the data set")
             data = patiently(Path(path).read_bytes, path)
-        pixels = self.reader(data or b"")
+        found = self.reader(data or b"")
         label = row[self.label] if self.label else None
         label = label if label is not None and label >= 0 else None  # the library's -1 is "not labelled"
-        return Sample(pixels=pixels, label=label, name=self.name(index))
+        return found.as_sample(label=label, name=self.name(index))
 
 
 def hugging_face_source(path: str, reader: ImageReader) -> HuggingFaceSource:

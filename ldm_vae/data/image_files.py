@@ -10,8 +10,11 @@ import re
 import time
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -19,9 +22,19 @@ from typing import TypeVar
 from ldm_vae.errors import DataError
 
 EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .tif .tiff .bmp .dib .avif .gif .npy".split()
-    + ".jp2 .ppm .pgm .pbm .pnm .tga .ico".split()
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .tif .tiff .bmp .dib .avif .avifs .gif .npy".split()
+    + ".jp2 .j2k .jpf .jpx .ppm .pgm .pbm .pnm .tga .ico .jxl".split()
 )
+HEIF_EXTENSIONS = frozenset((".heic", ".heif", ".hif"))
+"""Read where pillow-heif is installed."""
+HEIF_ADVICE = "pip install 'ldm-vae[heic]' to read it"
+NUMPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+OTHERS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
+"""What files of these kinds begin with."""
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+AVIF_BRANDS = (b"avif", b"avis")
+HEAD_BYTES = 64
 MAX_FILE_BYTES = 2**30
 UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, UnicodeError)
 """What reading a file or a member of a zip raises; RuntimeError is for one that is encrypted."""
@@ -73,11 +86,96 @@ def digest_of(settings: Iterable[str], lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def is_hidden(name: str) -> bool:
+    """Hidden files, and what archivers of macOS leave behind."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
 def is_image(name: str) -> bool:
-    """By its extension; hidden files, and what archivers of macOS leave behind, are not."""
-    parts = PurePosixPath(name).parts
-    hidden = any(p.startswith(".") or p == "__MACOSX" for p in parts)
-    return not hidden and PurePosixPath(name).suffix.lower() in EXTENSIONS
+    """By its extension; hidden files are not."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return not is_hidden(name) and (suffix in EXTENSIONS or (suffix in HEIF_EXTENSIONS and heif_is_there()))
+
+
+@cache
+def heif_is_there() -> bool:
+    return find_spec("pillow_heif") is not None
+
+
+def is_jpeg_xl(head: bytes) -> bool:
+    return head.startswith(JPEG_XL)
+
+
+def brands_in(head: bytes) -> set[bytes]:
+    """What an ISO base media file says that it is (ISO/IEC 14496-12, 4.3); nothing for other files."""
+    if head[4:8] != b"ftyp":
+        return set()
+    size = min(int.from_bytes(head[:4], "big"), HEAD_BYTES)
+    return {head[8:12], *(head[i : i + 4] for i in range(16, size, 4))}
+
+
+def is_heif(head: bytes) -> bool:
+    brands = brands_in(head)
+    return not brands.isdisjoint(HEIF_BRANDS) and brands.isdisjoint(AVIF_BRANDS)
+
+
+def begins_as_image(head: bytes) -> bool:
+    """Whether a file of no extension is an image, by its first HEAD_BYTES bytes."""
+    webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    heif = is_heif(head) and heif_is_there()
+    avif = not brands_in(head).isdisjoint(AVIF_BRANDS)
+    return head.startswith((NUMPY, *TIFF, *JPEG_XL, *OTHERS)) or webp or avif or heif
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Names of images, and how many files of other kinds there are, by their extension."""
+
+    names: list[str]
+    not_read: Counter[str]
+
+    def __str__(self) -> str:
+        """`not read: 3 .heic (pip install ...), 1 .psd`; empty where all are images."""
+        parts = []
+        for kind, count in self.not_read.most_common():
+            advice = f" ({HEIF_ADVICE})" if kind in HEIF_EXTENSIONS else ""
+            parts.append(f"{count} {kind}{advice}")
+        return f"not read: {', '.join(parts)}" if parts else ""
+
+
+def images_among(names: Iterable[str], head_of: Callable[[str], bytes]) -> Listing:
+    """Which of the names are images: by extension, or where there is none by what the file begins with.
+
+    Args:
+        head_of: of a name, the first HEAD_BYTES of its file; it may raise one of UNREADABLE.
+    """
+    images, not_read = [], Counter[str]()
+    for name in names:
+        suffix = PurePosixPath(name).suffix.lower()
+        if is_image(name) or (not suffix and not is_hidden(name) and begins_as_image(head_or_nothing(name, head_of))):
+            images.append(name)
+        elif not is_hidden(name):
+            not_read[suffix or "without extension"] += 1
+    return Listing(images, not_read)
+
+
+def head_or_nothing(name: str, head_of: Callable[[str], bytes]) -> bytes:
+    try:
+        return head_of(name)
+    except UNREADABLE:
+        return b""
+
+
+def images_below(root: Path) -> Listing:
+    """The images below a folder. Raises DataError where it cannot be listed."""
+
+    def head_of(name: str) -> bytes:
+        if not (root / name).is_file():  # a pipe would wait for somebody to write
+            return b""
+        with open(root / name, "rb") as file:
+            return file.read(HEAD_BYTES)
+
+    return images_among(files_below(root, lambda _: True), head_of)
 
 
 def listed(folder: Path) -> list[os.DirEntry[str]]:

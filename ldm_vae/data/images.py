@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm_vae.data.metadata import NO_METADATA, Metadata
 from ldm_vae.errors import BadImageError
 
 Pixels = np.ndarray[Any, Any]
@@ -20,11 +21,16 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image as it was stored: `pixels` (H, W, C), its label (None without one) and its name."""
+    """One image as it was stored: `pixels` (H, W, C), its label (None without one) and its name.
+
+    What its file says beside the pixels, and what was noted at reading, as `ImageFile` has them.
+    """
 
     pixels: Pixels
     label: int | None
     name: str
+    metadata: Metadata = NO_METADATA
+    notes: tuple[str, ...] = ()
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -50,15 +56,40 @@ def white(pixels: Pixels) -> float:
     return 1.0 if pixels.dtype.kind == "f" else float(np.iinfo(pixels.dtype).max)
 
 
-def check_values(array: np.ndarray) -> Pixels:
-    """uint8 and uint16 as they are, floats in [0, 1] as float32. Raises BadImageError for other values."""
-    if array.dtype in (np.uint8, np.uint16):
+def check_values(array: np.ndarray, value_range: tuple[float, float] | None = None) -> Pixels:
+    """uint8 and uint16 as they are, floats in [0, 1] as float32. Raises BadImageError for other values.
+
+    Args:
+        value_range: the values of black and of white, in arrays of anything but uint8: they become float32 in [0, 1],
+            and what lies outside is clipped.
+    """
+    if array.dtype == np.uint8 or (array.dtype == np.uint16 and value_range is None):
         return array
-    if array.dtype.kind != "f":
-        raise BadImageError(f"values of type {array.dtype}: uint8, uint16 or floats in [0, 1] are read")
-    if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-        raise BadImageError("float values outside [0, 1]")
+    if array.dtype.kind not in "iuf":
+        raise BadImageError(f"values of type {array.dtype}: numbers are read")
+    if not np.isfinite(array).all():
+        raise BadImageError("values outside of all ranges: NaN or infinity")
+    if value_range is not None:
+        low, high = value_range
+        return np.clip((array.astype(np.float64) - low) / (high - low), 0, 1).astype(np.float32)
+    least, most = array.min(), array.max()
+    if array.dtype.kind != "f" or least < 0 or most > 1:
+        raise BadImageError(
+            f"values of type {array.dtype} from {least:g} to {most:g}: uint8, uint16 and floats are read that are not "
+            "outside [0, 1]; --value-range LOW HIGH says which values are black and white in other files"
+        )
     return array.astype(np.float32)
+
+
+def full_scale(array: Pixels, bits: int) -> Pixels:
+    """Integers of so many bits -> uint8 of up to 8 bits, uint16 of up to 16, float32 of more: the largest is white."""
+    top = (1 << bits) - 1
+    if bits in (8, 16):
+        return array
+    if bits > 16:
+        return (array / top).astype(np.float32)
+    dtype = np.uint8 if bits < 8 else np.uint16
+    return ((array.astype(np.uint32) * np.iinfo(dtype).max + top // 2) // top).astype(dtype)
 
 
 def exact_channels(pixels: Pixels, channels: int) -> Pixels:

@@ -14,6 +14,7 @@ import numpy as np
 import pyvips
 
 from ldm_vae.data.images import Pixels, check_size, convert_channels
+from ldm_vae.data.metadata import XMP_KEY, Metadata, png_cicp, png_resolution, without_layout
 from ldm_vae.errors import BadImageError
 
 LARGE = 1 << 25
@@ -22,6 +23,9 @@ STRIP = 1 << 22
 """Pixels at a time."""
 MAX_LARGE_PIXELS = 1 << 28
 """16,384 x 16,384, unless somebody asks for more."""
+VIPS_BLOCKS = ("icc-profile-data", "exif-data", "xmp-data")
+HEAD = 1 << 20
+"""Bytes in which is looked for what stands before the pixels."""
 DTYPES = {"uchar": np.uint8, "ushort": np.uint16}
 pyvips.block_untrusted_set(True)  # of its decoders only those that libvips calls fit for files from anywhere
 pyvips.cache_set_max(0)
@@ -37,8 +41,7 @@ def strips(height: int, width: int) -> Iterator[tuple[int, int]]:
 def read_large(image_file: bytes | Path, folder: Path, *, channels: int | None, max_pixels: int) -> Pixels | None:
     """What `read_pixels` gives of a large image, on disk: (H, W, C) of uint8 or uint16.
 
-    None for what is not large, and for what is left to the other reader: floats, inks, palettes, what EXIF turns, bands
-    and pages of a TIFF that are channels.
+    None for what is not large, and for what is left to the other reader: floats, inks, what EXIF turns.
 
     Args:
         image_file: a file's bytes or, so that these do not lie in memory either, its path.
@@ -60,11 +63,8 @@ def read_large(image_file: bytes | Path, folder: Path, *, channels: int | None, 
     turned = image.get_typeof("orientation") and image.get("orientation") != 1
     if image.format not in DTYPES or not plain or turned:
         return None
-    if image.get("vips-loader").startswith("tiff"):
-        from ldm_vae.data.tiff import is_plain
-
-        if not is_plain(image_file):
-            return None
+    if image.format == "ushort" and image.get("vips-loader").startswith("heif"):  # its white is no white
+        return None
     region, whole = pyvips.Region.new(image), None
     for top, bottom in strips(image.height, image.width):
         try:
@@ -89,6 +89,28 @@ def open_with_vips(image_file: bytes | Path) -> Any:
         except UnicodeEncodeError:  # a name that is no text
             image_file = image_file.read_bytes()
     return pyvips.Image.new_from_buffer(image_file, "", **options)
+
+
+def large_png_metadata(image_file: bytes | Path) -> Metadata:
+    """Of a PNG, without decoding it, as PIL would have to. Raises pyvips.Error, or OSError."""
+    image = open_with_vips(image_file)
+    icc, exif, xmp = (bytes(image.get(n)) if image.get_typeof(n) else b"" for n in VIPS_BLOCKS)
+    comments = [n.split("-", 3) for n in image.get_fields() if n.startswith("png-comment-")]
+    texts = [(key, str(image.get(f"png-comment-{number}-{key}"))) for _, _, number, key in comments]
+    head = image_file[:HEAD] if isinstance(image_file, bytes) else head_of(image_file)
+    return Metadata(
+        icc=icc,
+        cicp=png_cicp(head),
+        exif=without_layout(exif),
+        xmp=xmp,
+        text=tuple((key, text) for key, text in texts if key != XMP_KEY),
+        resolution=png_resolution(head),
+    )
+
+
+def head_of(file: Path) -> bytes:
+    with open(file, "rb") as opened:
+        return opened.read(HEAD)
 
 
 def on_disk(shape: tuple[int, ...], dtype: Any, folder: Path) -> Pixels:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import ExifTags, Image
-
-from ldm_vae.data.large import open_with_vips
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 """What a PNG begins with."""
@@ -23,11 +20,6 @@ LAYOUT_TAGS = frozenset(
 """What a TIFF says of how it is stored, with orientation (274) and metadata in other formats: not the image's."""
 SIZE_TAGS = frozenset((4097, 4098, 40962, 40963))
 """Width and height within EXIF: of the file that was, before it was turned or resized."""
-VIPS_BLOCKS = ("icc-profile-data", "exif-data", "xmp-data")
-HEAD = 1 << 16
-"""Bytes in which the cICP and the resolution of a large PNG are looked for."""
-NO_PROFILE = frozenset(("CMYK", "YCbCr", "LAB", "HSV"))
-"""Modes that are converted, so that a profile describes the pixels no longer."""
 XMP_KEY = "XML:com.adobe.xmp"
 
 
@@ -63,35 +55,13 @@ def metadata_of(image: Image.Image, data: bytes = b"") -> Metadata:
     except Exception:
         exif = info.get("exif") or b""
     return Metadata(
-        icc=b"" if image.mode in NO_PROFILE else info.get("icc_profile") or b"",
+        icc=info.get("icc_profile") or b"",
         cicp=png_cicp(data),
         exif=without_layout(exif),
         xmp=as_bytes(info.get("xmp") or info.get(XMP_KEY) or b""),
         text=texts_of(image),
         resolution=resolution_of(image),
     )
-
-
-def large_png_metadata(image_file: bytes | Path) -> Metadata:
-    """Of a PNG, without decoding it, as PIL would have to. Raises pyvips.Error, or OSError."""
-    image = open_with_vips(image_file)
-    icc, exif, xmp = (bytes(image.get(n)) if image.get_typeof(n) else b"" for n in VIPS_BLOCKS)
-    comments = [n.split("-", 3) for n in image.get_fields() if n.startswith("png-comment-")]
-    texts = [(key, str(image.get(f"png-comment-{number}-{key}"))) for _, _, number, key in comments]
-    head = image_file[:HEAD] if isinstance(image_file, bytes) else head_of(image_file)
-    return Metadata(
-        icc=icc,
-        cicp=png_cicp(head),
-        exif=without_layout(exif),
-        xmp=xmp,
-        text=tuple((key, text) for key, text in texts if key != XMP_KEY),
-        resolution=png_resolution(head),
-    )
-
-
-def head_of(file: Path) -> bytes:
-    with open(file, "rb") as opened:
-        return opened.read(HEAD)
 
 
 def texts_of(image: Image.Image) -> tuple[tuple[str, str], ...]:

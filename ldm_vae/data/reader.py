@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-import pyvips
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from ldm_vae.data.image_files import EXTENSIONS
-from ldm_vae.data.images import Pixels, check_size, check_values, convert_channels, exact_channels, orient
-from ldm_vae.data.large import DTYPES, open_with_vips, read_large
-from ldm_vae.data.metadata import SIGNATURE, Metadata, head_of, large_png_metadata, metadata_of
+from ldm_vae.data import boxes, deep
+from ldm_vae.data.colour import fitting, from_inks, in_srgb
+from ldm_vae.data.image_files import EXTENSIONS, NUMPY, TIFF, is_heif, is_jpeg_xl
+from ldm_vae.data.images import Pixels, Sample, check_size, check_values, convert_channels, exact_channels, orient
+from ldm_vae.data.large import HEAD, head_of, large_png_metadata, read_large
+from ldm_vae.data.metadata import NO_METADATA, SIGNATURE, Metadata, metadata_of
 from ldm_vae.errors import BadImageError
 
 MAX_PIXELS = 100_000_000
-NUMPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""What files of these kinds begin with."""
+MAX_TEXT = 1 << 24
+"""Characters of a compressed text in a PNG: the workflows of generators are longer than PIL's limit."""
+MAX_JUNK = 1024
+"""Bytes before the start of a JPEG that are skipped."""
+ORIENTATION = 274
+LEVELS = {"L;2": 85, "L;4": 17}
+"""By PIL's raw modes: what it multiplies grey of few bits with."""
+CONVERTED = {"CMYK": "CMYK", "LAB": "CIELAB"}
+"""By PIL's modes: colours that are converted, so that a profile describes the pixels no longer."""
+GAIN_MAPS = (b"http://ns.adobe.com/hdr-gain-map/", b"urn:iso:std:iso:ts:21496:-1")
+"""In the head of a JPEG that has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +47,28 @@ class ReadOptions:
     value_range: tuple[float, float] | None = None
     """Values of black and of white, in files of floats and of more than 8 bits; what lies outside is clipped."""
 
+    def __str__(self) -> str:
+        words = ["colours as they are" if self.keep_colour else "sRGB"]
+        if self.pages_as_channels:
+            words.append("pages are channels")
+        if self.value_range:
+            words.append(f"values from {self.value_range[0]:g} to {self.value_range[1]:g}")
+        return ", ".join(words)
 
-@dataclass(frozen=True, kw_only=True)
+
+USUAL = ReadOptions()
+
+
+@dataclass(frozen=True)
 class ImageFile:
     """What a file holds: `pixels` (H, W, C), what is written beside them, and what whoever reads it should hear."""
 
     pixels: Pixels
-    metadata: Metadata = field(default_factory=Metadata)
+    metadata: Metadata = NO_METADATA
     notes: tuple[str, ...] = ()
+
+    def as_sample(self, *, label: int | None, name: str) -> Sample:
+        return Sample(pixels=self.pixels, label=label, name=name, metadata=self.metadata, notes=self.notes)
 
 
 def read_image(
@@ -52,7 +77,7 @@ def read_image(
     channels: int = 3,
     keep_alpha: bool = False,
     max_pixels: int = MAX_PIXELS,
-    options: ReadOptions = ReadOptions(),
+    options: ReadOptions = USUAL,
     scratch: Path | None = None,
 ) -> ImageFile:
     """A file, or its bytes -> pixels (H, W, channels): uint8, uint16 of deeper integers, or float32 in [0, 1].
@@ -60,126 +85,296 @@ def read_image(
     `docs/files.md` says what is read, at which depth, and what is noted. The orientation that EXIF names is applied.
 
     Args:
-        keep_alpha: as many channels as the file has. Unless they are `channels`, the last of 2 and of 4 is
-            transparency.
-        scratch: a folder where large images are kept (`read_large`); only with `options.keep_colour`.
+        keep_alpha: as the file is: with as many channels as it has, and with its metadata. Unless they are `channels`,
+            the last of 2 and of 4 is transparency.
+        scratch: a folder where large images are kept (`read_large`), in the colour space of the file.
 
     Raises:
         BadImageError: empty, truncated, not an image, more than `max_pixels`, or channels that do not fit.
         OSError: the file cannot be read, or `scratch` has no room.
     """
     if scratch is not None:
-        pixels = read_large(file, scratch, channels=None if keep_alpha else channels, max_pixels=max_pixels)
-        if pixels is not None:
-            return ImageFile(pixels=pixels, metadata=large_metadata(file))
+        found = read_large_image(
+            file, scratch, channels=None if keep_alpha else channels, max_pixels=max_pixels, options=options
+        )
+        if found is not None:
+            return found
     data = file.read_bytes() if isinstance(file, Path) else file
-    pixels = read_pixels(data, channels=channels, keep_alpha=keep_alpha, max_pixels=max_pixels)
-    try:
-        with limits_are_ours(), Image.open(io.BytesIO(data), formats=formats()) as image:
-            image.load()
-            metadata = metadata_of(image, data)
-    except Exception:  # not a kind of file that PIL knows
-        metadata = Metadata()
-    return ImageFile(pixels=pixels, metadata=metadata)
-
-
-def large_metadata(file: bytes | Path) -> Metadata:
-    """Of a file that `read_large` reads, without decoding it; nothing where it cannot be read."""
-    try:
-        head = file[:8] if isinstance(file, bytes) else head_of(file)[:8]
-        if head == SIGNATURE:
-            return large_png_metadata(file)
-        source = io.BytesIO(file) if isinstance(file, bytes) else file
-        with limits_are_ours(), Image.open(source, formats=formats()) as image:
-            return metadata_of(image)
-    except Exception:  # the pixels are what counts
-        return Metadata()
-
-
-def read_pixels(data: bytes, *, channels: int = 3, keep_alpha: bool = False, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """A file's bytes -> pixels (H, W, channels): uint8, uint16 if the file has 16 bits, or float32 in [0, 1].
-
-    `keep_alpha`: as many channels as the file has. Unless they are `channels`, the last of 2 and of 4 is transparency.
-
-    Reads the formats that `EXTENSIONS` names, by PIL (an animation's first frame; the orientation that EXIF names is
-    applied), 16-bit PNG and TIFF at full precision, TIFF with several pages or more than four channels, and NumPy's
-    .npy.
-
-    Raises:
-        BadImageError: empty, truncated, not an image, more than `max_pixels`, or channels that do not fit.
-    """
     if not data:
         raise BadImageError("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            found = decode(data, channels, max_pixels, options)
             if data.startswith(NUMPY):
-                array = read_npy(data, max_pixels)
-                return array if keep_alpha else exact_channels(array, channels)
-            pixels = None
-            if data.startswith(TIFF):
-                from ldm_vae.data.tiff import read_tiff
-
-                pixels = read_tiff(data, channels, max_pixels)
-            if pixels is None:
-                pixels = read_pil(data, max_pixels)
-            return pixels if keep_alpha else convert_channels(pixels, channels)
+                return found if keep_alpha else replace(found, pixels=exact_channels(found.pixels, channels))
+            found = in_its_colours(found, options)
+            return found if keep_alpha else ImageFile(convert_channels(found.pixels, channels), notes=found.notes)
     except BadImageError:
         raise
     except MemoryError:
         raise BadImageError("not enough memory to decode it") from None
     except Exception as error:  # decoders raise nearly anything on damaged files
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BadImageError(f"cannot be decoded: {reason}") from None
+        raise BadImageError(f"cannot be decoded: {plain_reason(error)}") from None
+
+
+def read_pixels(data: bytes, *, channels: int = 3, keep_alpha: bool = False, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """What `read_image` gives of a file's bytes, without what is said beside the pixels. Raises BadImageError."""
+    return read_image(data, channels=channels, keep_alpha=keep_alpha, max_pixels=max_pixels).pixels
+
+
+def plain_reason(error: Exception) -> str:
+    """One line, the same in every run: without addresses of objects."""
+    text = re.sub(r"\s*<[^<>]*\b0x[0-9a-fA-F]+[^<>]*>", "", str(error))
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def in_its_colours(found: ImageFile, options: ReadOptions) -> ImageFile:
+    """In sRGB, unless the file's colour space is to stay: then with the profile that describes it."""
+    metadata, dropped = fitting(found.metadata, found.pixels.shape[2])
+    if options.keep_colour:
+        return replace(found, metadata=metadata, notes=(*found.notes, *dropped))
+    pixels, metadata, notes = in_srgb(found.pixels, metadata)
+    return ImageFile(pixels, metadata, (*found.notes, *dropped, *notes))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageReader:
-    """How a source reads its files: the arguments of `read_pixels`, and a folder for large images.
-
-    With `scratch`, images that would not fit into memory are kept on disk there (`read_large`).
-    """
+    """How a source reads its files: the arguments of `read_image`."""
 
     channels: int = 3
+    keep_alpha: bool = False
     max_pixels: int = MAX_PIXELS
+    options: ReadOptions = USUAL
     scratch: Path | None = None
 
     def __str__(self) -> str:
         """For fingerprints of sources."""
-        return f"{self.channels} channels, at most {self.max_pixels} pixels"
+        return f"{self.channels} channels, at most {self.max_pixels} pixels, {self.options}"
 
-    def __call__(self, data: bytes) -> Pixels:
+    def __call__(self, data: bytes) -> ImageFile:
         """Raises BadImageError."""
-        return read_pixels(data, channels=self.channels, max_pixels=self.max_pixels)
+        return read_image(
+            data,
+            channels=self.channels,
+            keep_alpha=self.keep_alpha,
+            max_pixels=self.max_pixels,
+            options=self.options,
+        )
+
+    def large(self, file: bytes | Path) -> ImageFile | None:
+        """By way of the disk, where there is a folder for it and the image is large. Raises BadImageError, OSError."""
+        if self.scratch is None:
+            return None
+        channels = None if self.keep_alpha else self.channels
+        return read_large_image(file, self.scratch, channels=channels, max_pixels=self.max_pixels, options=self.options)
 
 
-def read_pil(data: bytes, max_pixels: int) -> Pixels:
+def read_large_image(
+    file: bytes | Path, folder: Path, *, channels: int | None, max_pixels: int, options: ReadOptions
+) -> ImageFile | None:
+    """What `read_image` gives of a large image, in the colour space of the file, by `read_large`.
+
+    None for what that leaves to the other reader, and for pages that are channels, or a range of values.
+    """
+    if options.pages_as_channels or options.value_range:
+        return None
+    head = file[:HEAD] if isinstance(file, bytes) else head_of(file)
+    if deep.is_deep_jpeg(head) or (head.startswith(deep.START_OF_IMAGE) and not has_end(file)):
+        return None
+    if head.startswith(TIFF):
+        from ldm_vae.data.tiff import is_plain
+
+        if not is_plain(file):
+            return None
+    pixels = read_large(file, folder, channels=channels, max_pixels=max_pixels)
+    if pixels is None:
+        return None
+    metadata, notes = large_metadata(file, head)
+    metadata, dropped = fitting(metadata, pixels.shape[2])
+    return ImageFile(pixels, metadata, (*notes, *dropped))
+
+
+def has_end(file: bytes | Path) -> bool:
+    """Whether a JPEG's end marker is there, perhaps with something behind it."""
+    if isinstance(file, bytes):
+        return deep.END_OF_IMAGE in file[-HEAD:]
+    with open(file, "rb") as opened:
+        opened.seek(max(file.stat().st_size - HEAD, 0))
+        return deep.END_OF_IMAGE in opened.read()
+
+
+def large_metadata(file: bytes | Path, head: bytes) -> tuple[Metadata, tuple[str, ...]]:
+    """Metadata and notes of a file that `read_large` reads, without decoding it; nothing for what cannot be read."""
+    try:
+        if head.startswith(SIGNATURE):
+            return large_png_metadata(file), ()
+        notes: tuple[str, ...] = ()
+        if head.startswith(TIFF):
+            from ldm_vae.data.tiff import count_pages
+
+            count = count_pages(file)
+            notes = (f"page 1 of {count}",) if count > 1 else ()
+        with (
+            limits_are_ours(),
+            Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats()) as image,
+        ):
+            return metadata_of(image), (*notes, *notes_of(image, head))
+    except Exception:  # the pixels are what counts
+        return NO_METADATA, ()
+
+
+# Decoders: a file as it is, in its own colours, with as many channels as it has -------------------------------------
+
+
+def decode(data: bytes, channels: int, max_pixels: int, options: ReadOptions) -> ImageFile:
+    """By the content's kind; what it is called does not matter."""
+    if data.startswith(NUMPY):
+        return ImageFile(deep.read_npy(data, max_pixels, options.value_range))
+    if is_jpeg_xl(data):
+        from ldm_vae.data.jpeg_xl import read_jpeg_xl
+
+        return ImageFile(*read_jpeg_xl(data, max_pixels))
+    if is_heif(data):
+        from ldm_vae.data.heif import read_heif
+
+        return ImageFile(*read_heif(data, max_pixels))
+    if data.startswith(TIFF):
+        return decode_tiff(data, channels, max_pixels, options)
+    if deep.is_deep_jpeg(data):
+        pixels, metadata, exif = deep.read_deep_jpeg(data, max_pixels, options.value_range)
+        return ImageFile(orient(pixels, orientation_in(exif)), metadata)
+    pnm = deep.read_pnm(data, max_pixels, options.value_range)
+    return decode_pil(data, max_pixels) if pnm is None else ImageFile(pnm)
+
+
+def decode_tiff(data: bytes, channels: int, max_pixels: int, options: ReadOptions) -> ImageFile:
+    from ldm_vae.data.tiff import read_tiff
+
+    tiff = read_tiff(
+        data,
+        channels,
+        max_pixels,
+        pages_as_channels=options.pages_as_channels,
+        value_range=options.value_range,
+    )
+    if tiff.pixels is not None:
+        return ImageFile(tiff.pixels, tiff.metadata, tiff.notes)
+    found = decode_pil(data, max_pixels)
+    return replace(found, notes=(*tiff.notes, *found.notes))
+
+
+def decode_pil(data: bytes, max_pixels: int) -> ImageFile:
+    """A JPEG is read past what stands before its start, and without its end marker if all pixels are there."""
+    try:
+        return open_and_decode(data, max_pixels)
+    except UnidentifiedImageError:
+        start = data.find(deep.START_OF_IMAGE, 1, MAX_JUNK + len(deep.START_OF_IMAGE))
+        if start < 0:
+            raise
+        found = decode(data[start:], 3, max_pixels, USUAL)
+        return replace(found, notes=(f"{start} bytes before the start of the JPEG were skipped", *found.notes))
+    except OSError:
+        whole = data + deep.END_OF_IMAGE
+        if not data.startswith(deep.START_OF_IMAGE) or not deep.is_whole_jpeg(whole):
+            raise
+        found = open_and_decode(whole, max_pixels)
+        return replace(found, notes=(*found.notes, "the JPEG has no end marker; its pixels are whole"))
+
+
+def open_and_decode(data: bytes, max_pixels: int) -> ImageFile:
     with limits_are_ours(), Image.open(io.BytesIO(data), formats=formats()) as image:
         check_size(*image.size, max_pixels)
-        if image.format == "PNG" and data[24] == 16:  # PIL would cut 16-bit colour to 8: bit depth is byte 24 of IHDR
-            return orient(*read_deep_png(data))
-        return pil_pixels(image)
+        scale_transparency(image)
+        notes = notes_of(image, data)
+        image.load()
+        metadata = metadata_of(image, data)
+        turned = orientation_of(image)
+        kind = image.format
+        if kind == "PNG" and data[24] == 16:  # bits, in IHDR; PIL would cut colours to 8
+            return ImageFile(orient(deep.read_deep_png(data), turned), metadata, notes)
+        if kind == "JPEG2000":
+            bits = deep.jpeg_2000_bits(data, max_pixels)
+            if bits not in (None, 8):
+                return ImageFile(orient(deep.read_deep_jpeg_2000(data, bits), turned), metadata, notes)
+        if kind == "AVIF":
+            facts = boxes.facts_of(data)
+            metadata = replace(metadata, cicp=None if metadata.icc else facts.cicp)
+            notes += ("its gain map (HDR) was left out",) * facts.gain_map
+            if facts.bits > 8:
+                return ImageFile(orient(deep.read_deep_avif(data, facts.bits), turned), metadata, notes)
+        if image.mode in CONVERTED:
+            notes += (f"its {CONVERTED[image.mode]} colours were converted to sRGB",)
+            metadata = replace(metadata, icc=b"")
+        return ImageFile(pil_pixels(image), metadata, notes)
+
+
+def notes_of(image: Image.Image, data: bytes) -> tuple[str, ...]:
+    """What of a file is not in its first image. TIFF's pages are counted elsewhere."""
+    try:
+        count = 1 if image.format == "TIFF" else getattr(image, "n_frames", 1)
+    except Exception:  # the others are damaged
+        count = 1
+    if image.format in ("JPEG", "MPO"):
+        if any(mark in data[:HEAD] for mark in GAIN_MAPS):
+            return ("its gain map (HDR) was left out",)
+        return (f"image 1 of {count}",) if count > 1 else ()
+    return (f"1 of {count} frames",) if count > 1 else ()
+
+
+def orientation_of(image: Image.Image) -> int:
+    """By EXIF, 1 to 8; 1 where it says nothing."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged
+        return 1
+
+
+def orientation_in(exif: bytes) -> int:
+    tags = Image.Exif()
+    try:
+        tags.load(exif)
+        return int(tags.get(ORIENTATION, 1))
+    except Exception:  # damaged
+        return 1
 
 
 @contextmanager
 def limits_are_ours() -> Iterator[None]:
     """In here PIL opens images of any size. It is PIL's global, so not for two threads at once."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    text, PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_CHUNK, MAX_TEXT
     try:
         yield
     finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limit, text
 
 
 @cache
 def formats() -> list[str]:
     """PIL's names of what our extensions say: of its other decoders one, PostScript's, runs a program."""
-    return sorted({kind for ending, kind in Image.registered_extensions().items() if ending in EXTENSIONS})
+    return sorted(
+        {kind for ending, kind in Image.registered_extensions().items() if ending in EXTENSIONS} & set(Image.OPEN)
+    )
+
+
+def scale_transparency(image: Image.Image) -> None:
+    """Of a PNG of 2, 4 or 16 bits that is not loaded yet: PIL scales its values to 8 and not the transparent one."""
+    tiles = getattr(image, "tile", []) if image.format == "PNG" else []
+    raw = str(tiles[0].args) if tiles else ""
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int) and raw in LEVELS:
+        image.info["transparency"] = min(transparent * LEVELS[raw], 255)
+    elif isinstance(transparent, tuple) and raw == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def pil_pixels(image: Image.Image) -> Pixels:
     """A PIL image, upright, with as many channels as it has: uint8, uint16, or float32 in [0, 1]."""
+    scale_transparency(image)
     upright = ImageOps.exif_transpose(image)
+    if upright.mode == "CMYK":
+        return from_inks(np.asarray(upright), image.info.get("icc_profile") or b"")
     if upright.mode.startswith("I"):  # 16 bits, or 32 that hold 16
         values = np.asarray(upright)[:, :, None]
         if values.min() < 0 or values.max() > 65535:
@@ -191,33 +386,3 @@ def pil_pixels(image: Image.Image) -> Pixels:
     if upright.mode in ("1", "L", "LA", "La"):
         return np.atleast_3d(np.asarray(upright.convert("LA" if transparent else "L")))
     return np.asarray(upright.convert("RGBA" if transparent else "RGB"))
-
-
-def read_npy(data: bytes, max_pixels: int) -> Pixels:
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, _, dtype = read_header(file)
-    if len(shape) not in (2, 3):
-        raise BadImageError(f"an array of shape {shape}: (H, W) or (H, W, C) is needed")
-    check_size(shape[1], shape[0], max_pixels)
-    if np.prod(shape, dtype=object) * dtype.itemsize > len(data) - file.tell():
-        raise BadImageError("truncated array")
-    file.seek(0)
-    array = np.atleast_3d(np.load(file, allow_pickle=False))
-    return check_values(array)
-
-
-def read_deep_png(data: bytes) -> tuple[Pixels, int]:
-    """A PNG of 16 bits as it is stored, with as many channels as it has, and what EXIF says of its orientation.
-
-    Raises:
-        BadImageError: it is damaged.
-    """
-    try:
-        image = open_with_vips(data)
-        stored = image.write_to_memory()
-    except pyvips.Error as error:
-        raise BadImageError(f"cannot be decoded: {' '.join(error.detail.split())[:200] or 'damaged'}") from None
-    pixels = np.frombuffer(stored, DTYPES[image.format]).reshape(image.height, image.width, image.bands)
-    return pixels, image.get("orientation") if image.get_typeof("orientation") else 1

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ldm_vae.data.file_sources import FolderSource, ZipSource
+from ldm_vae.data.file_sources import FileSource, FolderSource, ZipSource
 from ldm_vae.data.hugging_face import hugging_face_source, is_hugging_face_folder
 from ldm_vae.data.image_files import EXTENSIONS, digest_of
 from ldm_vae.data.images import Sample
 from ldm_vae.data.order import index_at
 from ldm_vae.data.procedural import PROCEDURAL, ProceduralSource
-from ldm_vae.data.reader import MAX_PIXELS, ImageReader
+from ldm_vae.data.reader import MAX_PIXELS, USUAL, ImageReader, ReadOptions
 from ldm_vae.data.shards import ShardSource, is_shards
 from ldm_vae.errors import BadImageError, ConfigError, DataError
 from ldm_vae.hub import is_hub_id
@@ -153,6 +154,8 @@ def open_source(
     channels: int = 3,
     resolution: int = 256,
     max_pixels: int = MAX_PIXELS,
+    keep_alpha: bool = False,
+    options: ReadOptions = USUAL,
     scratch: Path | None = None,
 ) -> Source:
     """The images that `path` names: a folder, a .zip, tar shards, a Hugging Face dataset or `procedural:NAME[@SEED]`.
@@ -163,13 +166,17 @@ def open_source(
         channels: of the pixels; what a file has is converted where that makes sense.
         resolution: side of procedural images; other sources give what they hold.
         max_pixels: images with more are bad images.
+        keep_alpha: pixels with as many channels as the file has, and metadata, as `read_image` gives them.
+        options: how files are understood.
         scratch: folder for large images, see `read_large`; for folders and .zip.
 
     Raises:
         DataError: nothing there, or nothing in it that is an image.
     """
     suffix = next((suffix for suffix in SPLITS if path.endswith(suffix)), "")
-    reader = ImageReader(channels=channels, max_pixels=max_pixels, scratch=scratch)
+    reader = ImageReader(
+        channels=channels, keep_alpha=keep_alpha, max_pixels=max_pixels, options=options, scratch=scratch
+    )
     whole = open_whole(path.removesuffix(suffix), reader, resolution)
     if not suffix:
         return whole
@@ -210,5 +217,8 @@ def open_whole(path: str, reader: ImageReader, resolution: int) -> Source:
     if len(source) == 0:
         if local.is_dir() and any(local.glob("*.tar")):
             raise DataError(f"the shards of {path} have no index: run `ldm-vae shards index {path}`")
-        raise DataError(f"no images in {path}: looked for {' '.join(sorted(EXTENSIONS))}")
+        others = f" ({source.not_read})" if isinstance(source, FileSource) and source.not_read else ""
+        raise DataError(f"no images in {path}{others}: looked for {' '.join(sorted(EXTENSIONS))}")
+    if isinstance(source, FileSource) and source.not_read:
+        print(f"{path}: {source.not_read}", file=sys.stderr)
     return source

@@ -11,7 +11,7 @@ from PIL import EpsImagePlugin, Image
 
 from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.images import centre_square, convert_channels, resize
-from ldm_vae.data.reader import read_pixels
+from ldm_vae.data.reader import ReadOptions, read_image, read_pixels
 from ldm_vae.errors import BadImageError
 
 RAMP = np.arange(48 * 3, dtype=np.uint8).reshape(6, 8, 3)
@@ -191,7 +191,9 @@ def test_arrays_and_tiffs_of_many_channels_are_read_exactly(channels: int, dtype
     pages = np.moveaxis(array, 2, 0)
     if channels > 1:
         paged = tiff(pages, photometric="minisblack")
-        assert np.array_equal(read_pixels(paged, channels=channels), array)
+        stacked = read_image(paged, channels=channels, options=ReadOptions(pages_as_channels=True))
+        assert np.array_equal(stacked.pixels, array)
+        assert stacked.notes == ()
         interleaved = tiff(array, photometric="minisblack", planarconfig="contig")
         planar = tiff(pages, photometric="minisblack", planarconfig="separate")
         assert np.array_equal(read_pixels(interleaved, channels=channels), array)
@@ -233,8 +235,9 @@ def test_the_fourth_sample_of_a_tiff_is_transparency_only_where_the_file_says_so
         assert np.unique(read_pixels(data, channels=3)).tolist() == [expected]
         small = (bands / 257).astype(np.uint8)
         assert np.array_equal(read_pixels(tiff(small, photometric="rgb", extrasamples=[kind]), channels=4), small)
+    two = tiff(bands[:2, :, :], photometric="minisblack")
     with pytest.raises(BadImageError, match="2 pages of 1 channels, the model has 3"):
-        read_pixels(tiff(bands[:2, :, :], photometric="minisblack"), channels=3)
+        read_image(two, channels=3, options=ReadOptions(pages_as_channels=True))
 
 
 def test_tiffs_of_every_compression_orientation_and_with_previews_are_read() -> None:

@@ -12,9 +12,9 @@ from PIL import Image
 
 from ldm_vae.data import large
 from ldm_vae.data.large import read_large
-from ldm_vae.data.metadata import Metadata
+from ldm_vae.data.metadata import NO_METADATA, Metadata
 from ldm_vae.data.png import stream_png
-from ldm_vae.data.reader import large_metadata, read_pixels
+from ldm_vae.data.reader import ReadOptions, read_image, read_large_image, read_pixels
 from ldm_vae.errors import BadImageError
 
 
@@ -99,9 +99,10 @@ def test_nothing_is_said_of_an_image_that_nobody_said(tmp_path: Path) -> None:
 def test_a_name_that_is_no_text_is_read_as_any_other(tmp_path: Path) -> None:
     file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
     file.write_bytes(as_file(pixels_of(3), "PNG"))
-    found = read_large(file, tmp_path, channels=3, max_pixels=10**6)
-    assert np.array_equal(found, pixels_of(3))
-    assert large_metadata(file) == Metadata()
+    found = read_image(file, options=ReadOptions(keep_colour=True), scratch=tmp_path)
+    assert isinstance(found.pixels, np.memmap)
+    assert np.array_equal(found.pixels, pixels_of(3))
+    assert found.metadata == NO_METADATA
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -116,7 +117,8 @@ def test_of_a_tiff_bands_are_bands_and_pages_are_pages(dtype: Any, tmp_path: Pat
         tifffile.imwrite(tmp_path / f"{name}.tif", np.moveaxis(pixels, 2, 0) if name == "pages" else pixels, **options)
         data = (tmp_path / f"{name}.tif").read_bytes()
         for given in (data, tmp_path / f"{name}.tif"):
-            assert read_large(given, tmp_path, channels=3, max_pixels=10**6) is None
+            options = ReadOptions(pages_as_channels=name == "pages")
+            assert read_large_image(given, tmp_path, channels=3, max_pixels=10**6, options=options) is None
     tifffile.imwrite(tmp_path / "alpha.tif", pixels, photometric="rgb", extrasamples=["unassalpha"])
     found = read_large(tmp_path / "alpha.tif", tmp_path, channels=None, max_pixels=10**6)
     assert np.array_equal(found, pixels)
