@@ -60,6 +60,21 @@ def test_ms_ssim_is_that_of_torchmetrics() -> None:
     assert metrics.ms_ssim(image, noisy) == pytest.approx(float(reference), abs=2e-3)
 
 
+def test_the_metrics_of_an_image_and_its_negative_are_numbers() -> None:
+    """Their structures are opposite: the product over scales has negative factors, whose powers are no numbers."""
+    for image in (pair(192, 176, 3, 0)[0], np.tile(np.uint8([[0, 255]]), (192, 96))[:, :, None].repeat(3, axis=2)):
+        assert 0 <= metrics.ms_ssim(image, 255 - image) < 0.1
+        assert -1 <= metrics.ssim(image, 255 - image) < 0.1
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_distances_of_few_images_are_numbers_where_they_are_defined(count: int) -> None:
+    features, others = (torch.randn(count, 5, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    assert metrics.frechet_distance(features, others) > 0
+    assert np.isfinite(metrics.kernel_distance(features, others))
+    assert metrics.SMALLEST_SET == 4  # what benchmarks/generation.py asks for: the third neighbour needs four
+
+
 def test_ssimulacra2_is_told_which_image_is_the_original(tmp_path: Path) -> None:
     """It is not symmetric."""
     image, noisy = pair(96, 120, 3, 25)

@@ -20,6 +20,7 @@ from ldm_vae.data.loader import CropDataset
 from ldm_vae.data.reader import ImageReader
 from ldm_vae.data.shards import FACTS, ROW, ROWS, ShardSource, build_index, index_folder, ordered, shards_of
 from ldm_vae.data.sources import open_source
+from ldm_vae.data.workers import made_ahead
 from ldm_vae.errors import BadImageError, DataError
 
 
@@ -31,6 +32,7 @@ def png(seed: int, side: int = 9) -> bytes:
 
 
 def write_tar(file: Path, members: list[tuple[str, bytes]], tar_format: int = tarfile.DEFAULT_FORMAT) -> None:
+    file.parent.mkdir(exist_ok=True)
     with tarfile.open(file, "w", format=tar_format) as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)
@@ -85,6 +87,31 @@ def test_images_that_share_a_key_are_not_left_out_in_silence(tmp_path: Path) -> 
     with pytest.warns(UserWarning, match=r"4 images are left out, such as IMG.001.png"):
         build_index(shards_of(str(tmp_path)))
     assert len(open_source(str(tmp_path))) == 1
+
+
+def test_dots_in_folders_belong_to_the_key_and_packing_keeps_names_with_dots(tmp_path: Path) -> None:
+    members = [("v1.5/a.png", png(0)), ("v1.5/a.cls", b"1"), ("v1.5/b.x/c.png", png(1)), ("v1.5/b.x/c.cls", b"0")]
+    write_tar(tmp_path / "dots" / "a.tar", members)
+    cli.main(["shards", "index", str(tmp_path / "dots")])
+    source = open_source(str(tmp_path / "dots"))
+    assert [source[i].label for i in range(len(source))] == [1, 0]
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        (tmp_path / "images" / f"IMG.{i:03d}.v2.png").write_bytes(png(i))
+    cli.main(["shards", "pack", str(tmp_path / "images"), str(tmp_path / "packed")])
+    whole, shards = open_source(str(tmp_path / "images")), open_source(str(tmp_path / "packed"))
+    assert len(shards) == 3
+    assert all(np.array_equal(shards[i].pixels, whole[i].pixels) for i in range(3))
+
+
+def test_fewer_shards_than_workers_give_every_image_once(folder: Path, tmp_path: Path) -> None:
+    cli.main(["shards", "pack", str(folder), str(tmp_path / "packed"), "--workers", "8"])
+    cli.main(["shards", "index", str(tmp_path / "packed"), "--workers", "8"])
+    assert len(list((tmp_path / "packed").glob("*.tar"))) == 1
+    source = open_source(str(tmp_path / "packed"))
+    loaded = list(made_ahead(source.__getitem__, range(12), num_workers=2))
+    assert [sample.name for sample in loaded] == [source.name(i) for i in range(12)]
+    assert all(np.array_equal(sample.pixels, source[i].pixels) for i, sample in enumerate(loaded))
 
 
 def test_packing_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

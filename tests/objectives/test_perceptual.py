@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 from ldm_vae.errors import ConfigError, ModelError
-from ldm_vae.objectives.perceptual import WEIGHTS, PerceptualLoss
+from ldm_vae.objectives.perceptual import WEIGHTS, Backbone, PerceptualLoss
 
 
 @pytest.fixture
@@ -68,6 +68,18 @@ def test_the_reconstruction_gets_a_gradient_and_the_backbone_none() -> None:
     assert reconstruction.grad.abs().sum() > 0
     assert not any(p.requires_grad or p.grad is not None for p in loss.parameters())
     assert not any(m.training for m in loss.modules())
+
+
+@pytest.mark.parametrize("backbone", ["squeeze", "alex"])
+def test_gradients_are_finite_at_black_white_and_grey_and_where_the_images_are_equal(backbone: Backbone) -> None:
+    """Features can all be 0 there, and the derivative of their norm is infinite."""
+    loss = PerceptualLoss(backbone, pretrained=False)
+    flat = torch.tensor([-1.0, 0.0, 1.0])[:, None, None, None].expand(3, 3, 64, 64)
+    for target in (flat, flat.flip(0), torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1):
+        reconstruction = flat.clone().requires_grad_()
+        loss(reconstruction, target).backward()
+        assert reconstruction.grad is not None
+        assert reconstruction.grad.isfinite().all()
 
 
 def test_lpips_sees_one_channel_three_times_and_the_first_three_of_many() -> None:
