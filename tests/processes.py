@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -58,25 +59,40 @@ class Launched:
     stderr: str
 
 
-def launch(job: Callable[..., None], *args: Any, processes: int = 1) -> Launched:
-    """A script's `main`, or another function of a module, on so many processes that meet over gloo."""
-    shared = ON_CPU | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-    with TemporaryDirectory() as folder:
-        ranks = []
+class Forked:
+    """A function of a module, such as a script's `main`, on so many processes that meet over gloo."""
+
+    def __init__(self, job: Callable[..., None], *args: Any, processes: int = 1) -> None:
+        self.said = TemporaryDirectory()
+        shared = ON_CPU | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+        self.processes = []
         for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
             environment = shared | own if processes > 1 else ON_CPU
-            ranks.append(FORKS.Process(target=run_forked, args=(job, args, environment, Path(folder) / str(rank))))
-        for process in ranks:
-            process.start()
-        for process in ranks:
+            said = Path(self.said.name) / str(rank)
+            self.processes.append(FORKS.Process(target=run_forked, args=(job, args, environment, said)))
+            self.processes[-1].start()
+
+    def poll(self) -> int | None:
+        """An exit code; None while all run."""
+        return next((p.exitcode for p in self.processes if p.exitcode is not None), None)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.processes if process.pid is not None]
+
+    def wait(self) -> Launched:
+        for process in self.processes:
             process.join(300)
-        assert all(process.exitcode is not None for process in ranks), "not finished after five minutes"
-        said = ["".join(f.read_text() for f in sorted(Path(folder).glob(f"*.{end}"))) for end in ("out", "err")]
-    return Launched(next((p.exitcode for p in ranks if p.exitcode), 0), *said)
+        assert all(process.exitcode is not None for process in self.processes), "not finished after five minutes"
+        files = [sorted(Path(self.said.name).glob(pattern)) for pattern in ("*.out", "*.err")]
+        said = ["".join(file.read_text() for file in of_one_kind) for of_one_kind in files]
+        self.said.cleanup()
+        return Launched(next((p.exitcode for p in self.processes if p.exitcode), 0), *said)
 
 
 def run_forked(job: Callable[..., None], args: tuple[Any, ...], environment: dict[str, str], said: Path) -> None:
+    os.setsid()  # so that it can be signalled with the workers that it starts
     for descriptor, end in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(said.with_suffix(end), os.O_CREAT | os.O_WRONLY), descriptor)
     os.environ.update(environment)
@@ -84,6 +100,16 @@ def run_forked(job: Callable[..., None], args: tuple[Any, ...], environment: dic
     few_sampling_steps()
     with one_line_errors():
         job(*args)
+
+
+def launch(job: Callable[..., None], *args: Any, processes: int = 1) -> Launched:
+    return Forked(job, *args, processes=processes).wait()
+
+
+def run_script(script: str, *words: str) -> None:
+    """For `launch`: a script of this repository, as Python runs it."""
+    sys.argv = [script, *words]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def few_sampling_steps() -> None:
@@ -135,7 +161,7 @@ def trainer_below(launcher: subprocess.Popen[str]) -> int:
     return int(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()[-1])
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Any, process: subprocess.Popen[str] | Forked) -> None:
     end = time.monotonic() + 120
     while not condition():
         assert process.poll() is None

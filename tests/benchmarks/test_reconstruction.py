@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from ldm_vae.errors import one_line_errors
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.objectives.perceptual import PerceptualLoss
 from ldm_vae.runs.config import parse_flags
+from tests.processes import launch
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -60,14 +58,7 @@ def test_figures_depend_on_neither_company_nor_processes_and_are_scikit_images(
     torch.set_num_threads(1)  # as in the launched processes: sums in the same order
     for num_images in (1, 3, 8, 12):
         main(Config(output=tmp_path / f"{num_images}", num_images=num_images, **shared))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--num_cpu_threads_per_process", "1", str(ROOT / "benchmarks" / "reconstruction.py")]
-    command += ["--vae", str(vae), "--data", str(photos), "--output", str(tmp_path / "two"), "--resolution", "48"]
-    command += ["--perceptual", "random", "--lpips-backbone", "squeeze"]
-
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = launch(main, Config(output=tmp_path / "two", **shared), processes=2)
     assert done.returncode == 0, done.stderr
 
     reference = rows(tmp_path / "12")

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,9 @@ from ldm_vae.runs.config import parse_flags
 from ldm_vae.sampling import make_scheduler
 from pipelines import generate
 from pipelines.generate import Config, folder_of, main
+from tests.processes import launch, run_script
 
 ROOT = Path(__file__).parent.parent.parent
-SCRIPT = str(ROOT / "pipelines" / "generate.py")
 
 
 @pytest.fixture(autouse=True)
@@ -158,12 +155,7 @@ def test_what_other_settings_made_is_neither_mixed_nor_overwritten(model: str, t
 def test_two_processes_make_what_one_makes(model: str, tmp_path: Path) -> None:
     main(config_for(model, tmp_path / "one"))
     main(config_for(model, tmp_path / "two", num_images=2))  # and go on with what is there
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--num_cpu_threads_per_process", "1", SCRIPT, "--model", model, "--output", str(tmp_path / "two")]
-    command += ["--num-images", "7", "--steps", "2", "--batch-size", "2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = launch(main, config_for(model, tmp_path / "two", batch_size=2), processes=2)
     assert done.returncode == 0, done.stderr
     assert "7 images in" in done.stdout
     assert "2 of them there already" in done.stdout
@@ -305,7 +297,7 @@ def test_many_channels_are_no_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_script_itself_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPT, "--model", str(tmp_path / "no"), "--output", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--num-images", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    words = ["--model", str(tmp_path / "no"), "--output", str(tmp_path / "out"), "--num-images", "1"]
+    done = launch(run_script, "pipelines/generate.py", *words)
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line] == [f"error: no such model: {tmp_path}/no"]

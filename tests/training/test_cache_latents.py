@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +23,9 @@ from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.interface import posterior_of
 from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.runs.config import parse_flags
-from tests.processes import ROOT, kill_at, launch, run_until_killed
+from tests.processes import kill_at, launch, run_script, run_until_killed
 from training import cache_latents
 from training.cache_latents import Config, main
-
-SCRIPT = str(ROOT / "training" / "cache_latents.py")
 
 
 def config_for(photos: Path, vae: Path, output: Path) -> Config:
@@ -291,16 +287,7 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
 
 
 def test_the_script_itself_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        SCRIPT,
-        "--vae",
-        str(tmp_path / "no"),
-        "--data",
-        ".",
-        "--output",
-        str(tmp_path / "cache"),
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    words = ["--vae", str(tmp_path / "no"), "--data", ".", "--output", str(tmp_path / "cache")]
+    done = launch(run_script, "training/cache_latents.py", *words)
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line] == [f"error: no such model: {tmp_path}/no"]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,13 @@ from ldm_vae.objectives import denoising
 from ldm_vae.pipeline import load_pipeline
 from ldm_vae.runs.state import state_tensors
 from tests.processes import (
-    ENVIRONMENT,
-    ROOT,
+    Forked,
     flags,
     kill_at,
     largest_difference,
     launch,
     metrics,
+    run_script,
     run_until_killed,
     state,
     wait_for,
@@ -41,7 +40,6 @@ from tests.processes import (
 from training import cache_latents, train_diffusion
 from training.train_diffusion import PRESETS, Config, build, main, open_data
 
-SCRIPT = str(ROOT / "training" / "train_diffusion.py")
 DEMO = PRESETS["demo"][1]
 PARTS = ("unet", "ema", "optimizer")
 
@@ -372,16 +370,15 @@ def test_the_scale_is_the_cache_s_whatever_the_vae_that_is_named_says(photos: Pa
 
 
 def test_a_stop_signal_ends_the_step_and_the_same_command_goes_on(cache: Path, tmp_path: Path) -> None:
-    whole = config_for(cache, tmp_path / "whole", steps=20, checkpoint_every=1000, warmup_steps=100)
+    whole = config_for(cache, tmp_path / "whole", steps=20, checkpoint_every=1000)
     config = replace(whole, output=tmp_path / "stopped")
-    command = [sys.executable, SCRIPT, *words(config)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = Forked(main, config)
     log = config.output / "metrics.jsonl"
     wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 3, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert "stopped by SIGTERM after step" in output
+    os.kill(process.pids[0], signal.SIGTERM)
+    done = process.wait()
+    assert done.returncode == 0
+    assert "stopped by SIGTERM after step" in done.stdout
     main(config)
     main(whole)
     x, y = state(config.output, 20), state(whole.output, 20)
@@ -464,8 +461,8 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
 
 
 def test_the_script_itself_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPT, "demo", "--latents", str(tmp_path / "no"), "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    words = ["demo", "--latents", str(tmp_path / "no"), "--output", str(tmp_path / "run")]
+    done = launch(run_script, "training/train_diffusion.py", *words)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line]
     assert line.startswith(f"error: {tmp_path}/no is not a cache of latents")

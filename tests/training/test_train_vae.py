@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,12 @@ from ldm_vae.runs.state import state_tensors
 from tests import processes
 from tests.processes import (
     ENVIRONMENT,
-    LAUNCH,
-    ON_CPU,
     ROOT,
+    Forked,
     kill_at,
     launch,
     metrics,
     run_until_killed,
-    trainer_below,
     wait_for,
 )
 from training import train_vae
@@ -161,32 +160,43 @@ def test_two_processes_go_on_with_what_one_began(reference: Path, photos: Path, 
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Of a run that is long enough to be stopped within, and was not."""
-    changes = {"steps": 30, "checkpoint_every": 1000, "num_workers": 1} | BY_FLAGS
-    config = config_for(photos, tmp_path_factory.mktemp("whole"), **changes)
+    changes = {"steps": 30, "checkpoint_every": 1000, "num_workers": 1, "perceptual": "none", "adversarial": "none"}
+    config = config_for(photos, tmp_path_factory.mktemp("whole"), **changes | BY_FLAGS)
     torch.set_num_threads(1)
     main(config)
     return config
 
 
-@pytest.mark.parametrize("launcher", [[], ["-m", "accelerate.commands.launch", "--num_processes", "1"]])
-def test_a_stop_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on(
-    launcher: list[str], whole: Config, tmp_path: Path
-) -> None:
-    """Ctrl-C goes to the trainer and all its workers, a container's signal to Accelerate's launcher alone."""
+def third_step(run: Path) -> Callable[[], bool]:
+    log = run / "metrics.jsonl"
+    return lambda: log.exists() and len(log.read_text().splitlines()) >= 3
+
+
+def test_ctrl_c_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on(whole: Config, tmp_path: Path) -> None:
+    """It goes to the trainer and all its workers."""
     config = replace(whole, output=tmp_path / "stopped")
-    command = [sys.executable, *launcher, SCRIPT, *flags(config)]
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    log = config.output / "metrics.jsonl"
-    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 3, process)
-    if launcher:
-        process.send_signal(signal.SIGTERM)
-    else:
-        os.killpg(process.pid, signal.SIGINT)  # its loader's workers get it, too
+    process = Forked(main, config)
+    wait_for(third_step(config.output), process)
+    os.killpg(process.pids[0], signal.SIGINT)
+    done = process.wait()
+    assert done.returncode == 0
+    assert_stopped_and_goes_on(config, whole, "SIGINT", done.stdout)
+
+
+def test_a_signal_to_accelerate_s_launcher_alone_does_the_same(whole: Config, tmp_path: Path) -> None:
+    """It is what a container gets."""
+    config = replace(whole, output=tmp_path / "stopped")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", SCRIPT, *flags(config)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for(third_step(config.output), process)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)  # until the trainer, too, has closed its output
-    assert process.returncode == (-signal.SIGTERM if launcher else 0)
-    assert f"stopped by {'SIGTERM' if launcher else 'SIGINT'} after step" in output
+    assert process.returncode == -signal.SIGTERM
+    assert_stopped_and_goes_on(config, whole, "SIGTERM", output)
+
+
+def assert_stopped_and_goes_on(config: Config, whole: Config, sent: str, output: str) -> None:
+    assert f"stopped by {sent} after step" in output
     (checkpoint,) = (config.output / "checkpoints").iterdir()
     assert 3 <= int(checkpoint.name.removeprefix("step-")) < 30
     main(config)
@@ -196,17 +206,15 @@ def test_a_stop_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_go
 
 def test_a_signal_to_one_process_of_two_stops_both_after_the_same_step(whole: Config, tmp_path: Path) -> None:
     config = replace(whole, output=tmp_path / "stopped")
-    command = [*LAUNCH, "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0", SCRIPT]
-    process = subprocess.Popen([*command, *flags(config)], env=ON_CPU, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    log = config.output / "metrics.jsonl"
-    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 3, process)
-    os.kill(trainer_below(process), signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    process = Forked(main, config, processes=2)
+    wait_for(third_step(config.output), process)
+    os.kill(process.pids[1], signal.SIGTERM)
+    done = process.wait()
+    assert done.returncode == 0
     (checkpoint,) = (config.output / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step-"))
     assert 3 <= step < 30
-    assert f"after step {step}: run it again to go on" in output
+    assert f"after step {step}: run it again to go on" in done.stdout
 
 
 def test_a_finished_run_is_left_as_it_is(reference: Path, photos: Path) -> None:
