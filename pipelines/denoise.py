@@ -2,7 +2,8 @@
 
 python pipelines/denoise.py --vae RUN_OR_MODEL --input PATH --output DIR [--sigma 25]
 
-Every image at its own size as an 8-bit PNG of the same name. Run again, the command makes what is missing.
+Every image at its own size as a PNG of the same name, with its depth, transparency and metadata. Run again, the command
+makes what is missing.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 python pipelines/reconstruct.py --vae RUN_OR_MODEL --input PATH --output DIR
 
-Every image at its own size, through the posterior's mean, as an 8-bit PNG of the same name. Run again, the command
-makes what is missing.
+Every image at its own size, through the posterior's mean, as a PNG of the same name, with its depth, transparency and
+metadata. Run again, the command makes what is missing.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ FINEST: dict[str, dict[str, Any]] = {
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
 }
 """Options of PIL's writers whose defaults lose what can be seen."""
+OWN_COLOURS = ReadOptions(keep_colour=True)
 BLOCKS = {"icc": "ICC profile", "cicp": "cICP", "exif": "EXIF", "xmp": "XMP", "resolution": "resolution"}
 """What people call the fields of `Metadata`."""
 
@@ -128,10 +129,11 @@ def read_picture(
     *,
     channels: int = 3,
     max_pixels: int = MAX_PIXELS,
+    options: ReadOptions = OWN_COLOURS,
     scratch: Path | None = None,
     notes: list[str] | None = None,
 ) -> Picture:
-    """From a file or its bytes, in its own colours; the orientation that EXIF names is applied.
+    """From a file or its bytes, in its own colours unless `options` say otherwise, and upright.
 
     Args:
         scratch: `read_large`'s folder.
@@ -141,7 +143,6 @@ def read_picture(
         BadImageError: there is none in them.
         OSError: the file cannot be read.
     """
-    options = ReadOptions(keep_colour=True)
     found = read_image(
         file, channels=channels, keep_alpha=True, max_pixels=max_pixels, options=options, scratch=scratch
     )

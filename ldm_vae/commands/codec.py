@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -16,7 +17,8 @@ from ldm_vae.codec import bitstream
 from ldm_vae.codec.bitstream import EXTENSION, Limits
 from ldm_vae.commands.folders import in_one_line
 from ldm_vae.commands.transfer import STREAM, Transfer, is_nameless, load_codec, read, transfer, write
-from ldm_vae.data.image_files import is_image
+from ldm_vae.data.image_files import Listing, files_below, images_below
+from ldm_vae.data.reader import ReadOptions
 from ldm_vae.errors import CompressedFileError, ConfigError, DataError
 from ldm_vae.files import atomic
 
@@ -35,6 +37,10 @@ class Compress(Transfer):
     """The best quality with at most so many bytes, instead of --quality; k and M are thousands and millions."""
     strip: bool = False
     """Leave out metadata: colour profile, EXIF, XMP, texts, resolution."""
+    pages_as_channels: bool = False
+    """Take the pages of a TIFF as channels; otherwise its first page is the image."""
+    value_range: tuple[float, float] | None = None
+    """Values of black and white in images of floats, or of more than 8 bits."""
     exact: bool = False
     """Keep the colours of fully transparent pixels, which are filled smoothly otherwise."""
     force: bool = False
@@ -80,7 +86,14 @@ def compress_file(command: Compress) -> str | None:
     file = read(STREAM) if command.input == STREAM else Path(command.input)
     notes: list[str] = []
     picture = read_picture(
-        file, channels=codec.network.channels, max_pixels=command.max_pixels, scratch=scratch, notes=notes
+        file,
+        channels=codec.network.channels,
+        max_pixels=command.max_pixels,
+        options=ReadOptions(
+            keep_colour=True, pages_as_channels=command.pages_as_channels, value_range=command.value_range
+        ),
+        scratch=scratch,
+        notes=notes,
     )
     note = in_one_line(notes, strict=command.strict)
     command.limits().check(picture.pixels.shape[1], picture.pixels.shape[0])
@@ -143,10 +156,13 @@ def decompress_file(command: Decompress) -> str | None:
     return note
 
 
-def is_compressed(name: str) -> bool:
-    """By its extension; hidden files are not."""
-    path = PurePath(name)
-    return path.suffix.lower() == EXTENSION and not path.name.startswith(".")
+def compressed_below(folder: Path) -> Listing:
+    """The compressed files below a folder, by their extension, but for hidden ones."""
+    kinds: dict[str, list[str]] = {}
+    for name in files_below(folder, lambda name: not PurePath(name).name.startswith(".")):
+        kinds.setdefault(PurePath(name).suffix.lower(), []).append(name)
+    names = kinds.pop(EXTENSION, [])
+    return Listing(names, Counter({kind or "without extension": len(others) for kind, others in kinds.items()}))
 
 
 def compress(command: Compress) -> None:
@@ -160,14 +176,14 @@ def compress(command: Compress) -> None:
             raise ConfigError(f"{target} is not named {EXTENSION}: do so, or add --force to write it all the same")
         if command.only_if_smaller:
             raise ConfigError("--only-if-smaller is for folders")
-    transfer(compress_file, command, inputs=is_image, extension=EXTENSION)
+    transfer(compress_file, command, inputs=images_below, extension=EXTENSION)
 
 
 def decompress(command: Decompress) -> None:
     from ldm_vae.codec.picture import check_extension
 
     check_extension(command.extension)
-    transfer(decompress_file, command, inputs=is_compressed, extension=command.extension)
+    transfer(decompress_file, command, inputs=compressed_below, extension=command.extension)
 
 
 def info(command: Info) -> None:

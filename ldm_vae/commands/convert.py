@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +18,15 @@ from accelerate.utils import gather_object
 from diffusers.utils import logging
 from torch import Tensor
 
-from ldm_vae.commands.folders import numbered, result_names, run_jobs, stays_inside, totals
-from ldm_vae.commands.resumable import share_work, write_png
+from ldm_vae.codec.picture import from_pixels, with_alpha
+from ldm_vae.commands.folders import in_one_line, numbered, result_names, run_jobs, stays_inside, totals
+from ldm_vae.commands.resumable import share_work
+from ldm_vae.data.colour import fitting
 from ldm_vae.data.conversion import check_viewable, to_images, to_pixels
-from ldm_vae.data.images import Pixels
+from ldm_vae.data.images import Pixels, Sample, convert_channels
 from ldm_vae.data.large import MAX_LARGE_PIXELS, let_go
 from ldm_vae.data.png import stream_png
+from ldm_vae.data.reader import ReadOptions
 from ldm_vae.data.sources import check_finite, check_outside, open_source
 from ldm_vae.errors import BadImageError, nothing_usable
 from ldm_vae.files import atomic, check_writable, write_bad_images
@@ -51,6 +55,15 @@ class ConvertConfig:
     max_pixels: Annotated[int, Range(at_least=1)] = MAX_LARGE_PIXELS
     """Larger images are listed as bad ones. From some 33 million pixels on they go by way of the disk, if the
     autoencoder sees only so far."""
+    pages_as_channels: bool = False
+    """Take the pages of a TIFF as channels; otherwise its first page is the image."""
+    value_range: tuple[float, float] | None = None
+    """Values of black and white in images of floats, or of more than 8 bits."""
+    strict: bool = False
+    """List an image as a bad one if something of it would be lost, instead of a line that says what."""
+
+    def options(self) -> ReadOptions:
+        return ReadOptions(keep_colour=True, pages_as_channels=self.pages_as_channels, value_range=self.value_range)
 
 
 def prepare(config: ConvertConfig) -> tuple[Any, Accelerator, dict[str, str]]:
@@ -72,9 +85,10 @@ def convert_images(
     settings: Mapping[str, str],
     accelerator: Accelerator,
 ) -> None:
-    """Each image (1, C, H, W) in [-1, 1] of a source -> function(image), as an 8-bit PNG.
+    """Each image (1, C, H, W) in [-1, 1] of a source -> function(image), as a PNG of as many bits.
 
-    What is there and whole is left as it is. `bad_images.csv` lists what could not be used.
+    Transparency and metadata go along unchanged. What is there and whole is left as it is. `bad_images.csv` lists what
+    could not be used.
 
     Args:
         function: a way through `vae` that gives images of the same size; called without gradients, on the process's
@@ -90,7 +104,14 @@ def convert_images(
     channels, reach = channels_of(vae), reach_of(vae)
     check_viewable(channels)
     scratch = None if reach is None else config.output
-    source = open_source(config.input, channels=channels, max_pixels=config.max_pixels, scratch=scratch)
+    source = open_source(
+        config.input,
+        channels=channels,
+        keep_alpha=True,
+        max_pixels=config.max_pixels,
+        options=config.options(),
+        scratch=scratch,
+    )
     check_finite(source, config.input, None)
     check_outside(config.output, config.input, flag="--input")
     check_writable(config.output)
@@ -100,19 +121,12 @@ def convert_images(
     settings = {**settings, "images": source.fingerprint()}
     own_files, num_finished = share_work(config.output, index_of, settings, accelerator)
 
-    def convert(index: int) -> None:
-        target = config.output / files[index]
+    def convert(index: int) -> str | None:
         if not stays_inside(files[index]):
             raise BadImageError("its name leads out of the output's folder")
-        pixels = source[index].pixels
-        facts = {"image": names[index], **settings}
-        if reach is None or pixels[:, :, 0].size <= IN_ONE:
-            write_png(target, through(function, pixels, accelerator.device), facts)
-            return
-        strips = strips_through(function, pixels, *reach, device=accelerator.device)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(target) as out:
-            stream_png(out, strips, pixels.shape, text=facts)
+        way = partial(through, function, channels=channels, device=accelerator.device)
+        text = {"image": names[index], **settings}
+        return convert_image(source[index], config.output / files[index], way, channels, reach, text, config.strict)
 
     jobs = {names[index_of[file]]: index_of[file] for file in own_files}
     failures = run_jobs(convert, jobs, errors=(BadImageError,), show=accelerator.is_main_process)
@@ -126,27 +140,73 @@ def convert_images(
     accelerator.end_training()
 
 
+def convert_image(
+    sample: Sample,
+    target: Path,
+    way: Callable[[Pixels], Pixels],
+    channels: int,
+    reach: tuple[int, int] | None,
+    text: Mapping[str, str],
+    strict: bool,
+) -> str | None:
+    """Writes the PNG of one image, and returns what is to be said of it.
+
+    Args:
+        way: `through` the autoencoder.
+        channels: of the autoencoder; if they are 4, it takes the transparency, too.
+        reach: the arguments of `strips_through`, where large images can go through in parts.
+        text: keyword -> text, for the PNG.
+
+    Raises:
+        BadImageError: channels that do not fit; or something to say, if `strict`.
+    """
+    pixels = convert_channels(sample.pixels, 4) if channels == 4 else sample.pixels
+    picture = from_pixels(pixels, channels=channels, metadata=sample.metadata)
+    pixels, alpha = picture.pixels, picture.alpha
+    colours = channels_of_result(pixels.shape[2], channels)
+    metadata, dropped = fitting(picture.metadata, colours)
+    note = in_one_line([*sample.notes, *dropped], strict=strict)
+    if reach is None or pixels[:, :, 0].size <= IN_ONE:
+        strips = iter([way(pixels)])
+    else:
+        strips = strips_through(way, pixels, *reach, colours=colours)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(target) as out:
+        shape = (*pixels.shape[:2], colours + (alpha is not None))
+        stream_png(out, with_alpha(strips, alpha), shape, metadata=metadata, text=text)
+    return note
+
+
+def channels_of_result(have: int, channels: int) -> int:
+    """Without transparency: a grey image stays grey in an autoencoder of three channels."""
+    return 1 if (have, channels) == (1, 3) else channels
+
+
 @torch.inference_mode()
-def through(function: Callable[[Tensor], Tensor], pixels: Pixels, device: torch.device) -> Pixels:
-    """Pixels (H, W, C) -> those of function(image), 8 bits."""
-    return to_pixels(function(to_images(pixels)[None].to(device))[0])
+def through(function: Callable[[Tensor], Tensor], pixels: Pixels, *, channels: int, device: torch.device) -> Pixels:
+    """Pixels (H, W, C) of 8 or 16 bits -> those of function(image), of as many bits."""
+    images = function(to_images(convert_channels(pixels, channels))[None].to(device))[0]
+    if channels_of_result(pixels.shape[2], channels) == 1:
+        images = images.mean(dim=0, keepdim=True)
+    return to_pixels(images, pixels.dtype)
 
 
 def strips_through(
-    function: Callable[[Tensor], Tensor], pixels: Pixels, reach: int, unit: int, *, device: torch.device
+    way: Callable[[Pixels], Pixels], pixels: Pixels, reach: int, unit: int, *, colours: int
 ) -> Iterator[Pixels]:
     """What `through` gives, in strips of the whole width from top to bottom, made tile by tile.
 
     Args:
         reach: pixels around a tile on which it depends.
         unit: tiles begin at multiples of so many pixels.
+        colours: channels of what `way` gives.
     """
     side = -(-SIDE // unit) * unit
     height, width = pixels.shape[:2]
     for top, bottom, above, below in spans(height, side, reach):
-        strip = np.empty((bottom - top, *pixels.shape[1:]), np.uint8)
+        strip = np.empty((bottom - top, width, colours), pixels.dtype)
         for left, right, before, behind in spans(width, side, reach):
-            tile = through(function, pixels[above:below, before:behind], device)
+            tile = way(pixels[above:below, before:behind])
             strip[:, left:right] = tile[top - above : bottom - above, left - before : right - before]
         let_go(pixels)
         yield strip

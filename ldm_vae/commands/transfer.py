@@ -17,7 +17,7 @@ from tyro.conf import Positional
 
 from ldm_vae.codec.bitstream import EXTENSION, MODEL_VARIABLE, Limits
 from ldm_vae.commands.folders import result_names, run_jobs, totals
-from ldm_vae.data.image_files import files_below
+from ldm_vae.data.image_files import Listing
 from ldm_vae.errors import ConfigError, DataError
 from ldm_vae.files import atomic, check_writable, is_special
 from ldm_vae.runs.config import Range, check_ranges
@@ -105,7 +105,7 @@ def transfer_file(act: Act, command: Transfer) -> str | None:
     return note
 
 
-def transfer_folder(act: Act, command: Transfer, *, inputs: Callable[[str], bool], extension: str) -> None:
+def transfer_folder(act: Act, command: Transfer, *, inputs: Callable[[Path], Listing], extension: str) -> None:
     """Every file below the input folder, to a file of the same name below the output.
 
     Raises:
@@ -115,9 +115,12 @@ def transfer_folder(act: Act, command: Transfer, *, inputs: Callable[[str], bool
     source, target = Path(command.input), Path(command.output)
     if target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"the output {target} is inside the input {source}: choose another one")
-    names = sorted(name for name in files_below(source, inputs) if (source / name).is_file())
+    listing = inputs(source)
+    names = sorted(name for name in listing.names if (source / name).is_file())
     if not names:
-        raise DataError(f"{source} has no such files")
+        raise DataError(f"{source} has no such files{f' ({listing})' if listing.not_read else ''}")
+    if listing.not_read:
+        print(f"{source}: {listing}", file=sys.stderr)
     load_codec(command.model, command.device, 1)  # what is wrong with it is said once
     jobs = {}
     for name, result in zip(names, result_names(names, extension), strict=True):
@@ -160,7 +163,7 @@ def check_output(command: Transfer) -> None:
         raise ConfigError(f"there is no folder {target.parent}")
 
 
-def transfer(act: Act, command: Transfer, *, inputs: Callable[[str], bool], extension: str) -> None:
+def transfer(act: Act, command: Transfer, *, inputs: Callable[[Path], Listing], extension: str) -> None:
     """A folder by `transfer_folder`; a file, or standard input, by `transfer_file`."""
     check_ranges(command)
     command = replace(command, workers=command.workers or os.cpu_count() or 1)

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import io
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +151,31 @@ def test_an_original_is_not_written_over(
     run("decompress", tmp_path / "o.jpg", tmp_path / "again.png", "--model", model)
 
 
+def test_what_is_left_out_is_said_and_with_strict_an_error(
+    model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    shutil.copy(image, source / "whole.png")
+    frames = [Image.new("L", (40, 30), level) for level in (0, 90, 180)]
+    frames[0].save(source / "moving.gif", save_all=True, append_images=frames[1:])
+    np.save(source / "float.npy", np.linspace(-1, 3, 1200, dtype=np.float32).reshape(30, 40))
+    (source / "notes.txt").write_text("no image")
+    words = ("--model", model, "--workers", 1)
+    assert "1 of 3 files could not be done" in fails(capsys, "compress", source, tmp_path / "out", *words)
+    run("compress", source, tmp_path / "out", *words, "--value-range", -1, 3)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"{source}: not read: 1 .txt"
+    run("compress", source / "moving.gif", tmp_path / "a.ldi", *words)
+    assert capsys.readouterr().err == f"{source / 'moving.gif'}: 1 of 3 frames\n"
+    strict = (*words, "--strict", "--value-range", -1, 3)
+    fails(capsys, "compress", source, tmp_path / "strict", *strict)
+    assert sorted(p.name for p in (tmp_path / "strict").iterdir()) == ["float.ldi", "whole.ldi"]
+    assert "1 of 3 frames" in fails(capsys, "compress", source / "moving.gif", tmp_path / "b.ldi", *strict)
+    assert not (tmp_path / "b.ldi").exists()
+    assert "not read: 3 .ldi" in fails(capsys, "compress", tmp_path / "out", tmp_path / "none", *words)
+
+
 def test_bytes_do_not_go_to_a_terminal(
     model: Path, image: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,16 +240,16 @@ def test_noise_that_nobody_sees_takes_no_bytes_unless_it_shall_stay_exact(model:
     assert (tmp_path / "exact.ldi").read_bytes() == codec.compress(pixels, quality=0.5)
 
 
-def test_a_folder_goes_there_and_back_on_two_workers(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_folder_goes_there_and_back_on_two_workers(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     shutil.copytree(photos, tmp_path / "in")
     first = sorted((tmp_path / "in").rglob("*.png"))[0]
     shutil.copy(first, first.with_suffix(".bmp"))  # differs from another in its extension alone
     first.parent.rename(tmp_path / "elsewhere")
     first.parent.symlink_to(tmp_path / "elsewhere")
-    command = [sys.executable, "-m", "ldm_vae.cli"]
-    there = ["compress", tmp_path / "in", tmp_path / "small", "--model", model, "--workers", "2"]
-    done = subprocess.run([*command, *map(str, there)], capture_output=True, text=True, check=True)
-    assert "13 of 13 files done" in done.stderr
+    run("compress", tmp_path / "in", tmp_path / "small", "--model", model, "--workers", 2)
+    assert "13 of 13 files done" in capsys.readouterr().err
     run("compress", tmp_path / "in", tmp_path / "alone", "--model", model, "--workers", 1)
     files = sorted(p.relative_to(tmp_path / "small") for p in (tmp_path / "small").rglob("*.ldi"))
     assert len(files) == 13
@@ -263,18 +288,20 @@ def test_files_that_differ_in_their_extension_alone_become_files_of_different_na
     assert (tmp_path / "out" / "a.png.ldi").read_bytes() != old
 
 
-def test_standard_input_and_output(model: Path, image: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ldm_vae.cli"]
-    words = ["--model", str(model)]
-    made = subprocess.run(
-        [*command, "compress", "-", "-", *words], input=image.read_bytes(), capture_output=True, check=True
-    )
-    back = subprocess.run(
-        [*command, "decompress", "-", "-", *words], input=made.stdout, capture_output=True, check=True
-    )
-    run("compress", image, tmp_path / "a.ldi", *words)
-    assert made.stdout == (tmp_path / "a.ldi").read_bytes()
-    assert back.stdout.startswith(b"\x89PNG")
+def test_standard_input_and_output(model: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def piped(data: bytes, *words: object) -> bytes:
+        out = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+            patch.setattr(sys, "stdout", io.TextIOWrapper(out))
+            run(*words, "-", "-", "--model", model)
+            return out.getvalue()
+
+    made = piped(image.read_bytes(), "compress")
+    run("compress", image, tmp_path / "a.ldi", "--model", model)
+    run("decompress", tmp_path / "a.ldi", tmp_path / "a.png", "--model", model)
+    assert made == (tmp_path / "a.ldi").read_bytes()
+    assert piped(made, "decompress") == (tmp_path / "a.png").read_bytes()
 
 
 def test_salvage_writes_what_is_whole_and_says_the_rest(

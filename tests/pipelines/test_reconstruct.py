@@ -2,19 +2,22 @@ from __future__ import annotations
 
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
+from ldm_vae.codec.picture import Picture, encode_picture, read_picture
 from ldm_vae.commands import convert
 from ldm_vae.commands.convert import ConvertConfig as Config
 from ldm_vae.commands.folders import numbered, result_names
 from ldm_vae.data import large
 from ldm_vae.data.conversion import to_images, to_pixels
+from ldm_vae.data.metadata import Metadata
 from ldm_vae.data.reader import read_pixels
 from ldm_vae.data.shards import build_index, shards_of
 from ldm_vae.errors import RunError, one_line_errors
@@ -71,7 +74,10 @@ def test_every_image_comes_back_at_its_own_size_under_its_own_name(vae: str, fol
     for name, original in FILES.items():
         images = to_images(read_pixels((folder / original).read_bytes()))[None]
         with torch.no_grad():
-            expected = to_pixels(reconstruct(model, images))[0]
+            images = reconstruct(model, images)
+            grey = results[name].ndim == 2
+            expected = to_pixels(images.mean(dim=1, keepdim=True) if grey else images)[0].squeeze()
+        assert grey == (original == "in/depth ü/c.tif")
         assert np.abs(results[name].astype(int) - expected).max() <= 1
         assert Image.open(tmp_path / "out" / name).info["model"] == fingerprint(model)
     table = (tmp_path / "out" / "bad_images.csv").read_text().splitlines()
@@ -127,6 +133,37 @@ def test_a_name_in_an_archive_leads_nowhere_else(vae: str, tmp_path: Path) -> No
     main(Config(vae=vae, input=str(tmp_path / "images.zip"), output=tmp_path / "deep" / "out"))
     assert set(made(tmp_path)) == {"red.png", "deep/out/good.png"}
     assert "absolute.png,its name leads out" in (tmp_path / "deep" / "out" / "bad_images.csv").read_text()
+
+
+def test_depth_transparency_and_metadata_go_along(vae: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    metadata = Metadata(
+        icc=srgb,
+        cicp=(1, 13, 0, 1),
+        exif=exif.tobytes().removeprefix(b"Exif\0\0"),
+        xmp=b"<x/>",
+        text=(("model", "another one's"), ("prompt", "a cat")),
+    )
+    values = np.random.default_rng(0).integers(0, 65536, (20, 30, 4), np.uint16)
+    given = Picture(pixels=values[:, :, :3], alpha=values[:, :, 3], metadata=metadata)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "deep.png").write_bytes(encode_picture(given, ".png"))
+    grey = Picture(pixels=values[:, :, :1], metadata=metadata)
+    (tmp_path / "in" / "grey.png").write_bytes(encode_picture(grey, ".png"))
+    main(Config(vae=vae, input=str(tmp_path / "in"), output=tmp_path / "out"))
+    found = read_picture(tmp_path / "out" / "deep.png")
+    assert np.array_equal(found.alpha, given.alpha)
+    assert len(np.unique(found.pixels % 257)) > 100  # 8 bits would be multiples of 257
+    texts = dict(found.metadata.text)
+    assert replace(found.metadata, text=()) == replace(metadata, text=())
+    assert (texts["prompt"], texts["model"]) == ("a cat", fingerprint(load_autoencoder(vae)))
+    assert read_picture(tmp_path / "out" / "grey.png").metadata.icc == b""
+    assert capsys.readouterr().err == "grey.png: its colour profile is for RGB and the image is grey: left out\n"
+    main(Config(vae=vae, input=str(tmp_path / "in"), output=tmp_path / "strict", strict=True))
+    assert made(tmp_path / "strict").keys() == {"deep.png"}
+    assert "grey.png,its colour profile" in (tmp_path / "strict" / "bad_images.csv").read_text()
 
 
 def test_names_that_differ_by_their_extension_alone_keep_it() -> None:
