@@ -30,6 +30,7 @@ class PatchAutoencoderKL(PatchNetwork, ModelMixin, ConfigMixin):
         block_out_channels: width of each resolution, finest first. The stride is
             `f = patch_size * 2 ** (len(block_out_channels) - 1)`.
         encoder_layers_per_block, decoder_layers_per_block: residual blocks at each resolution, finest first.
+        block: "residual", or "separable": cheaper, for patches as large as the stride.
         linear_path: adds a linear transform of patches of the stride's side, and its inverse, which start as the cosine
             transform; the network's own output starts at 0 and learns the rest (docs/decisions/011).
         pool: one latent for pool x pool positions of the coarsest resolution; the stride grows by the same factor. An
@@ -112,7 +113,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     # of train_codec.py
     "f8c32": {"latent_channels": 32, "block_out_channels": (96, 192), "linear_path": True},
-    "f8c64": {"latent_channels": 64, "block_out_channels": (128, 256), "linear_path": True},
+    "f8c64": {
+        "latent_channels": 64,
+        "patch_size": 8,
+        "block_out_channels": (192,),
+        "encoder_layers_per_block": (3,),
+        "decoder_layers_per_block": (3,),
+        "block": "separable",
+        "linear_path": True,
+    },
     "f16c64": {
         "latent_channels": 64,
         "linear_path": True,

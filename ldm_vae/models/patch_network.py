@@ -37,7 +37,7 @@ class ResidualBlock(nn.Module):
     No normalisation, and ReLU: the fastest of those compared, and none was better (docs/decisions/001).
     """
 
-    radius = 2
+    radius, stem = 2, 3
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -49,12 +49,36 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(functional.relu(h))
 
 
+class SeparableBlock(nn.Module):
+    """A depthwise 3x3 convolution, then two 1x1, around an identity: (B, C, H, W) -> (B, C, H, W).
+
+    Liu et al. 2022, "A ConvNet for the 2020s", without normalisation and with ReLU. A quarter of `ResidualBlock`'s
+    operations (docs/decisions/019).
+    """
+
+    radius, stem = 1, 1
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.expand = nn.Conv2d(channels, 2 * channels, 1)
+        self.project = nn.Conv2d(2 * channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = functional.relu(self.expand(self.depthwise(x)), inplace=True)
+        return self.project(h).add_(x)
+
+
+BLOCKS: dict[str, type[ResidualBlock | SeparableBlock]] = {"residual": ResidualBlock, "separable": SeparableBlock}
+"""By name; `radius` is what a block sees each way, `stem` the side of the convolutions before and after all blocks."""
+
+
 class Stage(nn.Module):
     """The blocks of one resolution, recomputed in the backward pass when checkpointing is on."""
 
-    def __init__(self, channels: int, num_blocks: int) -> None:
+    def __init__(self, block: str, channels: int, num_blocks: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(channels) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(BLOCKS[block](channels) for _ in range(num_blocks))
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,18 +100,20 @@ class Encoder(nn.Module):
         patch: int,
         widths: tuple[int, ...],
         layers: tuple[int, ...],
+        block: str,
         pool: int,
         takes_level: bool,
     ) -> None:
         super().__init__()
         self.patch = patch
-        self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
+        stem = BLOCKS[block].stem
+        self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], stem, padding=stem // 2)
         self.level = nn.Linear(2, widths[0], bias=False) if takes_level else None
         if self.level is not None:
             nn.init.zeros_(self.level.weight)
-        self.stages = nn.ModuleList(Stage(w, n) for w, n in zip(widths, layers, strict=True))
+        self.stages = nn.ModuleList(Stage(block, w, n) for w, n in zip(widths, layers, strict=True))
         self.downs = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in pairwise(widths))
-        side, padding = (3, 1) if pool == 1 else (pool, 0)  # one that pools sees each position once
+        side, padding = (stem, stem // 2) if pool == 1 else (pool, 0)  # one that pools sees each position once
         self.conv_out = nn.Conv2d(widths[-1], moments, side, stride=pool, padding=padding)
         self.linear: LinearEncoder | None = None
 
@@ -115,19 +141,20 @@ class Decoder(nn.Module):
         patch: int,
         widths: tuple[int, ...],
         layers: tuple[int, ...],
+        block: str,
         pool: int,
     ) -> None:
         super().__init__()
-        self.patch = patch
+        self.patch, stem = patch, BLOCKS[block].stem
         coarse_to_fine = widths[::-1]
         self.conv_in: nn.Conv2d | nn.ConvTranspose2d
         if pool == 1:
-            self.conv_in = nn.Conv2d(latent_channels, coarse_to_fine[0], 3, padding=1)
+            self.conv_in = nn.Conv2d(latent_channels, coarse_to_fine[0], stem, padding=stem // 2)
         else:
             self.conv_in = nn.ConvTranspose2d(latent_channels, coarse_to_fine[0], pool, stride=pool)
-        self.stages = nn.ModuleList(Stage(w, n) for w, n in zip(coarse_to_fine, layers[::-1], strict=True))
+        self.stages = nn.ModuleList(Stage(block, w, n) for w, n in zip(coarse_to_fine, layers[::-1], strict=True))
         self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in pairwise(coarse_to_fine))
-        self.conv_out = nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], out_channels * patch**2, stem, padding=stem // 2)
         self.linear: LinearDecoder | None = None
 
     def forward(self, z: Tensor) -> Tensor:
@@ -168,6 +195,7 @@ class PatchNetwork(nn.Module):
         block_out_channels: tuple[int, ...] = (64, 128),
         encoder_layers_per_block: tuple[int, ...] = (0, 1),
         decoder_layers_per_block: tuple[int, ...] = (1, 2),
+        block: str = "residual",
         linear_path: bool = False,
         pool: int = 1,
         deterministic: bool = False,
@@ -189,6 +217,8 @@ class PatchNetwork(nn.Module):
             )
         if patch_size < 1 or patch_size & (patch_size - 1):
             raise ValueError(f"patch_size {patch_size} is not a power of two: try 2 or 4")
+        if block not in BLOCKS:
+            raise ValueError(f"block is {block}: try {', '.join(BLOCKS)}")
         if pool < 1 or latent_activation not in ACTIVATIONS:
             raise ValueError(
                 f"pool is {pool}, latent_activation {latent_activation}: at least 1 and one of {', '.join(ACTIVATIONS)}"
@@ -196,8 +226,9 @@ class PatchNetwork(nn.Module):
         out_channels = out_channels or in_channels
         stride = self.spatial_compression_ratio = patch_size * 2 ** (len(widths) - 1) * pool
         moments = 2 * latent_channels
-        self.encoder = Encoder(in_channels, moments, patch_size, widths, encoder_layers, pool, noise_level is not None)
-        self.decoder = Decoder(out_channels, latent_channels, patch_size, widths, decoder_layers, pool)
+        takes_level = noise_level is not None
+        self.encoder = Encoder(in_channels, moments, patch_size, widths, encoder_layers, block, pool, takes_level)
+        self.decoder = Decoder(out_channels, latent_channels, patch_size, widths, decoder_layers, block, pool)
         if linear_path:
             self.encoder.linear = LinearEncoder(in_channels, latent_channels, stride)
             self.decoder.linear = LinearDecoder(out_channels, latent_channels, stride)
@@ -238,10 +269,10 @@ class PatchNetwork(nn.Module):
     @property
     def encoder_halo(self) -> int:
         """Pixels beyond its own f x f cell that a latent depends on, each way (f: the stride)."""
-        cell, halo = self.config.patch_size, 0
-        convolutions = [ResidualBlock.radius * n for n in self.config.encoder_layers_per_block]
-        convolutions[0] += 1  # conv_in
-        convolutions[-1] += self.config.pool == 1  # conv_out; one that pools sees its own cell alone
+        cell, halo, block = self.config.patch_size, 0, BLOCKS[self.config.block]
+        convolutions = [block.radius * n for n in self.config.encoder_layers_per_block]
+        convolutions[0] += block.stem // 2  # conv_in
+        convolutions[-1] += block.stem // 2 * (self.config.pool == 1)  # conv_out; one that pools sees its own cell
         for count in convolutions:
             halo += count * cell
             cell *= 2
@@ -250,9 +281,10 @@ class PatchNetwork(nn.Module):
     @property
     def decoder_halo(self) -> int:
         """Latents beyond its own that the f x f pixels of a latent depend on, each way."""
-        convolutions = [ResidualBlock.radius * n for n in self.config.decoder_layers_per_block]
-        convolutions[0] += 1  # conv_out
-        convolutions[-1] += self.config.pool == 1  # conv_in
+        block = BLOCKS[self.config.block]
+        convolutions = [block.radius * n for n in self.config.decoder_layers_per_block]
+        convolutions[0] += block.stem // 2  # conv_out
+        convolutions[-1] += block.stem // 2 * (self.config.pool == 1)  # conv_in
         halo = 0
         for count in convolutions:  # finest first: halve the reach at each coarser resolution, rounding up
             halo = -(-halo // 2) + count

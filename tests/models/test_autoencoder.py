@@ -26,6 +26,14 @@ SMALL: list[dict[str, Any]] = [
         "decoder_layers_per_block": (2, 1, 0),
     },
     {"patch_size": 2, "block_out_channels": (8, 8), "pool": 2},
+    {"patch_size": 4, "block_out_channels": (8, 8), "block": "separable"},
+    {
+        "patch_size": 8,
+        "block_out_channels": (8,),
+        "encoder_layers_per_block": (2,),
+        "decoder_layers_per_block": (3,),
+        "block": "separable",
+    },
     {"patch_size": 2, "block_out_channels": (8,), "encoder_layers_per_block": (1,), "decoder_layers_per_block": (3,)}
     | {"pool": 4},
 ]
