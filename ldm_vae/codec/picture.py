@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ldm_vae.codec.bitstream import EXTENSION
 from ldm_vae.data import large
+from ldm_vae.data.colour import fitting
 from ldm_vae.data.images import Pixels, check_values
 from ldm_vae.data.metadata import EXIF_PREFIX, NO_METADATA, Metadata, metadata_of
 from ldm_vae.data.png import stream_png
@@ -85,7 +87,11 @@ def as_picture(image: Image.Image | Pixels | Picture, *, channels: int = 3) -> P
     if isinstance(image, Picture):
         return image
     if isinstance(image, Image.Image):
-        return from_pixels(pil_pixels(image), channels=channels, metadata=metadata_of(image))
+        pixels = pil_pixels(image)
+        metadata, dropped = fitting(metadata_of(image), pixels.shape[2])
+        for note in dropped:
+            warnings.warn(note, stacklevel=2)
+        return from_pixels(pixels, channels=channels, metadata=metadata)
     return from_pixels(np.atleast_3d(image), channels=channels)
 
 

@@ -254,6 +254,19 @@ def test_how_a_tiff_is_stored_is_not_kept_as_exif() -> None:
         assert np.array_equal(np.asarray(again), read.pixels[:4, :5])
 
 
+def test_a_grey_image_loses_a_profile_for_colours() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = Image.fromarray(pixels_of(1)[:, :, 0])
+    image.info["icc_profile"] = srgb
+    with pytest.warns(UserWarning, match="profile is for RGB and the image is grey"):
+        assert as_picture(image).metadata.icc == b""
+    file, notes = io.BytesIO(), list[str]()
+    image.save(file, "PNG", icc_profile=srgb)
+    read = read_picture(file.getvalue(), notes=notes)
+    assert (read.metadata.icc, notes) == (b"", ["its colour profile is for RGB and the image is grey: left out"])
+    assert b"iCCP" not in encode_picture(read, ".png")
+
+
 def test_metadata_that_a_format_cannot_hold_is_one_error() -> None:
     with pytest.raises(ConfigError, match=r"\.png"):
         encode_picture(Picture(pixels=pixels_of(3), metadata=Metadata(exif=b"garbage")), ".tif")
