@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_vae.data.images import Pixels, check_values, convert_channels, values_of
-from ldm_vae.data.reader import pil_pixels
+from ldm_vae.data.reader import from_pil
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -61,7 +61,7 @@ def images_from(image: Any, *, channels: int) -> Tensor:
             raise ValueError("a tensor with values outside [0, 1] was given: of images in [-1, 1], give (x + 1) / 2")
         return 2 * values.float() - 1
     if isinstance(image, Image.Image):
-        return to_images(convert_channels(pil_pixels(image), channels))[None]
+        return to_images(convert_channels(from_pil(image).pixels, channels))[None]
     if isinstance(image, np.ndarray) and image.ndim in (2, 3, 4):
         arrays = image if image.ndim == 4 else np.atleast_3d(image)[None]
         return torch.stack([to_images(convert_channels(check_values(a), channels)) for a in arrays])

@@ -358,6 +358,14 @@ def formats() -> list[str]:
     )
 
 
+def from_pil(image: Image.Image, options: ReadOptions = USUAL) -> ImageFile:
+    """What `read_image` gives, as the image is, of one that PIL has opened or made."""
+    metadata = metadata_of(image)
+    if image.mode in CONVERTED:
+        metadata = replace(metadata, icc=b"")
+    return in_its_colours(ImageFile(pil_pixels(image), metadata), options)
+
+
 def scale_transparency(image: Image.Image) -> None:
     """Of a PNG of 2, 4 or 16 bits that is not loaded yet: PIL scales its values to 8 and not the transparent one."""
     tiles = getattr(image, "tile", []) if image.format == "PNG" else []

@@ -76,12 +76,12 @@ def read_tiff(
         stacked = pages if pages_as_channels and are_alike(pages) else pages[:1]
         notes = pages_note(pages) if len(stacked) < len(pages) else ()
         metadata = tiff_metadata(data, page)
+        many = len(stacked) > 1 or page.samplesperpixel > 4 + (page.photometric == PHOTOMETRIC.SEPARATED)
+        if (many or channels not in (1, 3, 4)) and len(stacked) * page.samplesperpixel != channels:
+            raise BadImageError(unfit(len(stacked), page.samplesperpixel, channels, len(pages)))
+        check_size(page.imagewidth, page.imagelength, max_pixels)
         if len(stacked) == 1 and page is tiff.pages[0] and is_for_pil(page):
             return Tiff(None, metadata, notes)
-        check_size(page.imagewidth, page.imagelength, max_pixels)
-        many = len(stacked) > 1 or page.samplesperpixel > 4 + (page.photometric == PHOTOMETRIC.SEPARATED)
-        if many and len(stacked) * page.samplesperpixel != channels:
-            raise BadImageError(unfit(len(stacked), page.samplesperpixel, channels, len(pages)))
         array = np.concatenate([read_page(p, channels, value_range) for p in stacked], axis=2)
         if page.photometric in CONVERTED:
             notes += (f"its {CONVERTED[page.photometric]} colours were converted to sRGB",)
