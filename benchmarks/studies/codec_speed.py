@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm_vae.codec.codec import LatentCodec, log2_lanes
+from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.contexts import decode_symbols, encode_symbols
 from ldm_vae.codec.fit_contexts import fit_contexts
 from ldm_vae.codec.picture import as_picture
@@ -93,12 +93,11 @@ def main(config: Config) -> None:
     rows: list[dict[str, Any]] = []
     for i in range(min(len(source), config.num_images or len(source))):
         symbols = symbols_of(codec, source[i].pixels, quality)
-        lanes = 1 << log2_lanes(symbols.size)
-        payload = encode_symbols(symbols, contexts, lanes=lanes)
-        encode = partial(encode_symbols, symbols, contexts, lanes=lanes)
-        decode = partial(decode_symbols, payload, symbols.shape, contexts, lanes=lanes)
+        payload = encode_symbols(symbols, contexts)
+        encode = partial(encode_symbols, symbols, contexts)
+        decode = partial(decode_symbols, payload, symbols.shape, contexts)
         row = {"image": source.name(i), "symbols": symbols.size, "bytes": len(payload)}
-        row |= {"static_bytes": len(encode_symbols(symbols, static, lanes=lanes))}
+        row |= {"static_bytes": len(encode_symbols(symbols, static))}
         rows.append(row | {"encode_ms": 1e3 * median_seconds(encode), "decode_ms": 1e3 * median_seconds(decode)})
     figures = {name: float(np.median([row[name] for row in rows])) for name in ("symbols", "encode_ms", "decode_ms")}
     figures["saved_by_contexts"] = 1 - sum(row["bytes"] for row in rows) / sum(row["static_bytes"] for row in rows)

@@ -6,7 +6,7 @@ Nothing here imports torch, computes with floats, or allocates what a file asks 
 from __future__ import annotations
 
 import struct
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from zlib import crc32
 
@@ -22,15 +22,15 @@ from ldm_vae.errors import (
 EXTENSION = ".ldi"
 MODEL_VARIABLE = "LDM_VAE_MODEL"
 """Of the environment: the model where none is named."""
-MAGIC = b"\x89LDI\r\n\x1a\n"
-"""As PNG's: it shows when a transfer changed line ends, cut the eighth bit, or stopped at an end of file."""
-VERSION = 1
-FIXED = struct.Struct("<8s BBB II B H BB H 8s 8s B")
+MAGIC = b"\x89LDI"
+VERSION = 2
+FIXED = struct.Struct("<4sBBB4s")
+"""What begins a file: magic, version, depth and number of sections, stride and tile, model. Varints follow."""
+MODEL_BYTES = 4
+MAX_SECTIONS = 7
 CRC = struct.Struct("<I")
 ALPHA, METADATA = 1, 2
 SECTIONS = {ALPHA: "alpha", METADATA: "metadata"}
-MAX_LOG2_SYMBOLS = 17
-"""Of a tile's symbols, for each lane: a lane's symbols are decoded one after the other."""
 Box = tuple[int, int, int, int]
 """Top, left, bottom, right."""
 
@@ -52,14 +52,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself, in the order of its bytes. A latent is `stride` pixels wide, a tile `tile` latents.
+    """What a file says of itself. A latent is `stride` pixels wide, a tile `tile` latents.
 
     Attributes:
         colours: channels of the image, without alpha.
         depth: bits of a value, 8 or 16.
         channels: latent channels that are coded.
         quality: fixed point, 256 is 1.
-        tables, weights: the first 8 bytes of the sha256 of each.
+        model: the first bytes of `Tables.digest`.
     """
 
     colours: int
@@ -69,14 +69,8 @@ class Header:
     log2_stride: int
     channels: int
     log2_tile: int
-    log2_lanes: int
     quality: int
-    tables: bytes
-    weights: bytes
-
-    @property
-    def lanes(self) -> int:
-        return 1 << self.log2_lanes
+    model: bytes
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -143,8 +137,11 @@ def report(error: CompressedFileError, name: str, damage: list[str] | None) -> N
 
 def pack(header: Header, sections: dict[int, bytes], tiles: list[bytes]) -> bytes:
     """A whole file. `tiles` are in the order of `Header.tile_boxes`, sections keyed by ALPHA or METADATA."""
-    head = FIXED.pack(MAGIC, VERSION, *astuple(header), len(sections))
     ordered = sorted(sections.items())
+    shape = header.log2_stride | header.log2_tile << 4
+    head = FIXED.pack(MAGIC, VERSION, int(header.depth == 16) | len(ordered) << 1, shape, header.model)
+    numbers = (header.colours, header.width, header.height, header.channels, header.quality)
+    head += b"".join(varint(n) for n in numbers)
     contents = b"".join(bytes([kind]) + varint(len(d)) + CRC.pack(crc32(d)) for kind, d in ordered)
     contents += b"".join(varint(len(t)) + CRC.pack(crc32(t)) for t in tiles)
     head += contents
@@ -165,48 +162,55 @@ def unpack(data: bytes, *, limits: Limits | None = None, salvage: bool = False) 
         raise NotThisFormatError("the file is empty")
     if data[: len(MAGIC)] != MAGIC[: len(data)]:
         raise NotThisFormatError("not a compressed image of this format: it begins otherwise")
-    if len(data) < FIXED.size:
-        raise TruncatedError(f"the file ends within its header, after {len(data)} bytes")
-    _, version, *fields, num_sections = FIXED.unpack_from(data)
-    if version != VERSION:
-        raise UnsupportedVersionError(f"format version {version}: this ldm-vae reads version {VERSION}")
-    header = Header(*fields)
-    check_fields(header)
-    (limits or Limits()).check(header.width, header.height)
-    rows, columns = header.grid
-    height, width = (min(side, 1 << header.log2_tile) for side in header.latent_size)  # of the largest tile
-    if header.channels * height * width > header.lanes << MAX_LOG2_SYMBOLS:
-        raise CorruptError(f"the header is damaged: {header.lanes} lanes are too few for tiles of this size")
-    if rows * columns * (1 + CRC.size) > len(data):
-        raise TruncatedError(f"{len(data)} bytes cannot hold the contents of {rows * columns} tiles")
-    entries = Varints(data, FIXED.size)
+    entries = Varints(data)
     try:
-        sections, tiles, end = read_contents(entries, num_sections, rows * columns)
+        header, num_sections = read_header(entries)
+        (limits or Limits()).check(header.width, header.height)
+        num_tiles = header.grid[0] * header.grid[1]
+        if num_tiles * (1 + CRC.size) > len(data):
+            raise TruncatedError(f"{len(data)} bytes cannot hold the contents of {num_tiles} tiles")
+        sections, tiles, end = read_contents(entries, num_sections, num_tiles)
         if end > len(data) and not salvage:
             raise TruncatedError(f"the file ends after {len(data)} of {end} bytes")
     except CorruptError:
         if entries.position >= len(data):
-            raise TruncatedError("the file ends within its table of contents") from None
+            raise TruncatedError(f"the file ends within its header, after {len(data)} bytes") from None
         raise
     if end < len(data) and not salvage:
         raise CorruptError(f"{len(data) - end} bytes follow after the end of the image")
     return Contents(header=header, sections=sections, tiles=tiles, data=data)
 
 
-def check_fields(header: Header) -> None:
-    """Raises CorruptError for values that no encoder writes."""
+def read_header(entries: Varints) -> tuple[Header, int]:
+    """The header and the number of sections. Raises UnsupportedVersionError or CorruptError."""
+    _, version, flags, shape, model = FIXED.unpack(entries.take(FIXED.size))
+    if version != VERSION:
+        raise UnsupportedVersionError(f"format version {version}: this ldm-vae reads version {VERSION}")
+    colours, width, height, channels, quality = (entries.next() for _ in range(5))
+    header = Header(
+        colours=colours,
+        depth=16 if flags & 1 else 8,
+        width=width,
+        height=height,
+        log2_stride=shape & 15,
+        channels=channels,
+        log2_tile=shape >> 4,
+        quality=quality,
+        model=model,
+    )
     wrong = {
-        "size": min(header.width, header.height) < 1,
-        "colour": header.colours < 1,
-        "depth": header.depth not in (8, 16),
+        "flags": flags > 1 + 2 * MAX_SECTIONS,
+        "colours": not 1 <= colours < 1 << 8,
+        "size": min(width, height) < 1,
         "stride": header.log2_stride > 8,
+        "channels": channels >= 1 << 16,
         "tile size": not 4 <= header.log2_tile <= 8,  # what decoding a tile takes is bounded by it
-        "number of lanes": header.log2_lanes > 10,
-        "quality": header.quality < 1,
+        "quality": not 1 <= quality < 1 << 16,
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
             raise CorruptError(f"the header is damaged: its {name} cannot be")
+    return header, flags >> 1
 
 
 def read_contents(entries: Varints, num_sections: int, num_tiles: int) -> tuple[dict[int, Part], list[Part], int]:

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from ldm_vae.codec import bitstream
-from ldm_vae.codec.bitstream import Box, Contents, Header, Limits
+from ldm_vae.codec.bitstream import MODEL_BYTES, Box, Contents, Header, Limits
 from ldm_vae.codec.network import Network
 from ldm_vae.codec.picture import Picture, as_picture, fill
 from ldm_vae.codec.sections import pack_sections, unpack_sections
-from ldm_vae.codec.tables import DIGEST_BYTES, Floats, Tables, load_tables
+from ldm_vae.codec.tables import Floats, Tables, load_tables
 from ldm_vae.codec.tiles import decode_tiles, encode_tiles
 from ldm_vae.data.images import Pixels
 from ldm_vae.errors import ConfigError, CorruptError, ModelMismatchError
@@ -32,7 +32,7 @@ class LatentCodec:
     Args:
         vae: any diffusers autoencoder with a posterior.
         tables: fitted for it, see `fit_tables`.
-        workers: processes for the tiles of one large picture (1024 x 1024 pixels each, at stride 8).
+        workers: threads for the tiles of one large picture (1024 x 1024 pixels each, at stride 8).
         dtype: in which the network computes (autocast). Rounding moves a symbol now and then; any reads all files.
 
     Raises:
@@ -51,7 +51,7 @@ class LatentCodec:
             )
         self.vae, self.tables, self.workers = vae, tables, workers
         self.network = Network(vae, dtype)
-        self.weights = bytes.fromhex(digest)[:DIGEST_BYTES]
+        self.digest = tables.digest[:MODEL_BYTES]
 
     @classmethod
     def from_pretrained(
@@ -99,26 +99,22 @@ class LatentCodec:
     def file_of(self, picture: Picture, header: Header, latents: Iterable[Floats], strip: bool) -> bytes:
         """A file's bytes, from the latents of each tile, float32 (c, h, w)."""
         symbols = (self.tables.quantise(tile, header.quality) for tile in latents)  # int32 (C, h, w)
-        payloads = encode_tiles(symbols, header, self.tables.contexts_of(header.quality), self.workers)
+        payloads = encode_tiles(symbols, self.tables.contexts_of(header.quality), self.workers)
         return bitstream.pack(header, pack_sections(picture, strip=strip), payloads)
 
     def header_of(self, picture: Picture, quality: int) -> Header:
         """Of the file of a picture at a fixed-point quality."""
         height, width, colours = picture.pixels.shape
-        stride, channels = self.network.stride, len(self.tables.channels)
-        tile = [min(-(-side // stride), 1 << self.log2_tile) for side in (height, width)]  # the largest, in latents
         return Header(
             width=width,
             height=height,
             colours=colours,
             depth=8 * picture.pixels.dtype.itemsize,
-            log2_stride=stride.bit_length() - 1,
-            channels=channels,
+            log2_stride=self.network.stride.bit_length() - 1,
+            channels=len(self.tables.channels),
             log2_tile=self.log2_tile,
-            log2_lanes=log2_lanes(channels * tile[0] * tile[1]),
             quality=quality,
-            tables=self.tables.digest,
-            weights=self.weights,
+            model=self.digest,
         )
 
     def decompress(self, data: bytes, *, limits: Limits | None = None) -> Image.Image:
@@ -192,12 +188,10 @@ class LatentCodec:
 
     def check(self, header: Header) -> None:
         """Raises ModelMismatchError or CorruptError for a file that this codec cannot have written."""
-        digests = ("autoencoder", header.weights, self.weights), ("tables", header.tables, self.tables.digest)
-        for name, theirs, ours in digests:
-            if theirs != ours:
-                raise ModelMismatchError(
-                    f"the file was written with another model: its {name} is {theirs.hex()}, this one's is {ours.hex()}"
-                )
+        if header.model != self.digest:
+            raise ModelMismatchError(
+                f"the file was written with another model, {header.model.hex()}: this one is {self.digest.hex()}"
+            )
         channels = self.network.channels
         if (
             1 << header.log2_stride != self.network.stride
@@ -205,8 +199,3 @@ class LatentCodec:
             or header.colours not in {channels, 1 if channels == 3 else channels}
         ):
             raise CorruptError("the header is damaged: it does not fit to the model that it names")
-
-
-def log2_lanes(num_symbols: int) -> int:
-    """Lanes make decoding fast and cost three bytes each: few for a small tile; in a large one 2^16 symbols each."""
-    return 2 if num_symbols < 1 << 13 else max(3, (num_symbols - 1).bit_length() - 16)

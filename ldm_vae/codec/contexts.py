@@ -1,140 +1,132 @@
-"""Which table codes a symbol: decided by the symbols before it, in integers, so that every machine decides alike.
+"""What decides the probabilities of a symbol: a prediction from the symbols before it, a tree, and the tree's tables.
 
 A symbol is predicted by a linear combination of its taps, decoded neighbours in its own channel and in those before it;
 a second combination, of their magnitudes, says how far off the prediction may be (the idea of CALIC, Wu & Memon 1997).
-What is coded is the rest, by the table of (channel, activity, phase of the prediction). docs/file-format.md has it all.
+From these, from the errors around and from the place, its channel's tree chooses the table of what is off. All of it is
+in integers, so that every machine decides alike. docs/file-format.md specifies it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 
-from ldm_vae.codec import rans
-from ldm_vae.codec.bitstream import Varints, varint
-from ldm_vae.codec.rans import Integers
+from ldm_vae.codec import loops
+from ldm_vae.codec.loops import BORDER, LOW, MAGNITUDE, MAX_TOKENS, NUM_FEATURES, TOTAL, Integers
 from ldm_vae.errors import CorruptError
 
-BORDER = 2
-"""Zeros around each channel: how far a tap may reach within a row or a column."""
-CHANNEL_DELAY = 4
-"""In wavefronts: a channel is this far ahead of the next, so that all 3x3 neighbours there are decoded."""
-MAGNITUDE = (1 << 15) - 1
-"""Taps are clipped to this either way: no sum overflows, whatever the symbols are."""
-WEIGHT_BITS = 12
-NUM_PHASES = 3
-PHASES = (1 << (WEIGHT_BITS - 3), 3 << (WEIGHT_BITS - 3))
-"""Distances of a prediction from the nearest integer, 1/8 and 3/8, that part the phases."""
-ESCAPE = 0
+MAX_WEIGHTS = 1 << 17
+"""The sum of a channel's weights, either kind: no feature outgrows 32 bits."""
+MAX_DEPTH = 32
 INT32 = (-(1 << 31), (1 << 31) - 1)
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """The integers that choose tables, for C channels with K taps each. Those of one quality; see `tables.Tables`.
+    """The integers that choose tables, and the tables, for C channels with K taps each. Those of one quality.
 
     Attributes:
-        taps: (C, K, 3) offsets (channel, y, x), channel <= 0: (0, 0, -1) is the left neighbour. At most BORDER away in
-            each way, and decoded before by the order of `wavefronts`.
-        mean_weights: (C, K), in units of 2^-12, within int16.
-        activity_weights: (C, K), at least 0, within int16.
-        thresholds: (C, A - 1) ascending: the activity is the number of them that it reaches.
-        frequencies: (C * A * NUM_PHASES, S), tables by channel, activity and phase. Symbol 0 is the escape, and symbol
-            s stands for the rest s - 1 - `reach`.
+        taps: (C, K, 3) int8 offsets (channel, y, x), channel <= 0: (0, 0, -1) is the left neighbour. At most BORDER
+            away in each way, and decoded before: channels come one after the other, each row by row.
+        weights: (2, C, K) int16 of the mean, in units of 2^-12, and of the activity, at least 0.
+        roots: (C,) int32, the node where a channel's tree begins.
+        nodes: (N, 3) int32: (feature, threshold, node) goes on at the next node if the feature is at most the
+            threshold, else at the node it names, which lies behind; (-1, table, 0) is a leaf.
+        frequencies: (T, S) uint16, tables with the sum 2^14 each. The last token is the escape.
+
+    Raises:
+        ValueError: a tap, weight, node or table that cannot be.
     """
 
     taps: Integers
-    mean_weights: Integers
-    activity_weights: Integers
-    thresholds: Integers
-    frequencies: rans.Frequencies
+    weights: Integers
+    roots: Integers
+    nodes: Integers
+    frequencies: Integers
 
     def __post_init__(self) -> None:
-        channels, _, _ = self.taps.shape
-        dc, dy, dx = np.moveaxis(self.taps, 2, 0)
-        decoded = dx + 2 * dy + CHANNEL_DELAY * dc < 0
-        inside = (dc <= 0) & (dc >= -np.arange(channels)[:, None]) & (np.abs(dy) <= BORDER) & (np.abs(dx) <= BORDER)
-        unused = (self.mean_weights == 0) & (self.activity_weights == 0)
-        if not (inside & (decoded | unused)).all():
-            raise ValueError("a tap reaches for a symbol that is not decoded yet")
-        weights = np.stack([self.mean_weights, self.activity_weights])
-        if np.abs(weights).max(initial=0) > MAGNITUDE or self.activity_weights.min(initial=0) < 0:
-            raise ValueError("a weight does not fit into 16 bits, or is negative where it must not be")
-        if len(self.frequencies) != channels * self.num_activities * NUM_PHASES:
-            raise ValueError(f"{len(self.frequencies)} tables for {channels} channels")
+        check_frequencies(self.frequencies)
+        check_taps(self.taps, self.weights)
+        check_trees(self.roots, self.nodes, num_tables=len(self.frequencies))
+        if len(self.roots) != self.num_channels:
+            raise ValueError(f"{len(self.roots)} trees for {self.num_channels} channels")
 
     @property
     def num_channels(self) -> int:
         return len(self.taps)
 
-    @property
-    def num_activities(self) -> int:
-        return self.thresholds.shape[1] + 1
-
-    @property
-    def reach(self) -> int:
-        """The largest rest, either way, that has a symbol of its own."""
-        return self.frequencies.frequency.shape[1] // 2 - 1
-
-    def predict(self, volume: Integers, places: Integers, channels: Integers) -> tuple[Integers, Integers]:
-        """Mean in units of 2^-12 (n,) and activity (n,), from what is decoded around flat places of the volume."""
-        _, height, width = volume.shape
-        offsets = self.taps @ np.array([height * width, width, 1])  # (C, K)
-        near = volume.reshape(-1)[places[:, None] + offsets[channels]]
-        near = np.clip(near, -MAGNITUDE, MAGNITUDE)  # (n, K)
-        mean = (near * self.mean_weights[channels]).sum(axis=1)
-        return mean, (np.abs(near) * self.activity_weights[channels]).sum(axis=1)
-
-    def at(self, volume: Integers, places: Integers, channels: Integers) -> tuple[Integers, Integers, Integers]:
-        """Prediction, sign of what is off, and table (n,) at flat `places` of the padded volume."""
-        mean, activity = self.predict(volume, places, channels)
-        prediction, sign, phase = split_mean(mean)
-        bins = (activity[:, None] >= self.thresholds[channels]).sum(axis=1)
-        return prediction, sign, (channels * self.num_activities + bins) * NUM_PHASES + phase
+    @cached_property
+    def starts(self) -> Integers:
+        """(T, S + 1) cumulated frequencies."""
+        return np.pad(np.cumsum(self.frequencies, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
 
 
-def split_mean(mean: Integers) -> tuple[Integers, Integers, Integers]:
-    """A mean in units of 2^-12 -> the nearest integer, the side on which it lies of it (-1 or 1), and its phase."""
-    prediction = (mean + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS
-    off = mean - (prediction << WEIGHT_BITS)  # in [-2^11, 2^11)
-    return prediction, np.where(off < 0, -1, 1), (np.abs(off)[:, None] >= PHASES).sum(axis=1)
+def check_taps(taps: Integers, weights: Integers) -> None:
+    """Raises ValueError for a tap that is not decoded yet, and for weights that are too large."""
+    if taps.ndim != 3 or taps.shape[2] != 3 or weights.shape != (2, *taps.shape[:2]):
+        raise ValueError(f"taps of shape {taps.shape} with weights of shape {weights.shape}")
+    dc, dy, dx = np.moveaxis(taps.astype(int), 2, 0)
+    before = (dc < 0) | (dc == 0) & ((dy < 0) | (dy == 0) & (dx < 0))
+    inside = (dc >= -np.arange(len(taps))[:, None]) & (np.abs(dy) <= BORDER) & (np.abs(dx) <= BORDER)
+    unused = (weights == 0).all(axis=0)
+    if not (before & inside | unused).all():
+        raise ValueError("a tap reaches for a symbol that is not decoded yet")
+    if np.abs(weights.astype(int)).sum(axis=2).max(initial=0) > MAX_WEIGHTS or weights[1].min(initial=0) < 0:
+        raise ValueError("weights are too large, or negative where they must not be")
 
 
-@lru_cache(maxsize=8)
-def wavefronts(channels: int, height: int, width: int) -> tuple[Integers, Integers, Integers]:
-    """The order of decoding: flat places in the padded volume, their channels, and the wavefronts' sizes.
+def check_trees(roots: Integers, nodes: Integers, *, num_tables: int) -> None:
+    """Raises ValueError for a feature, node or table that is not there, a cycle, or a tree that is too deep."""
+    if roots.ndim != 1 or nodes.ndim != 2 or nodes.shape[1:] != (3,) or not len(nodes):
+        raise ValueError(f"trees of shapes {roots.shape} and {nodes.shape}")
+    feature, value, above = nodes.astype(int).T
+    leaf = feature == -1
+    if (feature < -1).any() or (feature >= NUM_FEATURES).any():
+        raise ValueError("a tree asks for a feature that is not there")
+    if (value[leaf] < 0).any() or (value[leaf] >= num_tables).any():
+        raise ValueError("a tree names a table that is not there")
+    index = np.arange(len(nodes))
+    if (roots < 0).any() or (roots >= len(nodes)).any() or (above[~leaf] >= len(nodes)).any():
+        raise ValueError("a tree names a node that is not there")
+    if (above[~leaf] <= index[~leaf] + 1).any():  # so that each step of a walk leads on
+        raise ValueError("a tree leads back, or not to two nodes")
+    level = np.unique(roots)
+    for _ in range(MAX_DEPTH + 1):
+        inner = level[~leaf[level]]
+        if not len(inner):
+            return
+        level = np.unique(np.concatenate([inner + 1, above[inner]]))
+    raise ValueError(f"a tree is deeper than {MAX_DEPTH}")
 
-    Wavefront t holds the symbols with x + 2 y + 4 c = t, sorted by channel, then by row. Within one, no symbol is
-    another's tap.
-    """
-    c, y, x = (i.ravel() for i in np.indices((channels, height, width)))
-    time = x + 2 * y + CHANNEL_DELAY * c
-    order = np.argsort(time, kind="stable")  # of equal times, the lower channel and row come first
-    places = (c * (height + 2 * BORDER) + y + BORDER) * (width + 2 * BORDER) + x + BORDER
-    return places[order], c[order], np.bincount(time)
+
+def check_frequencies(frequencies: Integers) -> None:
+    """Raises ValueError for tables of another shape or sum, or without an escape."""
+    if frequencies.ndim != 2 or not 1 <= frequencies.shape[1] <= MAX_TOKENS + 1:
+        raise ValueError(f"frequencies of shape {frequencies.shape}: (tables, tokens <= {MAX_TOKENS + 1}) are needed")
+    f = frequencies.astype(int)
+    if f.min(initial=0) < 0 or (f.sum(axis=1) != TOTAL).any() or (f[:, -1] < 1).any():
+        raise ValueError(f"every table's frequencies must be at least 0, with an escape, and have the sum {TOTAL}")
 
 
 def padded(symbols: Integers) -> Integers:
-    """Symbols (C, h, w) with zeros around each channel, as int64: the volume in which taps reach."""
-    return np.pad(symbols.astype(np.int64), ((0, 0), (BORDER, BORDER), (BORDER, BORDER)))
+    """Symbols (C, h, w), clipped, with zeros around each channel, as int32: the volume in which taps reach."""
+    return np.pad(
+        np.clip(symbols, -MAGNITUDE, MAGNITUDE).astype(np.int32), ((0, 0), (BORDER, BORDER), (BORDER, BORDER))
+    )
 
 
-def rests_of(symbols: Integers, contexts: Contexts) -> tuple[Integers, Integers]:
-    """What is coded of int32 symbols (C, h, w), and by which table, in the order of decoding: (N,) each."""
-    volume = padded(symbols)
-    places, channels, _ = wavefronts(*symbols.shape)
-    rests, tables = (np.empty(len(places), np.int64) for _ in range(2))
-    for begin in range(0, len(places), 1 << 15):  # in parts, as the taps of all would fill the memory
-        part = slice(begin, begin + (1 << 15))
-        prediction, sign, tables[part] = contexts.at(volume, places[part], channels[part])
-        rests[part] = (volume.reshape(-1)[places[part]] - prediction) * sign
-    return rests, tables
+def slots_of(symbols: Integers, contexts: Contexts) -> Integers:
+    """Start and frequency, 16 bits each (n,), of what is coded of symbols (C, h, w), in the order of decoding."""
+    slots = np.empty(5 * symbols.size, np.uint32)  # an escape and four bytes are the most of a symbol
+    c = contexts
+    count = loops.encode(symbols, padded(symbols), c.taps, c.weights, c.roots, c.nodes, c.starts, slots)
+    return slots[:count]
 
 
-def encode_symbols(symbols: Integers, contexts: Contexts, *, lanes: int) -> bytes:
-    """int32 symbols (C, h, w) -> bytes: the length of the escapes (varint), the escapes, and the lanes' words.
+def encode_symbols(symbols: Integers, contexts: Contexts) -> bytes:
+    """int32 symbols (C, h, w) -> bytes: the last state of rANS and its words.
 
     Raises:
         ValueError: another number of channels than the contexts', or values outside int32.
@@ -143,40 +135,30 @@ def encode_symbols(symbols: Integers, contexts: Contexts, *, lanes: int) -> byte
         raise ValueError(f"symbols of shape {symbols.shape}: ({contexts.num_channels}, h, w) are needed")
     if symbols.min(initial=0) < INT32[0] or symbols.max(initial=0) > INT32[1]:
         raise ValueError("a symbol does not fit into 32 bits")
-    rests, tables = rests_of(symbols, contexts)
-    coded = np.where(np.abs(rests) <= contexts.reach, rests + contexts.reach + 1, ESCAPE)
-    coded[contexts.frequencies.frequency[tables, coded] == 0] = ESCAPE
-    escaped = rests[coded == ESCAPE]
-    zigzag = np.where(escaped < 0, -2 * escaped - 1, 2 * escaped)
-    escapes = b"".join(varint(v) for v in zigzag.tolist())
-    _, _, groups = wavefronts(*symbols.shape)
-    words = rans.encode(coded, tables, groups, contexts.frequencies, lanes=lanes)
-    return varint(len(escapes)) + escapes + words
+    return push(slots_of(np.ascontiguousarray(symbols, np.int32), contexts))
 
 
-def decode_symbols(payload: bytes, shape: tuple[int, int, int], contexts: Contexts, *, lanes: int) -> Integers:
+def push(slots: Integers) -> bytes:
+    """rANS: starts and frequencies -> its last state (uint32), then words (uint16), little-endian."""
+    words = np.empty(len(slots), np.uint16)
+    state, begin = loops.push(slots, words)
+    return state.to_bytes(4, "little") + words[begin:].astype("<u2").tobytes()
+
+
+def decode_symbols(payload: bytes, shape: tuple[int, int, int], contexts: Contexts) -> Integers:
     """The int32 symbols (C, h, w) that `encode_symbols` was given. Raises CorruptError."""
-    escapes = Varints(payload)
-    length = escapes.next()
-    begin = escapes.position
-    decoder = rans.RansDecoder(payload[begin + length :], lanes=lanes)
-    volume = padded(np.zeros(shape, np.int64))
-    flat = volume.reshape(-1)
-    places, channels, groups = wavefronts(*shape)
-    end = 0
-    for size in groups.tolist():
-        part = slice(end, end := end + size)
-        prediction, sign, tables = contexts.at(volume, places[part], channels[part])
-        coded = decoder.decode(tables, contexts.frequencies)
-        rests = coded - contexts.reach - 1
-        for i in np.nonzero(coded == ESCAPE)[0]:
-            zigzag = escapes.next()
-            rests[i] = -(zigzag + 1 >> 1) if zigzag & 1 else zigzag >> 1
-        flat[places[part]] = prediction + rests * sign
-    decoder.finish()
-    if escapes.position != begin + length:
-        raise CorruptError("the escaped symbols do not end where they should")
-    symbols = volume[:, BORDER:-BORDER, BORDER:-BORDER]
-    if symbols.min(initial=0) < INT32[0] or symbols.max(initial=0) > INT32[1]:
-        raise CorruptError("a symbol does not fit into 32 bits")
-    return symbols.astype(np.int32)
+    if len(payload) < 4 or len(payload) % 2:
+        raise CorruptError(f"{len(payload)} bytes cannot hold a state and whole words")
+    state, words = int.from_bytes(payload[:4], "little"), np.frombuffer(payload[4:], "<u2").astype(np.uint16)
+    if state < LOW:
+        raise CorruptError("the coder's state is too small")
+    symbols = np.zeros(shape, np.int32)
+    c = contexts
+    state, end = loops.decode(
+        symbols, padded(symbols), c.taps, c.weights, c.roots, c.nodes, c.starts, np.int64(state), words
+    )
+    if end < 0:
+        raise CorruptError("the coded words end too early")
+    if end != len(words) or state != LOW:
+        raise CorruptError("what was decoded does not end where the coded words do")
+    return symbols

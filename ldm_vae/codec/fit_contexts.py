@@ -1,16 +1,19 @@
-"""Fit the integers of `contexts` to symbols of many images: taps, weights, thresholds, frequencies."""
+"""Fit the integers of `contexts` to symbols of many images: taps, weights, trees, frequencies."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import numpy as np
 from scipy.optimize import nnls
 
-from ldm_vae.codec.contexts import BORDER, MAGNITUDE, NUM_PHASES, WEIGHT_BITS, Contexts, padded, split_mean, wavefronts
-from ldm_vae.codec.rans import MAX_ALPHABET, TOTAL, Frequencies, Integers
+from ldm_vae.codec import loops
+from ldm_vae.codec.contexts import Contexts, padded
+from ldm_vae.codec.fit_trees import PRIOR_COUNT, grow_tree
+from ldm_vae.codec.loops import BORDER, NUM_FEATURES, TOTAL, WEIGHT_BITS, Integers
 from ldm_vae.codec.tables import Floats
 
 OWN = ((0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0))
@@ -21,46 +24,68 @@ PLACES = ((0, 0), *OWN, *(p for p in BEFORE if p not in OWN and p != (0, 0)))
 MEAN_TAPS, ACTIVITY_TAPS = 8, 16
 FARTHEST = 127
 """Channels back: offsets are stored in 8 bits."""
-FINE_BINS = 64
-NUM_ACTIVITIES = 12
-EDGE_IMAGES = 64
-"""The fine bins' edges are quantiles of the activity in so many images."""
-LARGEST_ACTIVITY_WEIGHT = 4095
+TAP_SYMBOLS = 1 << 24
+"""Taps are chosen on the first images with so many symbols, at stride 8 and 32 channels 64 of 768 x 768 pixels."""
+TREE_SYMBOLS = 1 << 20
+"""A channel's tree is grown on so many symbols, drawn from all images."""
+HELD_OUT = 8
+"""Of so many images the symbols of one prune the trees."""
+LARGEST_MEAN_WEIGHT, LARGEST_ACTIVITY_WEIGHT = 16383, 4095
 RIDGE = 1e-3
-MAX_REACH = MAX_ALPHABET // 2 - 1
-TAIL = 1e-5
-"""At most this share of the rests is beyond the reach of the tables, where their size allows."""
-PRIOR_COUNT = 4.0
-"""Times the channel's distribution, added to each table's counts."""
+ESCAPE_BITS = 32
 
 
 def fit_contexts(volumes: Sequence[Integers], *, taps: bool = True) -> Contexts:
     """Contexts for symbols like these, (C, h, w) each of one C; without `taps`, one static table a channel."""
     channels = len(volumes[0])
-    chosen = choose_taps(volumes) if taps else []
+    chosen = choose_taps(first(volumes, TAP_SYMBOLS)) if taps else []
     width = max((len(t) for t, _, _ in chosen), default=0)
-    offsets = np.zeros((channels, width, 3), np.int64)
-    means, activities = (np.zeros((channels, width), np.int64) for _ in range(2))
+    offsets, weights = np.zeros((channels, width, 3), np.int8), np.zeros((2, channels, width), np.int16)
     for c, (places, mean, activity) in enumerate(chosen):
-        offsets[c, : len(places)], means[c, : len(places)], activities[c, : len(places)] = places, mean, activity
-    bare = Contexts(
-        taps=offsets,
-        mean_weights=means,
-        activity_weights=activities,
-        thresholds=np.zeros((channels, 0), np.int64),
-        frequencies=Frequencies(np.tile([[1, TOTAL - 1]], (channels * NUM_PHASES, 1))),
+        offsets[c, : len(places)], weights[0, c, : len(places)], weights[1, c, : len(places)] = places, mean, activity
+    borders = [(np.ascontiguousarray(v, np.int32), padded(v)) for v in volumes]
+
+    def fit(c: int) -> tuple[Integers, Integers]:
+        features, tokens, held = measured(borders, c, offsets, weights)
+        return grow_tree(features if taps else np.zeros_like(features), tokens, held)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        trees = list(pool.map(fit, range(channels)))
+    roots = np.cumsum([0, *(len(nodes) for nodes, _ in trees[:-1])], dtype=np.int32)
+    tables = np.cumsum([0, *(len(counts) for _, counts in trees[:-1])])
+    nodes = np.concatenate(
+        [moved(tree, root, table) for (tree, _), root, table in zip(trees, roots, tables, strict=True)]
     )
-    counts, edges = count(volumes, bare)  # (C, FINE_BINS, phases, 2 reach + 3), rests beyond the reach at both ends
-    edges_kept, tables = [], []
-    for c in range(channels):
-        groups = merge(counts[c].sum(axis=1), NUM_ACTIVITIES if taps else 1)
-        edges_kept.append([edges[c][g[0] - 1] for g in groups[1:]])
-        tables += [counts[c, g].sum(axis=0) for g in groups]
-    frequencies = np.concatenate(
-        [normalise(t, counts[i // len(groups)].sum(axis=(0, 1))) for i, t in enumerate(tables)]
-    )
-    thresholds = np.array(edges_kept, np.int64).reshape(channels, -1)
-    return replace(bare, thresholds=thresholds, frequencies=Frequencies(frequencies))
+    frequencies = normalise([counts for _, counts in trees])
+    return Contexts(taps=offsets, weights=weights, roots=roots, nodes=nodes, frequencies=frequencies)
+
+
+def first(volumes: Sequence[Integers], num_symbols: int) -> Sequence[Integers]:
+    """As many volumes as have so many symbols together, at least one."""
+    ends = np.cumsum([v.size for v in volumes])
+    return volumes[: max(int(np.searchsorted(ends, num_symbols)), 1)]
+
+
+def measured(
+    borders: Sequence[tuple[Integers, Integers]], c: int, taps: Integers, weights: Integers
+) -> tuple[Integers, Integers, Integers]:
+    """Features (n, NUM_FEATURES), tokens (n,) and which are held out (n,), of a sample of channel c's symbols."""
+    share = TREE_SYMBOLS / sum(symbols[c].size for symbols, _ in borders)
+    rng = np.random.default_rng(c)
+    parts = []
+    for i, (symbols, near) in enumerate(borders):
+        features, tokens = np.empty((symbols[c].size, NUM_FEATURES), np.int32), np.empty(symbols[c].size, np.uint8)
+        loops.measure(symbols, near, c, taps, weights, features, tokens)
+        kept = rng.random(len(tokens)) < share
+        parts.append((features[kept], tokens[kept], np.full(kept.sum(), i % HELD_OUT == HELD_OUT - 1)))
+    features, tokens, held = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return features, tokens, held
+
+
+def moved(tree: Integers, root: int, table: int) -> Integers:
+    """A tree's nodes (N, 3), counted from 0, behind those of other trees and their tables."""
+    leaf = tree[:, [0]] < 0
+    return np.where(leaf, tree + [0, table, 0], tree + [0, 0, root]).astype(np.int32)
 
 
 def shifted(values: Floats) -> Floats:
@@ -90,7 +115,7 @@ def choose_taps(volumes: Sequence[Integers]) -> list[tuple[Integers, Integers, I
     channels, width = len(volumes[0]), len(PLACES)
     gram = np.zeros((channels * width, channels * width))
     for volume in volumes:
-        rows = shifted(np.clip(volume, -MAGNITUDE, MAGNITUDE)).reshape(channels * width, -1)
+        rows = shifted(volume).reshape(channels * width, -1)
         gram += rows @ rows.T
     means = []
     for c in range(channels):
@@ -101,7 +126,7 @@ def choose_taps(volumes: Sequence[Integers]) -> list[tuple[Integers, Integers, I
     magnitudes = np.zeros((channels * width + 1, channels * width + 1))
     distances = np.zeros((channels * width + 1, channels))
     for volume in volumes:
-        rows = shifted(np.clip(volume, -MAGNITUDE, MAGNITUDE))
+        rows = shifted(volume)
         flat = rows.reshape(channels * width, -1)
         off = np.stack([weights.astype(np.float32) @ flat[index] for _, index, weights in means]) - rows[:, 0]
         large = np.concatenate([np.abs(flat), np.ones((1, rows.shape[-1]), np.float32)])
@@ -118,7 +143,8 @@ def choose_taps(volumes: Sequence[Integers]) -> list[tuple[Integers, Integers, I
         both, rows = np.unique(np.concatenate([mean_taps, taps[best]]), axis=0, return_inverse=True)
         mean, activity = (np.zeros(len(both), np.int64) for _ in range(2))
         scale = LARGEST_ACTIVITY_WEIGHT / max(weights.max(), 1e-9)
-        mean[rows.ravel()[: len(mean_taps)]] = np.clip(np.rint(mean_weights * 2**WEIGHT_BITS), -MAGNITUDE, MAGNITUDE)
+        limit = LARGEST_MEAN_WEIGHT
+        mean[rows.ravel()[: len(mean_taps)]] = np.clip(np.rint(mean_weights * 2**WEIGHT_BITS), -limit, limit)
         activity[rows.ravel()[len(mean_taps) :]] = np.rint(weights * scale)
         chosen.append((both, mean, activity))
     return chosen
@@ -142,107 +168,26 @@ def solve_nonnegative(gram: Floats, index: Integers, products: Floats) -> Floats
     return solution
 
 
-def measured(values: Integers, contexts: Contexts) -> tuple[Integers, Integers, Integers, Integers]:
-    """Channel, activity, phase and rest of every symbol of an image."""
-    volume = padded(values)
-    places, channels, _ = wavefronts(*values.shape)
-    mean, activity = contexts.predict(volume, places, channels)
-    prediction, sign, phase = split_mean(mean)
-    return channels, activity, phase, (volume.reshape(-1)[places] - prediction) * sign
+def normalise(counts: Sequence[Integers]) -> Integers:
+    """Counts (L, MAX_TOKENS + 1) of each channel's leaves -> frequencies (T, S) with the sum 2^14, the escape last.
 
-
-def count(volumes: Sequence[Integers], contexts: Contexts) -> tuple[Integers, list[Integers]]:
-    """How often each rest comes, by channel, fine bin of the activity, and phase; and the bins' edges a channel.
-
-    Rests beyond a reach, which most do not need, are counted together at either end.
+    S is as small as the tokens let it be. A token is left to the escape where that takes fewer bits on average than a
+    frequency of 1 takes from the others.
     """
-    by_channel = []
-    for values in volumes[:EDGE_IMAGES]:
-        channels, activity, _, _ = measured(values, contexts)
-        by_channel.append([activity[channels == c] for c in range(contexts.num_channels)])
-    edges = [edges_of(np.concatenate(activities)) for activities in zip(*by_channel, strict=True)]
-    shape = (contexts.num_channels, FINE_BINS, NUM_PHASES, 2 * MAX_REACH + 3)
-    counts = np.zeros(int(np.prod(shape)), np.int64)
-    for values in volumes:
-        channels, activity, phase, rest = measured(values, contexts)
-        bins = np.zeros_like(activity)
-        for c, cuts in enumerate(edges):
-            here = channels == c
-            bins[here] = np.searchsorted(cuts, activity[here], side="right")
-        symbol = np.clip(rest, -MAX_REACH - 1, MAX_REACH + 1) + MAX_REACH + 1
-        flat = np.ravel_multi_index((channels, bins, phase, symbol), shape)
-        counts += np.bincount(flat, minlength=len(counts))
-    return within_reach(counts.reshape(shape)), edges
-
-
-def edges_of(activity: Integers) -> Integers:
-    """FINE_BINS - 1 ascending edges above 0, at the quantiles; equal ones leave bins empty."""
-    cuts = np.unique(np.quantile(activity, np.linspace(0, 1, FINE_BINS + 1)[1:-1], method="higher"))
-    cuts = cuts[cuts > 0].astype(np.int64)
-    return np.append(cuts, np.full(FINE_BINS - 1 - len(cuts), cuts[-1] if len(cuts) else 1))
-
-
-def within_reach(counts: Integers) -> Integers:
-    """The same counts with the smallest reach that leaves at most a share of TAIL beyond it."""
-    by_rest = counts.sum(axis=(0, 1, 2))
-    beyond = [
-        int(by_rest[: MAX_REACH + 1 - r].sum() + by_rest[MAX_REACH + 2 + r :].sum()) for r in range(MAX_REACH + 1)
-    ]
-    reach = next((r for r in range(1, MAX_REACH) if beyond[r] <= TAIL * by_rest.sum()), MAX_REACH)
-    cut = MAX_REACH - reach
-    inner = counts[..., cut : counts.shape[-1] - cut].copy()
-    inner[..., 0] = counts[..., : cut + 1].sum(axis=-1)
-    inner[..., -1] = counts[..., -cut - 1 :].sum(axis=-1)
-    return inner
-
-
-def merge(counts: Integers, groups: int) -> list[list[int]]:
-    """Neighbouring bins, with their counts (bins, S), put together until few are left, at the least cost in bits."""
-
-    def bits(rows: Integers) -> float:
-        total = rows.sum()
-        some = rows[rows > 0]
-        return float((some * np.log2(total / some)).sum()) if total else 0.0
-
-    def cost(i: int) -> float:
-        return bits(sums[i] + sums[i + 1]) - alone[i] - alone[i + 1]
-
-    parts = [[i] for i in range(len(counts))]
-    sums = list(counts)
-    alone = [bits(s) for s in sums]
-    costs = [cost(i) for i in range(len(sums) - 1)]
-    while len(parts) > groups:
-        i = int(np.argmin(costs))
-        parts[i] += parts.pop(i + 1)
-        sums[i] = sums[i] + sums.pop(i + 1)
-        alone[i] = bits(sums[i])
-        alone.pop(i + 1)
-        costs.pop(i)
-        for changed in range(max(i - 1, 0), min(i + 1, len(costs))):
-            costs[changed] = cost(changed)
-    return parts
-
-
-def normalise(counts: Integers, channel: Integers) -> Integers:
-    """Counts of a table by phase (phases, 2 reach + 3), and those of its whole channel -> frequencies, escape first.
-
-    A rest that is too rare for a frequency of 1 is left to the escape.
-    """
-    smooth = counts + PRIOR_COUNT * channel / max(channel.sum(), 1)
-    escape = smooth[:, [0]] + smooth[:, [-1]]
-    rows = np.concatenate([escape, smooth[:, 1:-1]], axis=1)
-    rows /= rows.sum(axis=1, keepdims=True)
-    rare = rows * TOTAL < 0.5
-    rare[:, 0] = False
-    rows[:, 0] += np.where(rare, rows, 0).sum(axis=1)
-    rows[rare] = 0
-    return np.stack([to_total(row) for row in rows])
+    smooth = np.concatenate([c + PRIOR_COUNT * c.sum(axis=0) / max(c.sum(), 1) for c in counts])
+    shares = smooth / smooth.sum(axis=1, keepdims=True)
+    rare = shares * TOTAL * ESCAPE_BITS < 1 / np.log(2)
+    rare[:, -1] = True
+    escaped = np.where(rare, shares, 0).sum(axis=1, keepdims=True)
+    used = int(np.flatnonzero(~rare.all(axis=0)).max(initial=-1)) + 1
+    rows = np.concatenate([np.where(rare, 0, shares)[:, :used], escaped], axis=1)
+    return np.stack([to_total(row) for row in rows]).astype(np.uint16)
 
 
 def to_total(shares: Floats) -> Integers:
-    """Shares -> frequencies with the sum 2^12: at least 1 for the escape (the first) and for what has a share."""
+    """Shares -> frequencies with the sum 2^14: at least 1 for the escape (the last) and for what has a share."""
     frequencies = np.where(shares > 0, np.maximum(np.rint(shares * TOTAL), 1), 0).astype(np.int64)
-    frequencies[0] = max(frequencies[0], 1)
+    frequencies[-1] = max(frequencies[-1], 1)
     while (missing := TOTAL - int(frequencies.sum())) != 0:
         step = 1 if missing > 0 else -1
         open_ = frequencies > (0 if step > 0 else 1)

@@ -17,15 +17,15 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ldm_vae.codec.contexts import INT32, Contexts
-from ldm_vae.codec.rans import Frequencies, Integers
+from ldm_vae.codec.loops import Integers
 from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.files import write_json
 
 QUALITY_ONE = 256
 """Quality 1 in a file: qualities are fixed-point numbers with 8 bits behind the point."""
-ARRAYS = ("taps", "mean_weights", "activity_weights", "thresholds", "frequencies")
+FORMAT_VERSION = 2
+TYPES = {"taps": np.int8, "weights": np.int16, "roots": np.int32, "nodes": np.int32, "frequencies": np.uint16}
 """The fields of `Contexts`."""
-DIGEST_BYTES = 8
 FARTHEST = 8
 """A quality by so much finer or coarser than any that tables were fitted at is a mistake."""
 Floats = np.ndarray[Any, Any]
@@ -101,32 +101,31 @@ class Tables:
 
     @cached_property
     def digest(self) -> bytes:
-        """The first 8 bytes of the sha256 of all of them, as docs/file-format.md has it."""
-        sha = hashlib.sha256(np.array(self.channels, "<i4").tobytes())
+        """The sha256 of all of them, as docs/file-format.md has it: that of the model."""
+        sha = hashlib.sha256(bytes.fromhex(self.vae))
+        sha.update(np.array(self.channels, "<i4").tobytes())
         for values in (self.sigma, self.means):
             sha.update(values.astype("<f8").tobytes())
         arrays = self.arrays()
         for quality in self.qualities:
             sha.update(np.array([quality], "<i4").tobytes())
-            for name in ARRAYS:
+            for name in TYPES:
                 array = arrays[f"{quality}.{name}"]
                 sha.update(np.array(array.shape, "<i4").tobytes())
                 sha.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
-        return sha.digest()[:DIGEST_BYTES]
+        return sha.digest()
 
     def arrays(self) -> dict[str, Integers]:
-        types = {"taps": np.int8, "mean_weights": np.int16, "activity_weights": np.int16, "frequencies": np.uint16}
-        arrays = {}
-        for quality, contexts in zip(self.qualities, self.contexts, strict=True):
-            for name in ARRAYS:
-                array = contexts.frequencies.frequency if name == "frequencies" else getattr(contexts, name)
-                arrays[f"{quality}.{name}"] = np.ascontiguousarray(array.astype(types.get(name, np.int64)))
-        return arrays
+        return {
+            f"{quality}.{name}": np.ascontiguousarray(getattr(contexts, name))
+            for quality, contexts in zip(self.qualities, self.contexts, strict=True)
+            for name in TYPES
+        }
 
     def save(self, folder: Path) -> None:
         """Writes config.json and tables.safetensors into an existing folder."""
         config = {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "vae": self.vae,
             "sigma": self.sigma.tolist(),
             "means": self.means.tolist(),
@@ -144,21 +143,21 @@ def load_tables(folder: Path) -> Tables:
         raise ModelError(f"{folder} holds no tables: make them with `ldm-vae fit-codec`")
     try:
         config = json.loads((folder / "config.json").read_text())
-        if config["format_version"] != 1:
-            raise ModelError(f"{folder} has tables of version {config['format_version']}: a later ldm-vae made them")
+        if config["format_version"] != FORMAT_VERSION:
+            raise ModelError(
+                f"{folder} has tables of version {config['format_version']}, and this ldm-vae reads version "
+                f"{FORMAT_VERSION}: make them anew with `ldm-vae fit-codec`"
+            )
         arrays = load_file(folder / "tables.safetensors")
-        contexts = []
-        for quality in config["qualities"]:
-            taps, means, activities, thresholds, counts = (arrays[f"{quality}.{n}"].astype(np.int64) for n in ARRAYS)
-            contexts.append(Contexts(taps, means, activities, thresholds, Frequencies(counts)))
         tables = Tables(
             vae=config["vae"],
-            sigma=np.array(config["sigma"]),
-            means=np.array(config["means"]),
+            sigma=np.array(config["sigma"], np.float64),
+            means=np.array(config["means"], np.float64),
             channels=tuple(config["channels"]),
             qualities=tuple(config["qualities"]),
-            contexts=tuple(contexts),
+            contexts=tuple(contexts_from(arrays, quality) for quality in config["qualities"]),
         )
+        check_tables(tables)
         if tables.digest.hex() != config["digest"]:
             raise ModelError(f"{folder} is damaged: its digest differs")
         return tables
@@ -166,6 +165,30 @@ def load_tables(folder: Path) -> Tables:
         raise
     except Exception as error:  # damaged files raise many kinds
         raise ModelError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+
+
+def contexts_from(arrays: dict[str, Integers], quality: int) -> Contexts:
+    """Those of a quality. Raises KeyError or ValueError for arrays that are missing or cannot be."""
+    found = {name: arrays[f"{quality}.{name}"] for name in TYPES}
+    for name, array in found.items():
+        if array.dtype != TYPES[name]:
+            raise ValueError(f"{quality}.{name} is of type {array.dtype}")
+    return Contexts(**found)
+
+
+def check_tables(tables: Tables) -> None:
+    """Raises ValueError for channels, qualities or steps that contradict each other or cannot be."""
+    latents = len(tables.sigma)
+    if tables.sigma.shape != (latents,) or tables.means.shape != (latents,):
+        raise ValueError(f"{tables.means.shape} means for {tables.sigma.shape} channels")
+    if not (np.isfinite(tables.means).all() and np.isfinite(tables.sigma).all() and (tables.sigma > 0).all()):
+        raise ValueError("means and deviations must be finite, and deviations above 0")
+    if len(set(tables.channels) & set(range(latents))) != len(tables.channels):
+        raise ValueError(f"channels {tables.channels} of {latents}")
+    if list(tables.qualities) != sorted(set(tables.qualities) & set(range(1, 1 << 16))) or not tables.qualities:
+        raise ValueError(f"qualities {tables.qualities}")
+    if any(contexts.num_channels != len(tables.channels) for contexts in tables.contexts):
+        raise ValueError(f"contexts for another number of channels than {len(tables.channels)}")
 
 
 def fixed_point(quality: float) -> int:

@@ -1,31 +1,21 @@
-"""A picture's latents in tiles: their symbols coded and decoded, in one process or several.
-
-Nothing here imports torch, so that processes start fast.
-"""
+"""A picture's latents in tiles: their symbols coded and decoded, in one thread or several."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
-from typing import Any
 
 import numpy as np
 
-from ldm_vae.codec.bitstream import Box, Contents, Header, Part, report
+from ldm_vae.codec.bitstream import Box, Contents, Part, report
 from ldm_vae.codec.contexts import Contexts, decode_symbols, encode_symbols
-from ldm_vae.codec.rans import Integers
+from ldm_vae.codec.loops import Integers
 from ldm_vae.errors import CompressedFileError
 
 BATCH = 16
 """Tiles whose symbols are in memory together."""
-TILES_A_PROCESS = 2
-"""Fewer are not worth starting a process for."""
-_contexts: list[Contexts] = []
-"""Those of this process, where it is one of several: sent once, not with every tile."""
 
 
 def window(values: Integers, box: Box, inner: Box) -> Integers:
@@ -40,36 +30,12 @@ def intersection(a: Box, b: Box) -> Box | None:
     return (top, left, bottom, right) if top < bottom and left < right else None
 
 
-@contextmanager
-def processes_for(count: int, contexts: Contexts, workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """`map` for functions that take `contexts`: in at most so many processes for a number of tiles, or in this one."""
-    workers = min(workers, count // TILES_A_PROCESS)
-    if workers <= 1:
-        yield lambda function, *values: map(partial(function, contexts=contexts), *values)
-        return
-    spawn = get_context("spawn")  # a process with torch's threads must not be forked
-    pool = ProcessPoolExecutor(workers, spawn, initializer=receive, initargs=(contexts,))
-    try:
-        yield lambda function, *values: pool.map(partial(with_contexts, function), *values)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def receive(contexts: Contexts) -> None:
-    _contexts.append(contexts)
-
-
-def with_contexts(function: Callable[..., Any], *values: Any) -> Any:
-    return function(*values, contexts=_contexts[0])
-
-
-def encode_tiles(symbols: Iterable[Integers], header: Header, contexts: Contexts, workers: int) -> list[bytes]:
-    """int32 symbols (C, h, w) of each tile -> its bytes."""
+def encode_tiles(symbols: Iterable[Integers], contexts: Contexts, workers: int) -> list[bytes]:
+    """int32 symbols (C, h, w) of each tile -> its bytes, in so many threads."""
     payloads: list[bytes] = []
     tiles = iter(symbols)
-    encode = partial(encode_symbols, lanes=header.lanes)
-    with processes_for(len(header.tile_boxes), contexts, workers) as run:
-        while batch := list(run(encode, islice(tiles, BATCH))):
+    with ThreadPoolExecutor(workers) as pool:
+        while batch := list(pool.map(partial(encode_symbols, contexts=contexts), islice(tiles, BATCH))):
             payloads += batch
     return payloads
 
@@ -83,11 +49,9 @@ def decode_tiles(
     for each damaged tile; None: the first one is raised.
     """
     channels, tiles = contents.header.channels, contents.header.tile_boxes
-    decode = partial(decode_tile, lanes=contents.header.lanes)
-    count = sum(any(intersection(tile, box) for box in boxes) for tile in tiles)
     decoded: dict[int, Integers] = {}
     damaged: list[Box] = []
-    with processes_for(count, contexts, workers) as run:
+    with ThreadPoolExecutor(workers) as pool:
         for box in boxes:
             shared = {i: area for i, tile in enumerate(tiles) if (area := intersection(tile, box))}
             decoded = {i: s for i, s in decoded.items() if tiles[i][2] > box[0]}  # none above is needed again
@@ -95,7 +59,8 @@ def decode_tiles(
             parts = [contents.tiles[i] for i in new]
             payloads = [contents.data[part.begin : part.end] for part in parts]
             shapes = [(channels, tiles[i][2] - tiles[i][0], tiles[i][3] - tiles[i][1]) for i in new]
-            for i, shape, result in zip(new, shapes, run(decode, parts, payloads, shapes), strict=True):
+            results = pool.map(partial(decode_tile, contexts=contexts), parts, payloads, shapes)
+            for i, shape, result in zip(new, shapes, results, strict=True):
                 if isinstance(result, CompressedFileError):
                     report(result, contents.tiles[i].name, damage)
                     damaged.append(tiles[i])
@@ -107,10 +72,10 @@ def decode_tiles(
 
 
 def decode_tile(
-    part: Part, payload: bytes, shape: tuple[int, int, int], *, lanes: int, contexts: Contexts
+    part: Part, payload: bytes, shape: tuple[int, int, int], *, contexts: Contexts
 ) -> Integers | CompressedFileError:
     """A tile's symbols, or what is wrong with it."""
     try:
-        return decode_symbols(part.checked(payload), shape, contexts, lanes=lanes)
+        return decode_symbols(part.checked(payload), shape, contexts)
     except CompressedFileError as error:
         return error

@@ -203,11 +203,10 @@ def info(command: Info) -> None:
         "bits per pixel": f"{8 * len(data) / (header.width * header.height):.4f} ({len(data)} bytes)",
         "quality": f"{header.quality / 256:g}",
         "latents": f"{header.channels} channels, stride {1 << header.log2_stride}",
-        "tiles": f"{len(contents.tiles)} of up to {1 << header.log2_tile} latents a side, {header.lanes} lanes",
+        "tiles": f"{len(contents.tiles)} of up to {1 << header.log2_tile} latents a side",
         "beside": ", ".join(f"{p.name} ({p.end - p.begin} bytes)" for p in contents.sections.values()) or "nothing",
         "metadata": ", ".join(named(unpack_sections(contents, None)[1])) or "none",
-        "autoencoder": header.weights.hex(),
-        "tables": header.tables.hex(),
+        "model": header.model.hex(),
     }
     for name, fact in facts.items():
         print(f"{name:15} {fact}")

@@ -72,7 +72,7 @@ def test_a_file_goes_there_and_back(model: Path, image: Path, tmp_path: Path, ca
     said = capsys.readouterr().out
     assert "72 x 60 pixels" in said
     assert f"({small.stat().st_size} bytes)" in said
-    assert codec.weights.hex() in said
+    assert codec.digest.hex() in said
 
 
 def test_tables_are_written_beside_the_model_or_with_a_copy_of_it(model: Path, photos: Path, tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from ldm_vae.codec import bitstream
-from ldm_vae.codec.bitstream import Header
+from ldm_vae.codec.bitstream import MODEL_BYTES, Header
 from ldm_vae.codec.contexts import encode_symbols
 from ldm_vae.codec.fit_contexts import fit_contexts
 from ldm_vae.codec.tables import Tables
 
-HERE = Path(__file__).parent / "v1"
+HERE = Path(__file__).parent / "v2"
 CASES = {"small": (1, 1), "odd": (9, 23), "tiles": (20, 35), "escapes": (6, 6)}
 
 
@@ -58,15 +58,13 @@ def main() -> None:
             log2_stride=3,
             channels=3,
             log2_tile=4,
-            log2_lanes=number,
             quality=128 if number % 2 else 300,
-            tables=tables.digest,
-            weights=b"\0" * 8,
+            model=tables.digest[:MODEL_BYTES],
         )
         tiles = []
         for top, left, bottom, right in header.tile_boxes:
             part = symbols[:, top:bottom, left:right]
-            tiles.append(encode_symbols(part, tables.contexts_of(header.quality), lanes=header.lanes))
+            tiles.append(encode_symbols(part, tables.contexts_of(header.quality)))
         (HERE / f"{name}.ldi").write_bytes(bitstream.pack(header, {}, tiles))
         digests[name] = hashlib.sha256(symbols.astype("<i4").tobytes()).hexdigest()
     (HERE / "symbols.json").write_text(json.dumps(digests, indent=2) + "\n")
