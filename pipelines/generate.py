@@ -25,7 +25,8 @@ from ldm_vae.data.conversion import check_viewable, to_images, to_pixels
 from ldm_vae.data.file_sources import FolderSource
 from ldm_vae.data.image_files import is_image
 from ldm_vae.data.images import Pixels, centre_square, resize
-from ldm_vae.data.reader import ImageReader, formats
+from ldm_vae.data.pil import formats
+from ldm_vae.data.reader import ImageReader
 from ldm_vae.data.sources import Source, check_finite, check_outside, open_source, usable
 from ldm_vae.errors import ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import atomic, check_writable, sha256, write_bad_images

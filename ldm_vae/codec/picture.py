@@ -17,8 +17,9 @@ from ldm_vae.data import large
 from ldm_vae.data.colour import fitting
 from ldm_vae.data.images import Pixels, check_values
 from ldm_vae.data.metadata import EXIF_PREFIX, NO_METADATA, Metadata, metadata_of
+from ldm_vae.data.pil import limits_are_ours, pil_pixels
 from ldm_vae.data.png import stream_png
-from ldm_vae.data.reader import MAX_PIXELS, ReadOptions, limits_are_ours, pil_pixels, read_image
+from ldm_vae.data.reader import MAX_PIXELS, ReadOptions, read_image
 from ldm_vae.errors import BadImageError, ConfigError
 
 FINEST: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from ldm_vae.data.images import Pixels
-from ldm_vae.data.reader import limits_are_ours
+from ldm_vae.data.pil import limits_are_ours
 from ldm_vae.errors import RunError
 from ldm_vae.files import atomic
 

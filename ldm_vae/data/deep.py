@@ -13,7 +13,7 @@ import pyvips
 
 from ldm_vae.data.images import Pixels, check_size, check_values, full_scale
 from ldm_vae.data.large import DTYPES, open_with_vips
-from ldm_vae.data.metadata import EXIF_PREFIX, Metadata, without_layout
+from ldm_vae.data.metadata import EXIF_PREFIX, Metadata
 from ldm_vae.errors import BadImageError
 
 START_OF_IMAGE, END_OF_IMAGE = b"\xff\xd8\xff", b"\xff\xd9"
@@ -117,7 +117,7 @@ def read_deep_jpeg(data: bytes, max_pixels: int, value_range: Value) -> tuple[Pi
             xmp = content[len(XMP_NAME) :]
     stored = np.atleast_3d(imagecodecs.jpeg8_decode(data))
     pixels = check_values(stored, value_range) if value_range and bits > 8 else full_scale(stored, bits)
-    return pixels, Metadata(icc=icc, exif=without_layout(exif), xmp=xmp), exif
+    return pixels, Metadata(icc=icc, exif=exif, xmp=xmp), exif
 
 
 def is_whole_jpeg(data: bytes) -> bool:

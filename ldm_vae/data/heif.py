@@ -9,7 +9,7 @@ import numpy as np
 from ldm_vae.data.boxes import facts_of
 from ldm_vae.data.image_files import HEIF_ADVICE, heif_is_there
 from ldm_vae.data.images import Pixels, check_size, full_scale
-from ldm_vae.data.metadata import Metadata, as_bytes, without_layout
+from ldm_vae.data.metadata import Metadata, as_bytes
 from ldm_vae.errors import BadImageError
 
 
@@ -31,7 +31,7 @@ def read_heif(data: bytes, max_pixels: int) -> tuple[Pixels, Metadata, tuple[str
     metadata = Metadata(
         icc=icc,
         cicp=None if icc else facts.cicp,
-        exif=without_layout(image.info.get("exif") or b""),
+        exif=image.info.get("exif") or b"",
         xmp=as_bytes(image.info.get("xmp") or b""),
     )
     notes = (f"image 1 of {len(file)}",) if len(file) > 1 else ()

@@ -33,6 +33,18 @@ class Sample:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ImageFile:
+    """What a file holds: `pixels` (H, W, C), what is written beside them, and what whoever reads it should hear."""
+
+    pixels: Pixels
+    metadata: Metadata = NO_METADATA
+    notes: tuple[str, ...] = ()
+
+    def as_sample(self, *, label: int | None, name: str) -> Sample:
+        return Sample(pixels=self.pixels, label=label, name=name, metadata=self.metadata, notes=self.notes)
+
+
 def check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise BadImageError(f"{width}x{height} is more than the limit of {max_pixels} pixels")

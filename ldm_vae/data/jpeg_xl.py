@@ -10,7 +10,7 @@ import numpy as np
 
 from ldm_vae.data.boxes import boxes
 from ldm_vae.data.images import Pixels, check_size, check_values, full_scale
-from ldm_vae.data.metadata import Metadata, without_layout
+from ldm_vae.data.metadata import Metadata
 from ldm_vae.errors import BadImageError
 
 CODESTREAM, CONTAINER = b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"
@@ -47,7 +47,7 @@ def read_jpeg_xl(data: bytes, max_pixels: int) -> tuple[Pixels, Metadata, tuple[
     if header.others:
         notes.append("its colour profile is not read: taken as sRGB")
     parts = dict(boxes(data)) if data.startswith(CONTAINER) else {}
-    metadata = Metadata(cicp=header.cicp, exif=without_layout(parts.get(b"Exif", b"")[4:]), xmp=parts.get(b"xml ", b""))
+    metadata = Metadata(cicp=header.cicp, exif=parts.get(b"Exif", b"")[4:], xmp=parts.get(b"xml ", b""))
     return pixels, metadata, tuple(notes)
 
 

@@ -59,6 +59,8 @@ class CropDataset:
             keeps their size. Images smaller than the crop are always enlarged.
         cache_bytes: decoded images are kept in this process up to so many bytes.
         mirror: whether every second crop is mirrored.
+        reduction: images are resized by a factor drawn from this range (low, high), at most 1, before each crop; no
+            further than the crop's side.
         pairing: makes of a crop what the network sees, and its target; the crop is both unless given.
     """
 
@@ -71,10 +73,11 @@ class CropDataset:
         shorter_side: int | None = None,
         cache_bytes: int = 0,
         mirror: bool = True,
+        reduction: tuple[float, float] = (1.0, 1.0),
         pairing: Pairing | None = None,
     ) -> None:
         self.source, self.seed, self.resolution, self.shorter_side = source, seed, resolution, shorter_side
-        self.mirror, self.pairing = mirror, pairing
+        self.mirror, self.reduction, self.pairing = mirror, reduction, pairing
         self.cache: dict[int, Pixels] = {}
         self.cache_left = cache_bytes
         self.known_bad: dict[int, str] = {}
@@ -111,11 +114,13 @@ class CropDataset:
         return pixels
 
     def crop(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
-        """A crop (R, R, C); `rng` draws its place, and whether it is mirrored."""
+        """A crop (R, R, C); `rng` draws its place, whether it is mirrored, and how far the image is reduced."""
         height, width = pixels.shape[:2]
         target = max(self.shorter_side or min(height, width), self.resolution)
         side = self.resolution * min(height, width) / target  # in pixels of this image; below R it is enlarged
-        along, across, mirror = rng.random(3)
+        along, across, mirror, reduced = rng.random(4)
+        low, high = self.reduction
+        side = min(side / (low + (high - low) * reduced), max(side, min(height, width)))
         if side == self.resolution:
             top, left = int(along * (height - self.resolution + 1)), int(across * (width - self.resolution + 1))
             crop = pixels[top : top + self.resolution, left : left + self.resolution]

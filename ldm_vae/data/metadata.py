@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import ExifTags, Image
@@ -18,8 +18,11 @@ LAYOUT_TAGS = frozenset(
     + [*range(338, 342), 347, *range(512, 522), *range(529, 533), 700, 33723, 34377, 34675]
 )
 """What a TIFF says of how it is stored, with orientation (274) and metadata in other formats: not the image's."""
+DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop)
 SIZE_TAGS = frozenset((4097, 4098, 40962, 40963))
 """Width and height within EXIF: of the file that was, before it was turned or resized."""
+RAW_EXIF = "Raw profile type exif"
+"""The text in which ImageMagick writes EXIF into a PNG."""
 XMP_KEY = "XML:com.adobe.xmp"
 
 
@@ -43,21 +46,30 @@ class Metadata:
 NO_METADATA = Metadata()
 
 
-def metadata_of(image: Image.Image, data: bytes = b"") -> Metadata:
-    """Of PIL's image, and of the file that it was read from; nothing for what cannot be read.
-
-    Args:
-        data: the file's bytes, for what PIL passes over: the cICP of a PNG.
-    """
-    info = image.info
+def metadata_of(image: Image.Image) -> Metadata:
+    """Of PIL's image; nothing for what cannot be read: the pixels are what counts."""
     try:
         exif = image.getexif().tobytes()  # a copy: the image's own stays as it is
     except Exception:
-        exif = info.get("exif") or b""
+        exif = image.info.get("exif") or b""
+    return cleaned(replace(stored_metadata(image, b""), exif=exif))
+
+
+def cleaned(metadata: Metadata) -> Metadata:
+    """With EXIF as `Metadata` has it, of one whose EXIF is as it was stored."""
+    return replace(metadata, exif=without_layout(metadata.exif))
+
+
+def stored_metadata(image: Image.Image, data: bytes) -> Metadata:
+    """Of a file that PIL has opened and of its bytes, with EXIF as it is stored there: to clean it takes longer."""
+    info = image.info
+    exif = data if image.format == "TIFF" else info.get("exif") or b""
+    if not exif and RAW_EXIF in info:
+        exif = image.getexif().tobytes()
     return Metadata(
         icc=info.get("icc_profile") or b"",
         cicp=png_cicp(data),
-        exif=without_layout(exif),
+        exif=exif,
         xmp=as_bytes(info.get("xmp") or info.get(XMP_KEY) or b""),
         text=texts_of(image),
         resolution=resolution_of(image),
@@ -94,40 +106,47 @@ def without_layout(exif: bytes) -> bytes:
 
     A tag that cannot be read or written goes alone; of a damaged block nothing stays.
     """
-    tags, kept = Image.Exif(), Image.Exif()
+    tags = Image.Exif()
     try:
         tags.load(exif)
-        numbers = sorted(set(tags) - LAYOUT_TAGS)
+        values = {tag: readable(tags, tag) for tag in sorted(set(tags) - LAYOUT_TAGS)}
     except Exception:  # damaged ones raise many kinds
         return b""
-    for tag in numbers:
-        value = readable(tags, tag)
-        if value is not None:
-            kept[tag] = value
-    return kept.tobytes().removeprefix(EXIF_PREFIX) if len(kept) else b""
+    values = {tag: value for tag, value in values.items() if value is not None}
+    try:
+        return written(values)
+    except Exception:  # of the writer, too
+        return written({tag: kept for tag, value in values.items() if (kept := writable(tag, value)) is not None})
+
+
+def written(values: dict[int, Any]) -> bytes:
+    tags = Image.Exif()
+    for tag, value in values.items():
+        tags[tag] = value
+    return tags.tobytes().removeprefix(EXIF_PREFIX) if values else b""
 
 
 def readable(tags: Image.Exif, tag: int) -> Any:
-    """A tag's value, or a directory's as a dictionary of its readable ones; None where there is nothing."""
+    """A tag's value, or a directory's as a dictionary; None where there is nothing."""
     try:
-        if tag in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop):
-            values = dict(tags.get_ifd(tag))
-            if ExifTags.IFD.Interop in values:
-                values[ExifTags.IFD.Interop] = readable(tags, ExifTags.IFD.Interop)
-            kept = {t: v for t, v in values.items() if t not in SIZE_TAGS and v is not None and is_writable(t, v)}
-            return kept or None
-        return tags[tag] if is_writable(tag, tags[tag]) else None
+        if tag not in DIRECTORIES:
+            return tags[tag]
+        values = dict(tags.get_ifd(tag))
+        if ExifTags.IFD.Interop in values:
+            values[ExifTags.IFD.Interop] = readable(tags, ExifTags.IFD.Interop)
+        return {t: value for t, value in values.items() if t not in SIZE_TAGS and value is not None} or None
     except Exception:
         return None
 
 
-def is_writable(tag: int, value: Any) -> bool:
-    alone = Image.Exif()
-    alone[tag] = value
+def writable(tag: int, value: Any) -> Any:
+    """A value, or what of a dictionary can be written as EXIF; None where nothing can."""
+    if isinstance(value, dict):
+        value = {t: kept for t, v in value.items() if (kept := writable(t, v)) is not None}
     try:
-        return len(alone.tobytes()) > 0
+        return value if written({tag: value}) else None
     except Exception:
-        return False
+        return None
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -5,35 +5,38 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ldm_vae.data import boxes, deep
-from ldm_vae.data.colour import fitting, from_inks, in_srgb
-from ldm_vae.data.image_files import EXTENSIONS, NUMPY, TIFF, is_heif, is_jpeg_xl
-from ldm_vae.data.images import Pixels, Sample, check_size, check_values, convert_channels, exact_channels, orient
+from ldm_vae.data.colour import fitting, in_srgb
+from ldm_vae.data.image_files import NUMPY, TIFF, is_heif, is_jpeg_xl
+from ldm_vae.data.images import (
+    ImageFile,
+    Pixels,
+    convert_channels,
+    exact_channels,
+    orient,
+)
 from ldm_vae.data.large import HEAD, head_of, large_png_metadata, read_large
-from ldm_vae.data.metadata import NO_METADATA, SIGNATURE, Metadata, metadata_of
+from ldm_vae.data.metadata import NO_METADATA, SIGNATURE, Metadata, cleaned, metadata_of
+from ldm_vae.data.pil import (
+    CONVERTED,
+    formats,
+    limits_are_ours,
+    notes_of,
+    orientation_in,
+    pil_pixels,
+    read_pil,
+    with_facts,
+)
 from ldm_vae.errors import BadImageError
 
 MAX_PIXELS = 100_000_000
-MAX_TEXT = 1 << 24
-"""Characters of a compressed text in a PNG: the workflows of generators are longer than PIL's limit."""
 MAX_JUNK = 1024
 """Bytes before the start of a JPEG that are skipped."""
-ORIENTATION = 274
-LEVELS = {"L;2": 85, "L;4": 17}
-"""By PIL's raw modes: what it multiplies grey of few bits with."""
-CONVERTED = {"CMYK": "CMYK", "LAB": "CIELAB"}
-"""By PIL's modes: colours that are converted, so that a profile describes the pixels no longer."""
-GAIN_MAPS = (b"http://ns.adobe.com/hdr-gain-map/", b"urn:iso:std:iso:ts:21496:-1")
-"""In the head of a JPEG that has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +60,6 @@ class ReadOptions:
 
 
 USUAL = ReadOptions()
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """What a file holds: `pixels` (H, W, C), what is written beside them, and what whoever reads it should hear."""
-
-    pixels: Pixels
-    metadata: Metadata = NO_METADATA
-    notes: tuple[str, ...] = ()
-
-    def as_sample(self, *, label: int | None, name: str) -> Sample:
-        return Sample(pixels=self.pixels, label=label, name=name, metadata=self.metadata, notes=self.notes)
 
 
 def read_image(
@@ -109,7 +100,9 @@ def read_image(
             if data.startswith(NUMPY):
                 return found if keep_alpha else replace(found, pixels=exact_channels(found.pixels, channels))
             found = in_its_colours(found, options)
-            return found if keep_alpha else ImageFile(convert_channels(found.pixels, channels), notes=found.notes)
+            if keep_alpha:
+                return replace(found, metadata=cleaned(found.metadata))
+            return ImageFile(convert_channels(found.pixels, channels), notes=found.notes)
     except BadImageError:
         raise
     except MemoryError:
@@ -219,7 +212,8 @@ def large_metadata(file: bytes | Path, head: bytes) -> tuple[Metadata, tuple[str
             limits_are_ours(),
             Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats()) as image,
         ):
-            return metadata_of(image), (*notes, *notes_of(image, head))
+            metadata, notes = metadata_of(image), (*notes, *notes_of(image, head))
+            return with_facts(metadata, notes, boxes.facts_of(head)) if image.format == "AVIF" else (metadata, notes)
     except Exception:  # the pixels are what counts
         return NO_METADATA, ()
 
@@ -267,7 +261,7 @@ def decode_tiff(data: bytes, channels: int, max_pixels: int, options: ReadOption
 def decode_pil(data: bytes, max_pixels: int) -> ImageFile:
     """A JPEG is read past what stands before its start, and without its end marker if all pixels are there."""
     try:
-        return open_and_decode(data, max_pixels)
+        return read_pil(data, max_pixels)
     except UnidentifiedImageError:
         start = data.find(deep.START_OF_IMAGE, 1, MAX_JUNK + len(deep.START_OF_IMAGE))
         if start < 0:
@@ -278,84 +272,8 @@ def decode_pil(data: bytes, max_pixels: int) -> ImageFile:
         whole = data + deep.END_OF_IMAGE
         if not data.startswith(deep.START_OF_IMAGE) or not deep.is_whole_jpeg(whole):
             raise
-        found = open_and_decode(whole, max_pixels)
+        found = read_pil(whole, max_pixels)
         return replace(found, notes=(*found.notes, "the JPEG has no end marker; its pixels are whole"))
-
-
-def open_and_decode(data: bytes, max_pixels: int) -> ImageFile:
-    with limits_are_ours(), Image.open(io.BytesIO(data), formats=formats()) as image:
-        check_size(*image.size, max_pixels)
-        scale_transparency(image)
-        notes = notes_of(image, data)
-        image.load()
-        metadata = metadata_of(image, data)
-        turned = orientation_of(image)
-        kind = image.format
-        if kind == "PNG" and data[24] == 16:  # bits, in IHDR; PIL would cut colours to 8
-            return ImageFile(orient(deep.read_deep_png(data), turned), metadata, notes)
-        if kind == "JPEG2000":
-            bits = deep.jpeg_2000_bits(data, max_pixels)
-            if bits not in (None, 8):
-                return ImageFile(orient(deep.read_deep_jpeg_2000(data, bits), turned), metadata, notes)
-        if kind == "AVIF":
-            facts = boxes.facts_of(data)
-            metadata = replace(metadata, cicp=None if metadata.icc else facts.cicp)
-            notes += ("its gain map (HDR) was left out",) * facts.gain_map
-            if facts.bits > 8:
-                return ImageFile(orient(deep.read_deep_avif(data, facts.bits), turned), metadata, notes)
-        if image.mode in CONVERTED:
-            notes += (f"its {CONVERTED[image.mode]} colours were converted to sRGB",)
-            metadata = replace(metadata, icc=b"")
-        return ImageFile(pil_pixels(image), metadata, notes)
-
-
-def notes_of(image: Image.Image, data: bytes) -> tuple[str, ...]:
-    """What of a file is not in its first image. TIFF's pages are counted elsewhere."""
-    try:
-        count = 1 if image.format == "TIFF" else getattr(image, "n_frames", 1)
-    except Exception:  # the others are damaged
-        count = 1
-    if image.format in ("JPEG", "MPO"):
-        if any(mark in data[:HEAD] for mark in GAIN_MAPS):
-            return ("its gain map (HDR) was left out",)
-        return (f"image 1 of {count}",) if count > 1 else ()
-    return (f"1 of {count} frames",) if count > 1 else ()
-
-
-def orientation_of(image: Image.Image) -> int:
-    """By EXIF, 1 to 8; 1 where it says nothing."""
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged
-        return 1
-
-
-def orientation_in(exif: bytes) -> int:
-    tags = Image.Exif()
-    try:
-        tags.load(exif)
-        return int(tags.get(ORIENTATION, 1))
-    except Exception:  # damaged
-        return 1
-
-
-@contextmanager
-def limits_are_ours() -> Iterator[None]:
-    """In here PIL opens images of any size. It is PIL's global, so not for two threads at once."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    text, PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_CHUNK, MAX_TEXT
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limit, text
-
-
-@cache
-def formats() -> list[str]:
-    """PIL's names of what our extensions say: of its other decoders one, PostScript's, runs a program."""
-    return sorted(
-        {kind for ending, kind in Image.registered_extensions().items() if ending in EXTENSIONS} & set(Image.OPEN)
-    )
 
 
 def from_pil(image: Image.Image, options: ReadOptions = USUAL) -> ImageFile:
@@ -364,33 +282,3 @@ def from_pil(image: Image.Image, options: ReadOptions = USUAL) -> ImageFile:
     if image.mode in CONVERTED:
         metadata = replace(metadata, icc=b"")
     return in_its_colours(ImageFile(pil_pixels(image), metadata), options)
-
-
-def scale_transparency(image: Image.Image) -> None:
-    """Of a PNG of 2, 4 or 16 bits that is not loaded yet: PIL scales its values to 8 and not the transparent one."""
-    tiles = getattr(image, "tile", []) if image.format == "PNG" else []
-    raw = str(tiles[0].args) if tiles else ""
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int) and raw in LEVELS:
-        image.info["transparency"] = min(transparent * LEVELS[raw], 255)
-    elif isinstance(transparent, tuple) and raw == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in transparent)
-
-
-def pil_pixels(image: Image.Image) -> Pixels:
-    """A PIL image, upright, with as many channels as it has: uint8, uint16, or float32 in [0, 1]."""
-    scale_transparency(image)
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode == "CMYK":
-        return from_inks(np.asarray(upright), image.info.get("icc_profile") or b"")
-    if upright.mode.startswith("I"):  # 16 bits, or 32 that hold 16
-        values = np.asarray(upright)[:, :, None]
-        if values.min() < 0 or values.max() > 65535:
-            raise BadImageError(f"integers from {values.min()} to {values.max()}: at most 16 bits are read")
-        return values.astype(np.uint16)
-    if upright.mode == "F":
-        return check_values(np.asarray(upright)[:, :, None])
-    transparent = upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info
-    if upright.mode in ("1", "L", "LA", "La"):
-        return np.atleast_3d(np.asarray(upright.convert("LA" if transparent else "L")))
-    return np.asarray(upright.convert("RGBA" if transparent else "RGB"))

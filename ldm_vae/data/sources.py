@@ -114,6 +114,54 @@ class PartSource:
         return self.source[self.index_of(index)]
 
 
+@dataclass(frozen=True)
+class MixSource:
+    """Several sources as one, in which an image of the one with weight 2 is there twice."""
+
+    sources: tuple[Source, ...]
+    weights: tuple[int, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return ()
+
+    def __len__(self) -> int:
+        return sum(len(source) * weight for source, weight in zip(self.sources, self.weights, strict=True))
+
+    def place(self, index: int) -> tuple[Source, int]:
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            if index < len(source) * weight:
+                return source, index % len(source)
+            index -= len(source) * weight
+        raise IndexError(index)
+
+    def name(self, index: int) -> str:
+        source, place = self.place(index)
+        return source.name(place)
+
+    def fingerprint(self) -> str:
+        return digest_of([str(weight) for weight in self.weights], [source.fingerprint() for source in self.sources])
+
+    def __getitem__(self, index: int) -> Sample:
+        source, place = self.place(index)
+        return source[place]
+
+
+def open_mix(paths: Iterable[str], open_one: Callable[[str], Source]) -> Source:
+    """The images of one or several paths, of which `PATH:2` counts each image twice.
+
+    Args:
+        open_one: opens a path, such as `open_source`.
+    """
+    sources, weights = [], []
+    for path in paths:
+        name, colon, weight = path.rpartition(":")
+        weighted = bool(colon) and weight.isdecimal() and int(weight) > 0
+        sources.append(open_one(name if weighted else path))
+        weights.append(int(weight) if weighted else 1)
+    return sources[0] if len(sources) == 1 else MixSource(tuple(sources), tuple(weights))
+
+
 def every_tenth(index: int) -> int:
     return index * HELD_OUT_EVERY
 

@@ -14,7 +14,7 @@ from tifffile import PHOTOMETRIC
 
 from ldm_vae.data.colour import from_inks, from_lab
 from ldm_vae.data.images import Pixels, check_size, check_values, full_scale, orient, rounded, white
-from ldm_vae.data.metadata import Metadata, as_bytes, without_layout
+from ldm_vae.data.metadata import Metadata, as_bytes
 from ldm_vae.errors import BadImageError
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of a damaged file it says a line for every tag
@@ -210,9 +210,7 @@ def tiff_metadata(data: bytes, page: tifffile.TiffPage) -> Metadata:
         resolution = x / x_per * unit, y / y_per * unit
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         resolution = None
-    return Metadata(
-        icc=bytes(values["icc"]), exif=without_layout(data), xmp=as_bytes(values["xmp"]), resolution=resolution
-    )
+    return Metadata(icc=bytes(values["icc"]), exif=data, xmp=as_bytes(values["xmp"]), resolution=resolution)
 
 
 def count_pages(image_file: bytes | Path) -> int:
