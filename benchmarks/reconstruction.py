@@ -39,6 +39,9 @@ from ldm_vae.runs.config import Range, check_ranges, parse_flags
 from ldm_vae.runs.processes import PATIENCE
 from ldm_vae.timing import peak_memory_of, seconds_of
 
+TIMED_SECONDS = 1.0
+"""For which encoding, and decoding, is repeated."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -114,8 +117,8 @@ def measure_cost(vae: Any, config: Config, device: torch.device) -> Row:
     images = torch.zeros(1, channels_of(vae), side, side, device=device)
     with torch.inference_mode():
         latents = encode_moments(vae, images).chunk(2, dim=1)[0]
-        encode = seconds_of(lambda: encode_moments(vae, images), device=device, seconds=1.0)
-        decode = seconds_of(lambda: vae.decode(latents), device=device, seconds=1.0)
+        encode = seconds_of(lambda: encode_moments(vae, images), device=device, seconds=TIMED_SECONDS)
+        decode = seconds_of(lambda: vae.decode(latents), device=device, seconds=TIMED_SECONDS)
         memory = peak_memory_of(lambda: reconstruct(vae, images), device=device)
     return {
         "parameters": sum(p.numel() for p in vae.parameters()),

@@ -18,10 +18,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a network
 
 
 @pytest.fixture(scope="session", autouse=True)
-def small_grids() -> None:
-    from tests.processes import few_sampling_steps  # not before the hub's library is told to stay offline
+def in_a_hurry() -> None:
+    from tests.processes import hurry  # not before the hub's library is told to stay offline
 
-    few_sampling_steps()
+    hurry()
 
 
 @pytest.fixture(autouse=True)

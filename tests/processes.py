@@ -97,7 +97,7 @@ def run_forked(job: Callable[..., None], args: tuple[Any, ...], environment: dic
         os.dup2(os.open(said.with_suffix(end), os.O_CREAT | os.O_WRONLY), descriptor)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    few_sampling_steps()
+    hurry()
     with one_line_errors():
         job(*args)
 
@@ -112,11 +112,13 @@ def run_script(script: str, *words: str) -> None:
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def few_sampling_steps() -> None:
-    """Of the grids that diffusion runs draw: what they show after a few training steps is nothing yet."""
-    from training import train_diffusion  # late: the hub's library is told to stay offline before
+def hurry() -> None:
+    """Little time for what no test looks at: grids of untrained denoisers, and the seconds of a reconstruction."""
+    from benchmarks import reconstruction  # late: the hub's library is told to stay offline before
+    from training import train_diffusion
 
     train_diffusion.SAMPLE_STEPS = 2
+    reconstruction.TIMED_SECONDS = 0.01
 
 
 def run_until_killed(job: Callable[..., None], *args: Any) -> None:

@@ -56,14 +56,14 @@ def test_figures_depend_on_neither_company_nor_processes_and_are_scikit_images(
     shared: dict[str, Any] = {"vae": (str(vae),), "data": str(photos), "resolution": 48}
     shared |= {"perceptual": "random", "lpips_backbone": "squeeze"}
     torch.set_num_threads(1)  # as in the launched processes: sums in the same order
-    for num_images in (1, 3, 8, 12):
+    for num_images in (1, 5, 12):
         main(Config(output=tmp_path / f"{num_images}", num_images=num_images, **shared))
     done = launch(main, Config(output=tmp_path / "two", **shared), processes=2)
     assert done.returncode == 0, done.stderr
 
     reference = rows(tmp_path / "12")
     assert len(reference) == 12
-    for other in ("1", "3", "8"):
+    for other in ("1", "5"):
         assert rows(tmp_path / other) == reference[: int(other)]
     assert rows(tmp_path / "two") == reference
 
