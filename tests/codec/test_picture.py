@@ -9,8 +9,10 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms
 
+from ldm_vae import pillow_plugin
 from ldm_vae.codec import transparency
 from ldm_vae.codec.bitstream import ALPHA, METADATA
+from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.picture import Picture, as_picture, encode_picture, read_picture
 from ldm_vae.codec.sections import inflate, pack_metadata, pack_sections, unpack_alpha, unpack_metadata
 from ldm_vae.codec.transparency import smooth_transparent
@@ -252,6 +254,26 @@ def test_how_a_tiff_is_stored_is_not_kept_as_exif() -> None:
     part = Picture(pixels=read.pixels[:4, :5], metadata=read.metadata)
     with Image.open(io.BytesIO(encode_picture(part, ".tif"))) as again:
         assert np.array_equal(np.asarray(again), read.pixels[:4, :5])
+
+
+def test_pillow_saves_and_opens_with_metadata_and_smooth_colours_where_nothing_is_seen(
+    codec: LatentCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(pillow_plugin.state, "codec", codec)
+    values = np.random.default_rng(0).integers(0, 256, (40, 40, 4), np.uint8)
+    values[:, :, 3] = 0
+    values[:16, :16] = 100
+    image = Image.fromarray(values)
+    image.info.update({"xmp": b"<x/>", "dpi": (300, 150), "icc_profile": b""})
+    smooth, exact = io.BytesIO(), io.BytesIO()
+    image.save(smooth, "LDI")
+    image.save(exact, "LDI", exact=True)
+    assert exact.getvalue() == codec.compress(image)
+    assert smooth.getvalue() == codec.compress(smooth_transparent(as_picture(image)))
+    assert len(smooth.getvalue()) < len(exact.getvalue())
+    with Image.open(smooth) as opened:
+        assert (opened.info["xmp"], opened.info["dpi"]) == (b"<x/>", (300, 150))
+        assert np.array_equal(np.asarray(opened)[:, :, 3], values[:, :, 3])
 
 
 def test_a_grey_image_loses_a_profile_for_colours() -> None:
