@@ -17,7 +17,7 @@ setup: .venv/installed
 
 # Another DATA than last time's starts anew; the same one goes on.
 demo: setup
-	@$(BIN)/python -c 'import json, sys; sys.exit(json.load(open(sys.argv[1]))["config"]["data"] != sys.argv[2])' \
+	@$(BIN)/python -c 'import json, sys; sys.exit(json.load(open(sys.argv[1]))["config"]["data"] != sys.argv[2:])' \
 		runs/demo/config.json "$(DATA)#train" 2> /dev/null || rm -rf runs/demo
 	$(BIN)/python training/train_vae.py demo --data "$(DATA)#train" --val-data "$(DATA)#held-out" --output runs/demo
 	$(BIN)/python benchmarks/reconstruction.py --vae runs/demo --data "$(DATA)#held-out" --num-images 100 --resolution 64 \

@@ -27,7 +27,7 @@ def test_the_demo_goes_on_with_the_data_that_it_was_begun_with(tmp_path: Path) -
     """What `make demo` asks before it clears its folder."""
     program = re.search(r"-c '(import json.*?)'", (ROOT / "Makefile").read_text())
     assert program is not None
-    config = replace(train_vae.PRESETS["demo"][1], data="Fotos ü's#train", output=tmp_path)
+    config = replace(train_vae.PRESETS["demo"][1], data=("Fotos ü's#train",), output=tmp_path)
     Run(tmp_path, config, free=(), main=True).release()
     for data, same in (("Fotos ü's#train", True), ("others#train", False)):
         done = subprocess.run(
@@ -44,7 +44,7 @@ def test_the_commands_of_the_demo_are_understood_and_each_takes_what_one_before_
     printed = dry_run.stdout.replace("\\\n", "")
     lines = [shlex.split(line)[1:] for line in printed.splitlines() if re.match(r"\S+python \w+/\w+\.py ", line)]
     train, measure, cache, diffuse, generate = (parsed(line)[1] for line in lines)
-    assert train.data == "Fotos ü's#train"
+    assert train.data == ("Fotos ü's#train",)
     assert train.val_data == measure.data == "Fotos ü's#held-out"
     assert measure.vae == (cache.vae,) == (str(train.output),)
     assert diffuse.latents == cache.output

@@ -52,6 +52,8 @@ class Config(ImageConfig):
     """Steer the rate's weight to so many bits per pixel, from --rate-weight on."""
     quality_range: Annotated[tuple[float, float], Range(above=0)] = (0.5, 4.0)
     """Qualities (the quantiser's step) that the model is trained for, one drawn for each image."""
+    reduction: Annotated[tuple[float, float], Range(above=0, at_most=1)] = (1.0, 1.0)
+    """Reduce images by a factor drawn from this range before each crop, which hides the artefacts of their JPEGs."""
     coarse_weight: Annotated[float, Range(at_least=0)] = 0.0
     """Times the squared error of images 1/4 and 1/8 as large, four and eight times: for a second run with --init."""
 
@@ -59,6 +61,8 @@ class Config(ImageConfig):
         super().check(num_processes)
         if self.quality_range[0] > self.quality_range[1]:
             raise ConfigError(f"--quality-range is {self.quality_range}: the lower number comes first")
+        if self.reduction[0] > self.reduction[1]:
+            raise ConfigError(f"--reduction is {self.reduction}: the lower number comes first")
         if self.init is not None and self.latent_channels is not None:
             raise ConfigError("--latent-channels makes a new network: leave out --init")
         if self.coarse_weight > 0 and self.resolution < max(losses.COARSE):
@@ -157,7 +161,7 @@ def main(config: Config) -> None:
     state = build(config, accelerator)
     vae = state.bare.vae
     loop = open_loop(config, state, source, accelerator)
-    crops = crops_of(source, vae, config)
+    crops = crops_of(source, vae, config, reduction=config.reduction)
     images = validation_set(loop, val_source, config, vae)
     with loop:
         for _, batches in loop.steps(crops, collate):

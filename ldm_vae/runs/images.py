@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 
 from ldm_vae.data.corruption import Pairing
 from ldm_vae.data.loader import CropDataset
-from ldm_vae.data.sources import Source, check_outside, open_source
+from ldm_vae.data.sources import Source, check_outside, open_mix, open_source
 from ldm_vae.errors import ConfigError
 from ldm_vae.models.interface import SCALE, channels_of, check_resolution, has_vector, patch_norm_of, stride_of
 from ldm_vae.runs.config import Range, RunConfig
@@ -21,8 +22,9 @@ from ldm_vae.runs.loop import start
 class ImageConfig(RunConfig):
     """Flags of every trainer that reads images."""
 
-    data: str = tyro.MISSING
-    """Image folder, .zip, tar shards, Hugging Face dataset, or procedural:NAME."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Image folder, .zip, tar shards, Hugging Face dataset, or procedural:NAME. Several times for several; of PATH:2,
+    each image counts twice."""
     val_data: str | None = None
     """Images for the sample grid and the validation PSNR; the first of --data unless given."""
     resolution: Annotated[int, Range(at_least=1)] = 256
@@ -38,6 +40,11 @@ class ImageConfig(RunConfig):
     architecture: tyro.conf.Suppress[str] = "f8c4"
     init: str | None = None
     """Start from this autoencoder (run, diffusers folder or hub id) instead of the preset's network."""
+
+    def check(self, num_processes: int) -> None:
+        if not self.data:
+            raise ConfigError("--data is missing: name a folder of images")
+        super().check(num_processes)
 
     @property
     def side(self) -> int:
@@ -58,11 +65,11 @@ def start_on_images(config: Config) -> tuple[Config, Accelerator, Source, Source
     config, accelerator = start(config)
     if accelerator.is_fsdp2:
         raise ConfigError("an autoencoder is not divided among processes: launch without FSDP")
-    check_outside(config.output, config.data, flag="--data")
-    source = open_source(config.data, channels=config.channels, resolution=config.side)
-    if config.val_data is None:
-        return config, accelerator, source, source
-    return config, accelerator, source, open_source(config.val_data, channels=config.channels, resolution=config.side)
+    open_one = partial(open_source, channels=config.channels, resolution=config.side)
+    for path in config.data:
+        check_outside(config.output, path, flag="--data")
+    source = open_mix(config.data, open_one)
+    return config, accelerator, source, source if config.val_data is None else open_one(config.val_data)
 
 
 def check_network(vae: Any, config: ImageConfig) -> None:
@@ -84,7 +91,13 @@ def forget_scale(vae: Any) -> None:
 
 
 def crops_of(
-    source: Source, vae: Any, config: ImageConfig, *, pairing: Pairing | None = None, whole_images: bool = False
+    source: Source,
+    vae: Any,
+    config: ImageConfig,
+    *,
+    pairing: Pairing | None = None,
+    whole_images: bool = False,
+    reduction: tuple[float, float] = (1.0, 1.0),
 ) -> CropDataset:
     """Random crops for an autoencoder; whole images, resized to the crop's side, where it makes one vector of them."""
     whole_images = whole_images or has_vector(vae)
@@ -95,5 +108,6 @@ def crops_of(
         shorter_side=config.side if whole_images else config.shorter_side,
         cache_bytes=int(config.cache_gib * 2**30) // max(config.loader_processes, 1),
         mirror=config.mirror,
+        reduction=reduction,
         pairing=pairing,
     )

@@ -76,6 +76,22 @@ def test_resizing_first_changes_the_scale_of_the_crop(tmp_path: Path) -> None:
     assert steps[64] == pytest.approx(4 * steps[None], rel=0.05)
 
 
+def test_reduction_draws_a_scale_for_each_crop_and_never_enlarges(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 256).astype(np.uint8)
+    Image.fromarray(np.broadcast_to(ramp[None, :, None], (96, 256, 3)).copy()).save(tmp_path / "ramp.png")
+    source = open_source(str(tmp_path))
+
+    def steps(low: float, high: float) -> np.ndarray:
+        crops = CropDataset(source, seed=0, resolution=32, reduction=(low, high))
+        images = [crops[position].image for position in range(40)]
+        return np.array([abs(float(image[0, 0, -1] - image[0, 0, 0])) for image in images if image is not None])
+
+    once = steps(1, 1)
+    drawn = steps(0.5, 1) / once
+    assert 0.98 < drawn.min() < 1.15 < 1.8 < drawn.max() < 2.05
+    assert steps(0.1, 0.1) / once == pytest.approx(3, rel=0.06)  # the image is only three crops high
+
+
 def test_bad_images_are_named_and_their_place_is_taken_by_a_good_one(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20), "red").save(tmp_path / "good.png")
     for i in range(5):

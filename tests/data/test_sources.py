@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import zipfile
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 from ldm_vae.data.hugging_face import HuggingFaceSource
 from ldm_vae.data.procedural import SHAPES
 from ldm_vae.data.reader import ImageReader
-from ldm_vae.data.sources import check_outside, open_source
+from ldm_vae.data.sources import check_outside, open_mix, open_source
 from ldm_vae.errors import BadImageError, ConfigError, DataError
 
 
@@ -234,6 +235,18 @@ def test_held_out_and_train_are_disjoint_and_together_everything(photos: Path) -
     assert len(names["held-out"]) == 2
     endless = open_source("procedural:dead-leaves#held-out", resolution=16)
     assert np.array_equal(endless[5].pixels, open_source("procedural:dead-leaves", resolution=16)[50].pixels)
+
+
+def test_a_mix_counts_the_images_of_a_path_as_often_as_it_says(photos: Path) -> None:
+    mix = open_mix([f"{photos}#train", f"{photos}#held-out:3"], open_source)
+    train, held_out = open_source(f"{photos}#train"), open_source(f"{photos}#held-out")
+    names = [mix.name(i) for i in range(len(mix))]
+    assert Counter(names) == Counter(map(train.name, range(len(train)))) + Counter(
+        {held_out.name(i): 3 for i in range(len(held_out))}
+    )
+    assert np.array_equal(mix[len(mix) - 1].pixels, held_out[len(held_out) - 1].pixels)
+    assert mix.fingerprint() != open_mix([f"{photos}#train", f"{photos}#held-out:2"], open_source).fingerprint()
+    assert open_mix([str(photos)], open_source).fingerprint() == open_source(str(photos)).fingerprint()
 
 
 @pytest.mark.parametrize("name", ["dead-leaves", "shapes"])

@@ -74,7 +74,7 @@ def test_fsdp_is_of_version_2_and_for_the_denoiser_alone(monkeypatch: pytest.Mon
     launched(2)
     assert start(config)[1].is_fsdp2
     with pytest.raises(ConfigError, match="an autoencoder is not divided among processes"):
-        train_vae.main(replace(train_vae.PRESETS["demo"][1], output=tmp_path, data="procedural:shapes"))
+        train_vae.main(replace(train_vae.PRESETS["demo"][1], output=tmp_path, data=("procedural:shapes",)))
 
 
 @pytest.mark.parametrize("trainer", [train_vae, train_codec, train_autoencoder, train_diffusion])

@@ -35,7 +35,7 @@ DATA = "procedural:dead-leaves#train"
 
 
 def config_for(preset: str, output: Path, **changes: Any) -> Config:
-    small = {"data": DATA, "output": output, "resolution": 32, "batch_size": 8, "warmup_steps": 2, "steps": 60}
+    small = {"data": (DATA,), "output": output, "resolution": 32, "batch_size": 8, "warmup_steps": 2, "steps": 60}
     quiet = {"num_workers": 0, "log_every": 10, "sample_every": 1000, "checkpoint_every": 1000, "tracker": "none"}
     return replace(PRESETS[preset][1], **{**small, **quiet, "mixed_precision": "no", **changes})
 
@@ -157,7 +157,7 @@ def smooth_photos(folder: Path, count: int, seed: int) -> str:
 def test_what_finds_blemishes_finds_them_on_images_it_never_saw(tmp_path: Path) -> None:
     data = smooth_photos(tmp_path / "good", 40, seed=0)
     run = tmp_path / "run"
-    main(config_for("find", run, data=data, channels=1, steps=400, learning_rate=2e-3, ema_decay=0.9))
+    main(config_for("find", run, data=(data,), channels=1, steps=400, learning_rate=2e-3, ema_decay=0.9))
     vae = load_network(str(run))
     source = open_source(smooth_photos(tmp_path / "others", 12, seed=1), channels=1)
     inside, outside = [], []
@@ -174,12 +174,12 @@ def test_what_finds_blemishes_finds_them_on_images_it_never_saw(tmp_path: Path) 
     assert (run / "samples" / "step-400.png").exists()
     with pytest.raises(ModelError, match="gives no images: it is for `ldm-vae anomaly`"):
         load_autoencoder(str(run))
-    again = config_for("plain", tmp_path / "again", data=data, channels=1, init=str(run), posterior="gaussian")
+    again = config_for("plain", tmp_path / "again", data=(data,), channels=1, init=str(run), posterior="gaussian")
     with pytest.raises(ModelError, match="gives no images"):
         main(again)
-    main(config_for("plain", tmp_path / "plain", data=data, channels=1, steps=1))
+    main(config_for("plain", tmp_path / "plain", data=(data,), channels=1, steps=1))
     with pytest.raises(ConfigError, match="plain does not find blemishes: leave out --init"):
-        main(config_for("find", tmp_path / "again", data=data, channels=1, init=str(tmp_path / "plain")))
+        main(config_for("find", tmp_path / "again", data=(data,), channels=1, init=str(tmp_path / "plain")))
 
 
 def test_a_finished_run_is_extended_on_the_longer_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,7 @@ def test_a_step_does_not_depend_on_how_its_batch_is_split() -> None:
 
 
 def config_for(preset: str, output: Path, **changes: Any) -> Config:
-    small = {"data": "procedural:dead-leaves", "output": output, "resolution": 32, "batch_size": 4, "steps": 3}
+    small = {"data": ("procedural:dead-leaves",), "output": output, "resolution": 32, "batch_size": 4, "steps": 3}
     quiet = {"num_workers": 0, "log_every": 1, "sample_every": 1000, "checkpoint_every": 1, "tracker": "none"}
     return replace(PRESETS[preset][1], **small | quiet | {"warmup_steps": 1, "mixed_precision": "no"} | changes)
 

@@ -56,7 +56,7 @@ def config_for(photos: Path, output: Path, **changes: Any) -> Config:
     """Every loss on, both networks, small and exact: 6 steps of 8 crops of 32x32, a checkpoint each second step."""
     base = replace(
         DEMO,
-        data=str(photos),
+        data=(str(photos),),
         output=output,
         steps=6,
         batch_size=8,
@@ -621,7 +621,7 @@ def test_it_learns(tmp_path: Path) -> None:
     """A few seconds of training reconstructs dead leaves it has not seen far better than their mean colour would."""
     config = replace(
         DEMO,
-        data="procedural:dead-leaves#train",
+        data=("procedural:dead-leaves#train",),
         val_data="procedural:dead-leaves#held-out",
         output=tmp_path / "run",
         steps=150,
