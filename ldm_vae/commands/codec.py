@@ -48,6 +48,9 @@ class Compress(Transfer):
     only_if_smaller: bool = False
     """Of a folder's files, copy those that would not become smaller."""
 
+    def options(self) -> ReadOptions:
+        return ReadOptions(keep_colour=True, pages_as_channels=self.pages_as_channels, value_range=self.value_range)
+
     def results(self) -> list[Path]:
         """What one file may become: with `only_if_smaller` also a copy, beside the others, by its own name."""
         target = Path(self.output)
@@ -89,9 +92,7 @@ def compress_file(command: Compress) -> str | None:
         file,
         channels=codec.network.channels,
         max_pixels=command.max_pixels,
-        options=ReadOptions(
-            keep_colour=True, pages_as_channels=command.pages_as_channels, value_range=command.value_range
-        ),
+        options=command.options(),
         scratch=scratch,
         notes=notes,
     )
@@ -169,7 +170,8 @@ def compress(command: Compress) -> None:
     targets = command.target_bpp, command.target_psnr, command.target_size
     if sum(target is not None for target in targets) + (command.quality != 1.0) > 1:
         raise ConfigError("give one of --quality, --target-bpp, --target-psnr and --target-size")
-    num_bytes(command.target_size)
+    num_bytes(command.target_size)  # what is wrong with a flag is said once
+    command.options()
     if not Path(command.input).is_dir():
         target = Path(command.output)
         if target.suffix.lower() != EXTENSION and not (is_nameless(command.output) or target.is_dir() or command.force):
@@ -188,7 +190,7 @@ def decompress(command: Decompress) -> None:
 
 def info(command: Info) -> None:
     from ldm_vae.codec.picture import named
-    from ldm_vae.codec.sections import unpack_sections
+    from ldm_vae.codec.sections import unpack_metadata
 
     data = read(command.file)
     contents = bitstream.unpack(data, limits=Limits(max_pixels=1 << 64, max_side=1 << 32))
@@ -197,7 +199,7 @@ def info(command: Info) -> None:
             contents.read(part)
         except CompressedFileError as error:
             bitstream.report(error, part.name, None)
-    header = contents.header
+    header, metadata = contents.header, contents.sections.get(bitstream.METADATA)
     facts = {
         "size": f"{header.width} x {header.height} pixels, {header.colours} channels of {header.depth} bits",
         "bits per pixel": f"{8 * len(data) / (header.width * header.height):.4f} ({len(data)} bytes)",
@@ -205,7 +207,7 @@ def info(command: Info) -> None:
         "latents": f"{header.channels} channels, stride {1 << header.log2_stride}",
         "tiles": f"{len(contents.tiles)} of up to {1 << header.log2_tile} latents a side",
         "beside": ", ".join(f"{p.name} ({p.end - p.begin} bytes)" for p in contents.sections.values()) or "nothing",
-        "metadata": ", ".join(named(unpack_sections(contents, None)[1])) or "none",
+        "metadata": ", ".join(named(unpack_metadata(contents.read(metadata))) if metadata else []) or "none",
         "model": header.model.hex(),
     }
     for name, fact in facts.items():

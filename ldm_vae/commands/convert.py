@@ -27,7 +27,7 @@ from ldm_vae.data.images import Pixels, Sample, convert_channels
 from ldm_vae.data.large import MAX_LARGE_PIXELS, let_go
 from ldm_vae.data.png import stream_png
 from ldm_vae.data.reader import ReadOptions
-from ldm_vae.data.sources import check_finite, check_outside, open_source
+from ldm_vae.data.sources import Source, check_finite, check_outside, open_source
 from ldm_vae.errors import BadImageError, nothing_usable
 from ldm_vae.files import atomic, check_writable, write_bad_images
 from ldm_vae.models.interface import channels_of, fingerprint
@@ -77,6 +77,21 @@ def prepare(config: ConvertConfig) -> tuple[Any, Accelerator, dict[str, str]]:
     return vae, accelerator, {"model": fingerprint(vae), "tiles": tiles}
 
 
+def open_images(config: ConvertConfig, channels: int, scratch: Path | None) -> Source:
+    """As they are stored, with transparency and metadata. Raises ConfigError, DataError."""
+    source = open_source(
+        config.input,
+        channels=channels,
+        keep_alpha=True,
+        max_pixels=config.max_pixels,
+        options=config.options(),
+        scratch=scratch,
+    )
+    check_finite(source, config.input, None)
+    check_outside(config.output, config.input, flag="--input")
+    return source
+
+
 def convert_images(
     config: ConvertConfig,
     vae: Any,
@@ -103,17 +118,7 @@ def convert_images(
     """
     channels, reach = channels_of(vae), reach_of(vae)
     check_viewable(channels)
-    scratch = None if reach is None else config.output
-    source = open_source(
-        config.input,
-        channels=channels,
-        keep_alpha=True,
-        max_pixels=config.max_pixels,
-        options=config.options(),
-        scratch=scratch,
-    )
-    check_finite(source, config.input, None)
-    check_outside(config.output, config.input, flag="--input")
+    source = open_images(config, channels, scratch=None if reach is None else config.output)
     check_writable(config.output)
     names = numbered(source.name(i) for i in range(len(source)))
     files = result_names(names, ".png")
@@ -124,9 +129,12 @@ def convert_images(
     def convert(index: int) -> str | None:
         if not stays_inside(files[index]):
             raise BadImageError("its name leads out of the output's folder")
+        target = config.output / files[index]
+        if target.is_symlink():
+            check_outside(target, config.input, flag="--input")
         way = partial(through, function, channels=channels, device=accelerator.device)
         text = {"image": names[index], **settings}
-        return convert_image(source[index], config.output / files[index], way, channels, reach, text, config.strict)
+        return convert_image(source[index], target, way, channels, reach, text, config.strict)
 
     jobs = {names[index_of[file]]: index_of[file] for file in own_files}
     failures = run_jobs(convert, jobs, errors=(BadImageError,), show=accelerator.is_main_process)

@@ -20,7 +20,7 @@ from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.metadata import Metadata
 from ldm_vae.data.reader import read_pixels
 from ldm_vae.data.shards import build_index, shards_of
-from ldm_vae.errors import RunError, one_line_errors
+from ldm_vae.errors import ConfigError, RunError, one_line_errors
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.interface import fingerprint
 from ldm_vae.models.loading import load_autoencoder
@@ -164,6 +164,16 @@ def test_depth_transparency_and_metadata_go_along(vae: str, tmp_path: Path, caps
     main(Config(vae=vae, input=str(tmp_path / "in"), output=tmp_path / "strict", strict=True))
     assert made(tmp_path / "strict").keys() == {"deep.png"}
     assert "grey.png,its colour profile" in (tmp_path / "strict" / "bad_images.csv").read_text()
+
+
+def test_an_original_behind_a_link_among_the_outputs_is_not_written_over(vae: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "in" / "a.bmp")
+    (tmp_path / "out" / "a.png").symlink_to(tmp_path / "in" / "a.bmp")
+    with pytest.raises(ConfigError, match="inside --input"):
+        main(Config(vae=vae, input=str(tmp_path / "in"), output=tmp_path / "out"))
+    assert Image.open(tmp_path / "in" / "a.bmp").format == "BMP"
 
 
 def test_names_that_differ_by_their_extension_alone_keep_it() -> None:
