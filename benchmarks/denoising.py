@@ -28,6 +28,7 @@ from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.corruption import Corruption
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.order import Stream, generator_at
+from ldm_vae.data.reader import USUAL
 from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.data.squares import read_usable
 from ldm_vae.errors import ConfigError, one_line_errors
@@ -39,7 +40,7 @@ from ldm_vae.models.loading import check_device, load_autoencoder
 from ldm_vae.models.reconstruction import denoise
 from ldm_vae.progress import progress
 from ldm_vae.report import markdown_table, provenance, write_report
-from ldm_vae.runs.config import Range, check_ranges, parse_flags
+from ldm_vae.runs.config import Range, Reading, check_ranges, parse_flags
 
 Method = Callable[[Pixels, float], Pixels]
 """Noisy pixels and sigma -> pixels."""
@@ -60,6 +61,7 @@ class Config:
     num_tuning: Annotated[int, Range(at_least=1)] = 8
     device: str = "cpu"
     seed: int = 0
+    reading: Reading = USUAL
 
 
 def noisy(pixels: Pixels, sigma: float, index: int, seed: int) -> Pixels:
@@ -180,7 +182,7 @@ def main(config: Config) -> None:
     if channels_of(vae) != 3:
         raise ConfigError(f"{config.vae} takes images of {channels_of(vae)} channels: this benchmark is for colour")
     check_writable(config.output)
-    source, others = open_source(config.data), open_source(config.tune_on)
+    source, others = (open_source(path, options=config.reading) for path in (config.data, config.tune_on))
     check_finite(source, config.data, config.num_images)
     check_finite(others, config.tune_on, config.num_tuning)
     images = read_usable(source, config.num_images)

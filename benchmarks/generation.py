@@ -32,6 +32,7 @@ from ldm_vae.commands.resumable import CONTACT_SHEET
 from ldm_vae.data.conversion import to_pixels
 from ldm_vae.data.file_sources import FileSource
 from ldm_vae.data.images import Pixels, centre_square, convert_channels
+from ldm_vae.data.reader import USUAL
 from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.data.squares import shuffled_squares
 from ldm_vae.errors import ConfigError, DataError, one_line_errors
@@ -40,7 +41,7 @@ from ldm_vae.metrics import SMALLEST_SET, frechet_distance, kernel_distance, mea
 from ldm_vae.models.features import NetworkInput, load_features
 from ldm_vae.pipeline import LatentDiffusionPipeline, load_pipeline
 from ldm_vae.report import markdown_table, provenance, with_interval, write_report
-from ldm_vae.runs.config import Range, check_ranges, parse_flags
+from ldm_vae.runs.config import Range, Reading, check_ranges, parse_flags
 from ldm_vae.sampling import SCHEDULERS, make_scheduler, prediction_of
 from ldm_vae.timing import seconds_of
 
@@ -79,6 +80,7 @@ class Config:
     time_batch_size: Annotated[int, Range(at_least=1)] = 1
     time_seconds: float = 1.0
     """Least time for each measurement, after a warm-up; at least three calls are timed."""
+    reading: Reading = USUAL
 
 
 Row = dict[str, Any]
@@ -108,6 +110,7 @@ class Protocol:
         if self.extract.channels not in (None, self.channels):
             raise ConfigError(f"--channels is {self.channels}: {self.extract.name} takes {self.extract.channels}")
         self.resolution = config.resolution or self.extract.resolution or 256
+        self.reading = config.reading
         self.seed, self.batch_size = config.seed, config.batch_size
         self.bad_images: dict[str, dict[str, str]] = {}
         noise = np.random.default_rng(0).integers(256, size=(self.batch_size, *[self.resolution] * 2, self.channels))
@@ -115,7 +118,7 @@ class Protocol:
 
     def open(self, path: str) -> Source:
         """A source without the contact sheet that pipelines/generate.py puts beside its images."""
-        source = open_source(path, channels=self.channels, resolution=self.resolution)
+        source = open_source(path, channels=self.channels, resolution=self.resolution, options=self.reading)
         if isinstance(source, FileSource):
             source.names = [n for n in source.names if n != CONTACT_SHEET]
         return source

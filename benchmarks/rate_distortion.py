@@ -31,6 +31,7 @@ from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.search import bits_per_pixel
 from ldm_vae.data.conversion import to_images
 from ldm_vae.data.images import Pixels
+from ldm_vae.data.reader import USUAL
 from ldm_vae.data.sources import check_finite, open_source
 from ldm_vae.data.squares import read_usable
 from ldm_vae.data.workers import default_workers
@@ -41,7 +42,7 @@ from ldm_vae.metrics import bjontegaard_rate, mean_with_interval, ms_ssim, psnr,
 from ldm_vae.objectives.perceptual import PerceptualLoss
 from ldm_vae.progress import progress
 from ldm_vae.report import markdown_table, provenance, write_report
-from ldm_vae.runs.config import Range, check_ranges, parse_flags
+from ldm_vae.runs.config import Range, Reading, check_ranges, parse_flags
 from ldm_vae.timing import peak_memory_of
 
 Row = dict[str, Any]
@@ -87,6 +88,7 @@ class Config:
     show: float = 0.3
     """Bits per pixel of the images in the gallery."""
     device: str = "cpu"
+    reading: Reading = USUAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ def load_codecs(config: Config) -> list[Codec]:
 
 def load_images(config: Config) -> dict[str, Pixels]:
     """uint8 (H, W, 3) by name."""
-    source = open_source(config.data)
+    source = open_source(config.data, options=config.reading)
     check_finite(source, config.data, config.num_images)
     return {source.name(i): pixels for i, pixels in read_usable(source, config.num_images).items()}
 

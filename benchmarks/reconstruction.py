@@ -25,6 +25,7 @@ from PIL import Image
 
 from ldm_vae.data.conversion import as_uint8, to_images, to_pixels
 from ldm_vae.data.images import Pixels, centre_square
+from ldm_vae.data.reader import USUAL
 from ldm_vae.data.sources import BadImages, Source, check_finite, open_source, usable
 from ldm_vae.errors import ConfigError, nothing_usable, one_line_errors
 from ldm_vae.files import check_writable, write_bad_images, write_csv
@@ -35,7 +36,7 @@ from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.reconstruction import exact_float32, reconstruct
 from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
 from ldm_vae.report import markdown_table, provenance, with_interval, write_report
-from ldm_vae.runs.config import Range, check_ranges, parse_flags
+from ldm_vae.runs.config import Range, Reading, check_ranges, parse_flags
 from ldm_vae.runs.processes import PATIENCE
 from ldm_vae.timing import peak_memory_of, seconds_of
 
@@ -60,6 +61,7 @@ class Config:
     lpips_backbone: Backbone = "alex"
     gallery: int = 8
     """How many of the worst images the gallery shows."""
+    reading: Reading = USUAL
 
 
 Row = dict[str, Any]
@@ -171,7 +173,7 @@ def load_all(config: Config, device: torch.device) -> tuple[dict[str, Any], Sour
         raise ConfigError(f"the autoencoders take images of {sorted(channels)} channels: compare those that agree")
     if not config.full and any(config.resolution < stride_of(vae) for vae in vaes.values()):
         raise ConfigError(f"--resolution {config.resolution} is less than a model's stride")
-    source = open_source(config.data, channels=channels.pop(), resolution=config.resolution)
+    source = open_source(config.data, channels=channels.pop(), resolution=config.resolution, options=config.reading)
     check_finite(source, config.data, config.num_images)
     return vaes, source
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm_vae.data.reader import USUAL
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.files import check_writable, write_csv
@@ -25,7 +26,7 @@ from ldm_vae.grids import labelled_rows, validation_images, visible
 from ldm_vae.models.interface import channels_of, encode_moments, is_variational, posterior_of, side_for, stride_of
 from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.objectives.losses import kl_bits_per_channel
-from ldm_vae.runs.config import Range, check_ranges, parse_flags
+from ldm_vae.runs.config import Range, Reading, check_ranges, parse_flags
 
 STEPS = 8
 """Images in a row of a grid."""
@@ -52,6 +53,7 @@ class Config:
     num_samples: Annotated[int, Range(at_least=0)] = 0
     """Samples to write one by one."""
     seed: int = 0
+    reading: Reading = USUAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,7 @@ def main(config: Config) -> None:
     check_writable(config.output)
     vae = load_autoencoder(config.vae)
     side = side_for(vae, None) or max(config.resolution // stride_of(vae), 1) * stride_of(vae)
-    source = open_source(config.data, channels=channels_of(vae), resolution=side)
+    source = open_source(config.data, channels=channels_of(vae), resolution=side, options=config.reading)
     images, bad_images = validation_images(source, side=side, count=config.num_images, seed=config.seed)
     if len(images) < 2:
         raise ConfigError(f"{config.data} has one usable image: at least two are needed")

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ldm_vae.data.loader import with_tensors
+from ldm_vae.data.reader import USUAL
 from ldm_vae.data.sources import check_finite
 from ldm_vae.data.workers import default_workers, made_ahead
 from ldm_vae.errors import one_line_errors
@@ -39,7 +40,7 @@ from ldm_vae.latents.scaling import as_stored, put_statistics
 from ldm_vae.models.interface import encode_moments, fingerprint, latent_channels_of, stride_of
 from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.progress import progress
-from ldm_vae.runs.config import Range, check_ranges, parse_flags
+from ldm_vae.runs.config import Range, Reading, check_ranges, parse_flags
 from ldm_vae.runs.processes import PATIENCE
 
 
@@ -64,6 +65,7 @@ class Config:
     """Processes that decode images, for each process; up to 8, as the cores allow, unless given."""
     shard_size: Annotated[int, Range(at_least=1)] = 1024
     """Images a file."""
+    reading: Reading = USUAL
 
 
 @torch.inference_mode()
@@ -113,7 +115,7 @@ def main(config: Config) -> None:
     check_ranges(config)
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     vae = load_autoencoder(config.vae).to(accelerator.device)
-    squares = open_squares(config.data, vae, config.vae, config.resolution)
+    squares = open_squares(config.data, vae, config.vae, config.resolution, options=config.reading)
     accelerator.print(f"images of {squares.resolution} x {squares.resolution} pixels")
     source, side = squares.source, squares.resolution // stride_of(vae)
     check_finite(source, config.data, config.num_images)

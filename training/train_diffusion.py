@@ -20,6 +20,7 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 
 from ldm_vae.data.order import index_at
+from ldm_vae.data.reader import USUAL
 from ldm_vae.data.sources import check_outside
 from ldm_vae.errors import ConfigError, DataError, ModelError, one_line_errors
 from ldm_vae.files import staged_directory, write_csv
@@ -40,7 +41,7 @@ from ldm_vae.objectives.denoising import (
     validation_loss,
 )
 from ldm_vae.pipeline import LatentDiffusionPipeline
-from ldm_vae.runs.config import Range, parse_config
+from ldm_vae.runs.config import Range, Reading, parse_config
 from ldm_vae.runs.loop import FREE_ON_RESUME, Loop, start
 from ldm_vae.runs.run import Checkpoint, Run, saved_facts
 from ldm_vae.runs.state import state_tensors
@@ -62,6 +63,7 @@ class Config(DenoiserConfig):
     resolution: Annotated[int | None, Range(at_least=1)] = None
     """Of --data: the centred square of each image is resized to this side; the one that the VAE was trained on unless
     given."""
+    reading: Reading = USUAL
     flip: bool = False
     """Half of the images mirrored; a cache must hold them."""
     class_conditional: bool = True
@@ -174,7 +176,7 @@ def open_data(config: Config, accelerator: Accelerator) -> Data:
     assert config.vae is not None
     vae = load_autoencoder(config.vae).to(accelerator.device)
     check_outside(config.output, config.data, flag="--data")
-    squares = open_squares(config.data, vae, config.vae, config.resolution)
+    squares = open_squares(config.data, vae, config.vae, config.resolution, options=config.reading)
     accelerator.print(f"images of {squares.resolution} x {squares.resolution} pixels")
     side = squares.resolution // stride_of(vae)
     classes = in_order_of(classes_of(config.output), squares.classes)

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ldm_vae.commands.embed import print_bad, ready
+from ldm_vae.data.reader import USUAL
 from ldm_vae.errors import ConfigError, nothing_usable
 from ldm_vae.files import atomic, check_writable, write_bad_images, write_csv
 from ldm_vae.hub import is_hub_id
+from ldm_vae.runs.config import Reading
 
 Method = Literal["l1", "ssim", "lpips", "mahalanobis", "standardised", "blemishes"]
 
@@ -43,6 +45,7 @@ class Fit:
     lpips_backbone: Literal["vgg", "alex", "squeeze"] = "vgg"
     overwrite: bool = False
     device: str = "cpu"
+    reading: Reading = USUAL
 
     @property
     def held_out_images(self) -> str:
@@ -63,6 +66,7 @@ class Score:
     """Of the heat maps; the detector's last unless given."""
     heat_maps: bool = True
     device: str = "cpu"
+    reading: Reading = USUAL
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def fit(command: Fit) -> None:
     good = command.data if command.held_out is not None else f"{command.data}#train"
     sources = []
     for path in (good, command.held_out_images):
-        sources.append(open_source(path, channels=channels_of(vae)))
+        sources.append(open_source(path, channels=channels_of(vae), options=command.reading))
         check_finite(sources[-1], path, None)
     asked = Facts(
         methods=command.methods,
@@ -160,7 +164,7 @@ def score(command: Score) -> None:
     method = command.method or detector.facts.methods[-1]
     if method not in thresholds:
         raise ConfigError(f"the detector has no {method}: it has {', '.join(thresholds)}")
-    source = open_source(command.data, channels=channels_of(vae))
+    source = open_source(command.data, channels=channels_of(vae), options=command.reading)
     check_finite(source, command.data, None)
     check_outside(command.output, command.data, flag="--data")
     check_writable(command.output)

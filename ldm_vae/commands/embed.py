@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ldm_vae.data.reader import USUAL
 from ldm_vae.errors import ConfigError
 from ldm_vae.files import atomic, check_writable, write_csv
-from ldm_vae.runs.config import Range, check_ranges
+from ldm_vae.runs.config import Range, Reading, check_ranges
 
 Pooling = Literal["mean", "flatten"]
 
@@ -32,6 +33,7 @@ class Embed:
     num_images: Annotated[int | None, Range(at_least=1)] = None
     overwrite: bool = False
     device: str = "cpu"
+    reading: Reading = USUAL
 
 
 def embed_images(command: Embed) -> None:
@@ -53,7 +55,9 @@ def embed_images(command: Embed) -> None:
             raise ConfigError(f"{file} is there already: add --overwrite to replace it")
     vae = ready(load_autoencoder, command.vae, command.device)
     check_writable(command.output.parent)
-    source = open_source(command.data, channels=channels_of(vae), resolution=command.resolution or 256)
+    source = open_source(
+        command.data, channels=channels_of(vae), resolution=command.resolution or 256, options=command.reading
+    )
     check_finite(source, command.data, command.num_images)
     bad_images: dict[str, str] = {}
     embedding = embed_source(

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from ldm_vae.data.reader import USUAL
 from ldm_vae.errors import ConfigError
 from ldm_vae.files import check_writable
 from ldm_vae.hub import is_hub_id
-from ldm_vae.runs.config import Range, check_ranges
+from ldm_vae.runs.config import Range, Reading, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class FitCodec:
     overwrite: bool = False
     """Replace tables that are there: files that were written with them cannot be read any more."""
     device: str = "cpu"
+    reading: Reading = USUAL
 
 
 def fit_codec(command: FitCodec) -> None:
@@ -50,7 +52,7 @@ def fit_codec(command: FitCodec) -> None:
     check_device(command.device)
     vae = load_autoencoder(command.vae).to(command.device)
     check_writable(target)
-    source = open_source(command.data, channels=channels_of(vae))
+    source = open_source(command.data, channels=channels_of(vae), options=command.reading)
     check_finite(source, command.data, command.num_images)
     qualities = command.qualities or QUALITIES
     tables = fit_tables(vae, source, num_images=command.num_images, qualities=qualities, show=True)

@@ -77,7 +77,7 @@ class FileSource(ABC):
     def __getitem__(self, index: int) -> Sample:
         found = None if self.reader.scratch is None else self.reader.large(self.path_or_content(index))
         found = found or self.reader(self.content(index))
-        return found.as_sample(label=self.label(index), name=self.name(index))
+        return self.reader.sample(found, label=self.label(index), name=self.name(index))
 
 
 def class_of(name: str) -> str | None:

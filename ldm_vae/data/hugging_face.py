@@ -53,7 +53,7 @@ class HuggingFaceSource:
         found = self.reader(data or b"")
         label = row[self.label] if self.label else None
         label = label if label is not None and label >= 0 else None  # the library's -1 is "not labelled"
-        return found.as_sample(label=label, name=self.name(index))
+        return self.reader.sample(found, label=label, name=self.name(index))
 
 
 def hugging_face_source(path: str, reader: ImageReader) -> HuggingFaceSource:

@@ -41,9 +41,6 @@ class ImageFile:
     metadata: Metadata = NO_METADATA
     notes: tuple[str, ...] = ()
 
-    def as_sample(self, *, label: int | None, name: str) -> Sample:
-        return Sample(pixels=self.pixels, label=label, name=name, metadata=self.metadata, notes=self.notes)
-
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:

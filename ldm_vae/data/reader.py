@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from ldm_vae.data.image_files import NUMPY, TIFF, is_heif, is_jpeg_xl
 from ldm_vae.data.images import (
     ImageFile,
     Pixels,
+    Sample,
     convert_channels,
     exact_channels,
     orient,
@@ -32,9 +34,11 @@ from ldm_vae.data.pil import (
     read_pil,
     with_facts,
 )
-from ldm_vae.errors import BadImageError
+from ldm_vae.errors import BadImageError, ConfigError
 
 MAX_PIXELS = 100_000_000
+NOTED: set[str] = set()
+"""Kinds of notes that this process has said."""
 MAX_JUNK = 1024
 """Bytes before the start of a JPEG that are skipped."""
 
@@ -49,6 +53,11 @@ class ReadOptions:
     """The pages of a TIFF are its channels; without it the first page is the image."""
     value_range: tuple[float, float] | None = None
     """Values of black and of white, in files of floats and of more than 8 bits; what lies outside is clipped."""
+
+    def __post_init__(self) -> None:
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            low, high = self.value_range
+            raise ConfigError(f"--value-range {low:g} {high:g}: black, then white, which is more")
 
     def __str__(self) -> str:
         words = ["colours as they are" if self.keep_colour else "sRGB"]
@@ -154,6 +163,16 @@ class ImageReader:
             max_pixels=self.max_pixels,
             options=self.options,
         )
+
+    def sample(self, found: ImageFile, *, label: int | None, name: str) -> Sample:
+        """Notes of images that are read for their pixels alone are said here, each kind once a process."""
+        if not self.keep_alpha:
+            for note in found.notes:
+                kind = re.sub("[0-9]+", "", note)
+                if kind not in NOTED:
+                    NOTED.add(kind)
+                    print(f"{name}: {note} (the first of such images; no others are named)", file=sys.stderr)
+        return Sample(pixels=found.pixels, label=label, name=name, metadata=found.metadata, notes=found.notes)
 
     def large(self, file: bytes | Path) -> ImageFile | None:
         """By way of the disk, where there is a folder for it and the image is large. Raises BadImageError, OSError."""

@@ -342,4 +342,4 @@ class ShardSource:
             raise BadImageError(f"file larger than {MAX_FILE_BYTES} bytes")
         content = self.content(shard, offset - HEADER, offset + size)
         name = self.header(shard, offset, content, size)
-        return self.reader(content[HEADER:]).as_sample(label=label if label >= 0 else None, name=name)
+        return self.reader.sample(self.reader(content[HEADER:]), label=label if label >= 0 else None, name=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ldm_vae.data.reader import USUAL, ReadOptions
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError
 from ldm_vae.latents.rows import Squares
@@ -12,7 +13,7 @@ from ldm_vae.models.interface import channels_of, check_resolution, side_for, st
 from ldm_vae.runs.run import saved_config
 
 
-def open_squares(data: str, vae: Any, name: str, resolution: int | None) -> Squares:
+def open_squares(data: str, vae: Any, name: str, resolution: int | None, *, options: ReadOptions = USUAL) -> Squares:
     """The squares of a data set that an autoencoder takes, of this side or of the one that its run was trained on.
 
     Raises:
@@ -27,4 +28,4 @@ def open_squares(data: str, vae: Any, name: str, resolution: int | None) -> Squa
             raise ConfigError(f"{name} does not say which size of images it was trained on: add --resolution 256, say")
         side = int(trained - trained % stride_of(vae))
     check_resolution(side, vae)
-    return Squares(open_source(data, channels=channels_of(vae), resolution=side), side)
+    return Squares(open_source(data, channels=channels_of(vae), resolution=side, options=options), side)

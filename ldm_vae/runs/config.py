@@ -15,9 +15,12 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
+from ldm_vae.data.reader import ReadOptions
 from ldm_vae.data.workers import default_workers
 from ldm_vae.errors import ConfigError
 
+Reading = tyro.conf.OmitArgPrefixes[ReadOptions]
+"""Flags of all that reads images."""
 Config = TypeVar("Config")
 MixedPrecision = Literal["auto", "no", "bf16"]
 
@@ -158,6 +161,7 @@ def differences(saved: Mapping[str, Any], config: Any, *, free: Sequence[str]) -
     """
     now = as_json(config)
     defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
-    saved = json.loads(json.dumps(defaults, default=str)) | dict(saved)
+    plain = {name: as_json(v) if dataclasses.is_dataclass(v) else v for name, v in defaults.items()}
+    saved = json.loads(json.dumps(plain, default=str)) | dict(saved)
     keys = [k for k in sorted({*saved, *now}) if k not in free and saved.get(k) != now.get(k)]
     return [f"{k}: {saved.get(k)} -> {now.get(k)}" for k in keys]

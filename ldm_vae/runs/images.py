@@ -11,10 +11,11 @@ from accelerate import Accelerator
 
 from ldm_vae.data.corruption import Pairing
 from ldm_vae.data.loader import CropDataset
+from ldm_vae.data.reader import USUAL
 from ldm_vae.data.sources import Source, check_outside, open_mix, open_source
 from ldm_vae.errors import ConfigError
 from ldm_vae.models.interface import SCALE, channels_of, check_resolution, has_vector, patch_norm_of, stride_of
-from ldm_vae.runs.config import Range, RunConfig
+from ldm_vae.runs.config import Range, Reading, RunConfig
 from ldm_vae.runs.loop import start
 
 
@@ -33,6 +34,7 @@ class ImageConfig(RunConfig):
     """Resize images to this shorter side before the crop; keep their size unless given."""
     channels: Annotated[int, Range(at_least=1)] = 3
     """Channels of the images."""
+    reading: Reading = USUAL
     mirror: bool = True
     """Mirror every second crop."""
     cache_gib: Annotated[float, Range(at_least=0)] = 1.0
@@ -65,7 +67,7 @@ def start_on_images(config: Config) -> tuple[Config, Accelerator, Source, Source
     config, accelerator = start(config)
     if accelerator.is_fsdp2:
         raise ConfigError("an autoencoder is not divided among processes: launch without FSDP")
-    open_one = partial(open_source, channels=config.channels, resolution=config.side)
+    open_one = partial(open_source, channels=config.channels, resolution=config.side, options=config.reading)
     for path in config.data:
         check_outside(config.output, path, flag="--data")
     source = open_mix(config.data, open_one)

@@ -6,6 +6,7 @@ import os
 import shutil
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm_vae.data import reader
 from ldm_vae.data.hugging_face import HuggingFaceSource
 from ldm_vae.data.procedural import SHAPES
-from ldm_vae.data.reader import ImageReader
+from ldm_vae.data.reader import ImageReader, ReadOptions
 from ldm_vae.data.sources import check_outside, open_mix, open_source
 from ldm_vae.errors import BadImageError, ConfigError, DataError
+from ldm_vae.runs.config import as_json, differences, parse_config
+from training import train_vae
 
 
 def test_a_folder_is_read_recursively_in_order_with_labels(photos: Path) -> None:
@@ -313,3 +317,37 @@ def test_only_what_would_be_read_again_is_kept_out_of_a_folder(photos: Path, tmp
     (tmp_path / "tables" / "0.parquet").touch()
     for given in ("procedural:shapes", tmp_path / "tables", tmp_path / "x.zip", "owner/name"):
         check_outside(tmp_path / "tables" / "run", str(given), flag="--data")
+
+
+def test_how_files_are_understood_comes_from_the_flags_and_tells_sources_apart(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([[0, 50], [100, 200]], np.int32))
+    args = ["f8c4", "--data", str(tmp_path), "--output", "run", "--pages-as-channels", "--value-range"]
+    options = parse_config(train_vae.PRESETS, description="", args=[*args, "0", "200"]).reading
+    source = open_source(str(tmp_path), channels=1, options=options)
+    assert np.allclose(source[0].pixels[:, :, 0], [[0, 0.25], [0.5, 1]])
+    others = [ReadOptions(), ReadOptions(keep_colour=True), ReadOptions(value_range=(0, 100)), options]
+    assert len({open_source(str(tmp_path), channels=1, options=o).fingerprint() for o in others}) == 4
+    with pytest.raises(ConfigError, match="--value-range 5 5: black, then white, which is more"):
+        parse_config(train_vae.PRESETS, description="", args=[*args, "5", "5"])
+
+
+def test_a_run_from_before_a_group_of_flags_goes_on() -> None:
+    config = train_vae.PRESETS["f8c4"][1]
+    saved = as_json(config)
+    del saved["reading"]
+    assert differences(saved, config, free=()) == []
+    assert differences(saved, replace(config, reading=ReadOptions(keep_colour=True)), free=()) != []
+
+
+def test_what_was_left_out_of_an_image_is_said_once_of_each_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader.NOTED.clear()
+    frames = [Image.new("L", (4, 4), value) for value in (10, 20, 30)]
+    for name in ("a", "b"):
+        frames[0].save(tmp_path / f"{name}.gif", save_all=True, append_images=frames[1:])
+    source = open_source(str(tmp_path))
+    assert [source[i].notes for i in range(2)] == [("1 of 3 frames",)] * 2
+    assert capsys.readouterr().err.splitlines() == [
+        "a.gif: 1 of 3 frames (the first of such images; no others are named)"
+    ]

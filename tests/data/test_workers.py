@@ -188,7 +188,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def makers(cache: Any) -> dict[str, tuple[Callable[[Any], Any], Any]]:
     """All that is made by workers, and something to make."""
     source = open_source("procedural:dead-leaves", resolution=32)
-    given: dict[str, Any] = {"seed": 0, "label_dropout": 1.0, "num_classes": 0, "flip": True, "prediction": "flow"}
+    given: dict[str, Any] = {"seed": 0, "label_dropout": 1.0, "label_of": (), "flip": True, "prediction": "flow"}
     given["latent_shape"] = (4, 2, 2)
     crops = CropDataset(source, seed=0, resolution=16, pairing=parse_corruption("jpeg:10-40"))
     squares = Squares(source, 16)
