@@ -17,8 +17,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.fit_tables import fit_tables
+from ldm_vae.codec.search import bits_per_pixel
+from ldm_vae.data.conversion import as_uint8
 from ldm_vae.data.loader import Batch, collate
+from ldm_vae.data.sources import Source, usable
 from ldm_vae.errors import ConfigError, one_line_errors
+from ldm_vae.metrics import psnr
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.interface import is_variational
 from ldm_vae.models.loading import load_autoencoder
@@ -71,7 +77,14 @@ class Config(ImageConfig):
 
 
 def preset(architecture: str, *, target_bpp: float) -> Config:
-    return Config(architecture=architecture, target_bpp=target_bpp, resolution=64, batch_size=16, learning_rate=1e-3)
+    return Config(
+        architecture=architecture,
+        target_bpp=target_bpp,
+        resolution=64,
+        batch_size=16,
+        learning_rate=1e-3,
+        sample_every=5000,
+    )
 
 
 PRESETS = {
@@ -134,6 +147,35 @@ def codec_step(
     return summary
 
 
+# What files weigh -----------------------------------------------------------------------------------------------------
+
+FITTED_ON, MEASURED_ON = 32, 8
+"""Images: few, as this interrupts the training."""
+
+
+def measure_files(vae: Any, source: Source, held_out: Source, quality_range: tuple[float, float]) -> dict[str, float]:
+    """Mean bits per pixel and PSNR of compressed files at three qualities: the estimate in training is far higher.
+
+    The tables are fitted to a few images of `source`; the files are those of the first of `held_out`.
+    """
+    low, high = quality_range
+    qualities = (low, math.sqrt(low * high), high)
+    codec = LatentCodec(vae, fit_tables(vae, source, num_images=FITTED_ON, qualities=qualities))
+    images = [
+        as_uint8(sample.pixels) for _, sample in usable(held_out, {}, indices=range(min(len(held_out), MEASURED_ON)))
+    ]
+    figures = {}
+    for quality in qualities:
+        files = [codec.compress(pixels, quality=quality) for pixels in images]
+        decoded = [codec.decompress_picture(file).pixels for file in files]
+        rates = [bits_per_pixel(file, pixels) for file, pixels in zip(files, images, strict=True)]
+        psnrs = [psnr(a[None], b[None]).item() for a, b in zip(images, decoded, strict=True)]
+        figures[f"file_bits_per_pixel_{quality:.2g}"] = sum(rates) / len(rates)
+        figures[f"file_psnr_{quality:.2g}"] = sum(psnrs) / len(psnrs)
+    vae.train()
+    return figures
+
+
 # Main -----------------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +214,9 @@ def main(config: Config) -> None:
                 loop.log_step(summary.metrics(accelerator) | {"learning_rate": rate})
             if loop.drawing and loop.run.main:
                 draw_reconstructions(loop, images, reconstructions_of(state, images, accelerator).clamp(-1, 1))
+                if loop.step >= config.sample_every:  # not at the first few grids
+                    with state.averaged() as averaged_vae:
+                        loop.log(measure_files(averaged_vae, source, val_source, config.quality_range))
             if loop.saving:
                 save_autoencoder(loop, state)
 

@@ -110,7 +110,7 @@ def killed_in_the_third_step(config: Config) -> None:
 
 
 def test_a_run_logs_its_rate_resumes_and_is_where_a_run_with_coarse_errors_starts(tmp_path: Path) -> None:
-    config = config_for("f8c32", tmp_path / "first", latent_channels=8)
+    config = config_for("f8c32", tmp_path / "first", latent_channels=8, sample_every=3)
     main(replace(config, output=tmp_path / "whole"))
     run_until_killed(killed_in_the_third_step, config)
     main(config)
@@ -126,6 +126,11 @@ def test_a_run_logs_its_rate_resumes_and_is_where_a_run_with_coarse_errors_start
     vae = load_autoencoder(str(config.output))
     assert vae.config.latent_channels == 8
     assert tuple(vae.config.block_out_channels) == ARCHITECTURES["f8c32"]["block_out_channels"]
+    files = next(m for m in metrics(config.output) if "file_psnr_1.4" in m)
+    assert files["step"] == 3
+    rates, psnrs = ([files[f"file_{name}_{q}"] for q in ("0.5", "1.4", "4")] for name in ("bits_per_pixel", "psnr"))
+    assert rates == sorted(rates, reverse=True)
+    assert psnrs == sorted(psnrs, reverse=True)
     again = config_for("f8c32", tmp_path / "again", init=str(config.output), coarse_weight=2.0, steps=1)
     main(again)
     assert metrics(again.output)[0]["coarse"] > 0
