@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import imagecodecs
 import numpy as np
 import pyvips
 import tifffile
@@ -32,7 +33,7 @@ from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.data import large
 from ldm_vae.data.procedural import ProceduralSource
-from ldm_vae.data.reader import ImageReader, read_pixels
+from ldm_vae.data.reader import ImageReader, ReadOptions, read_image
 from ldm_vae.data.shards import ShardSource, build_index
 from ldm_vae.data.sources import Source, open_source
 from ldm_vae.errors import BadImageError, LdmVaeError, one_line_errors
@@ -47,6 +48,7 @@ from ldm_vae.runs.run import Checkpoint, Run
 from tests.endurance.fuzzing.mutations import mutate
 
 MAX_PIXELS = 1 << 20
+P3_PRIMARIES = [0.68, 0.32, 1, 0.265, 0.69, 1, 0.15, 0.06, 1]
 READER = ImageReader(max_pixels=MAX_PIXELS)
 SLOW = 20.0
 """Seconds of computing."""
@@ -103,15 +105,59 @@ def images() -> list[bytes]:
         np.save(out, (pixels / (1 if dtype == np.uint8 else 255)).astype(dtype))
         files.append(out.getvalue())
     deep = pyvips.Image.new_from_array(pixels.astype(np.uint16) * 257, interpretation="rgb16")
-    return [*files, deep.pngsave_buffer(bitdepth=16)]
+    return [*files, deep.pngsave_buffer(bitdepth=16), *odd_images(pixels)]
 
 
-def read_image(data: bytes, folder: Path | None) -> None:
-    pixels = None if folder is None else large.read_large(data, folder, channels=3, max_pixels=MAX_PIXELS)
-    pixels = read_pixels(data, max_pixels=MAX_PIXELS) if pixels is None else pixels
-    right = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.shape[0] * pixels.shape[1] <= MAX_PIXELS
+def odd_images(pixels: np.ndarray) -> list[bytes]:
+    """The image at other depths and in other colours, with pages and frames, cut and late."""
+    twelve = (pixels.astype(np.uint16) * 4095 + 127) // 255
+    p3 = imagecodecs.cms_profile("rgb", whitepoint=[0.3127, 0.329, 1], primaries=P3_PRIMARIES, gamma=2.2)
+    files = [
+        imagecodecs.jpegxl_encode(pixels, lossless=True),
+        imagecodecs.jpegxl_encode(twelve, lossless=True, bitspersample=12, usecontainer=True),
+        imagecodecs.jpegxl_encode(np.stack([pixels, pixels[::-1]]), lossless=True),
+        imagecodecs.jpeg2k_encode(twelve, level=0, bitspersample=12, reversible=True),
+        imagecodecs.avif_encode(twelve, level=90, bitspersample=12, primaries=9, transfer=16, matrix=9),
+        imagecodecs.jpeg8_encode(twelve, level=90, bitspersample=12),
+        b"P6 %d %d 4095\n" % pixels.shape[1::-1] + twelve.astype(">u2").tobytes(),
+    ]
+    for array, options in (
+        (pixels, {"photometric": "cielab"}),
+        (twelve, {"photometric": "icclab"}),
+        (np.concatenate([twelve, twelve[:, :, :1]], axis=2), {"photometric": "separated"}),
+        (np.stack([pixels[:, :, 0]] * 3), {"photometric": "minisblack"}),
+        (pixels, {"photometric": "rgb", "iccprofile": bytes(p3)}),
+        (pixels.astype(np.uint32) * 16843009, {"photometric": "rgb"}),
+    ):
+        out = io.BytesIO()
+        tifffile.imwrite(out, array, **options)
+        files.append(out.getvalue())
+    image, again = Image.fromarray(pixels), Image.fromarray(pixels[::-1])
+    exif = Image.Exif()
+    exif[270], exif[0x8769] = "a title", {40962: 40, 33434: 0.01}
+    for kind, options in (
+        *(("PNG", {"icc_profile": bytes(p3), "exif": exif}), ("JPEG", {"icc_profile": bytes(p3), "exif": exif})),
+        *((kind, {"save_all": True, "append_images": [again]}) for kind in ("GIF", "WEBP", "PNG", "AVIF", "MPO")),
+        ("PNG", {"transparency": tuple(int(v) for v in pixels[0, 0])}),
+    ):
+        out = io.BytesIO()
+        image.save(out, kind, **options)
+        files.append(out.getvalue())
+    jpeg = files[-8]
+    return [*files, b"junk" + jpeg, jpeg[:-2]]
+
+
+def read_one(data: bytes, folder: Path | None) -> None:
+    """As training does, and as compress does by way of the disk where there is a folder."""
+    options = ReadOptions(keep_colour=folder is not None)
+    found = read_image(data, keep_alpha=folder is not None, max_pixels=MAX_PIXELS, options=options, scratch=folder)
+    pixels = found.pixels
+    channels = (3,) if folder is None else (1, 2, 3, 4)
+    right = pixels.ndim == 3 and pixels.shape[2] in channels and pixels.shape[0] * pixels.shape[1] <= MAX_PIXELS
     if not right or pixels.dtype not in (np.uint8, np.uint16, np.float32):
         raise AssertionError(f"pixels of {pixels.dtype} {pixels.shape}")
+    if pixels.dtype == np.float32 and not (pixels.min() >= 0 and pixels.max() <= 1):
+        raise AssertionError(f"pixels from {pixels.min()} to {pixels.max()}")
 
 
 # Folders: made once, then one file is mutated at a time -------------------------------------------------------------
@@ -271,7 +317,7 @@ def fuzz(count: int, seed: int, work: Path) -> dict[str, Outcome]:
             outcomes[name] = Outcome()
             for _ in range(count):
                 data = mutate(files[int(rng.integers(len(files)))], files, rng)
-                attempt(lambda data=data, folder=folder: read_image(data, folder), outcomes[name])  # type: ignore[misc]
+                attempt(lambda data=data, folder=folder: read_one(data, folder), outcomes[name])  # type: ignore[misc]
     finally:
         large.LARGE = threshold
     for name, (make, read) in FOLDERS.items():
