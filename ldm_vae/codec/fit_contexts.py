@@ -21,7 +21,7 @@ OWN = ((0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0))
 BEFORE = tuple(product((-1, 0, 1), repeat=2))
 """In the channels before: the 3x3 around."""
 PLACES = ((0, 0), *OWN, *(p for p in BEFORE if p not in OWN and p != (0, 0)))
-MEAN_TAPS, ACTIVITY_TAPS = 8, 16
+MEAN_TAPS, ACTIVITY_TAPS = 16, 24
 FARTHEST = 127
 """Channels back: offsets are stored in 8 bits."""
 TAP_SYMBOLS = 1 << 24

@@ -92,10 +92,13 @@ def divide(leaf: Leaf, bins: Integers, classes: Integers, held: Integers) -> Non
 
 def count(leaf: Leaf, tokens: Integers, held: Integers) -> None:
     """Sets the counts of a leaf and of all below."""
-    here, out = tokens[leaf.index], held[leaf.index]
-    leaf.grown, leaf.held = (np.bincount(here[part], minlength=MAX_TOKENS + 1) for part in (~out, out))
     for child in leaf.children:
         count(child, tokens, held)
+    if leaf.children:
+        leaf.grown, leaf.held = sum(child.grown for child in leaf.children), sum(child.held for child in leaf.children)
+    else:
+        here, out = tokens[leaf.index], held[leaf.index]
+        leaf.grown, leaf.held = (np.bincount(here[part], minlength=MAX_TOKENS + 1) for part in (~out, out))
 
 
 def prune(leaf: Leaf, share: Integers) -> float:

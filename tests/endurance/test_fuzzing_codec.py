@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.endurance.fuzzing.codec import fuzz, untrained_codec
+from pathlib import Path
+
+from tests.endurance.fuzzing.codec import fuzz, fuzz_tables, untrained_codec
 
 
 def test_no_mutated_file_gives_a_wrong_picture() -> None:
@@ -10,3 +12,10 @@ def test_no_mutated_file_gives_a_wrong_picture() -> None:
     assert outcome["wrong"] == outcome["crashed"] == outcome["slow"] == []
     assert outcome["refused"] > 1500
     assert outcome["past the checksums"] > 300  # many mutations come with checksums that are right
+
+
+def test_no_mutated_tables_code_symbols_that_do_not_come_back(tmp_path: Path) -> None:
+    codec, _ = untrained_codec()
+    outcome = fuzz_tables(codec.tables, count=300, seed=0, folder=tmp_path)
+    assert outcome["wrong"] == outcome["crashed"] == outcome["slow"] == []
+    assert 100 < outcome["refused"] < 300

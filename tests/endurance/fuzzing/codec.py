@@ -1,20 +1,25 @@
-"""Fuzzes the codec with mutated compressed files.
+"""Fuzzes the codec with mutated compressed files, and with mutated tables.
 
-python -m tests.endurance.fuzzing.codec [--count 100000 --seed 0 --output RESULTS.json]
+python -m tests.endurance.fuzzing.codec [--count 100000 --models 2000 --seed 0 --output RESULTS.json]
 
 Half of the mutations leave the checksums as they were: each file must be refused, or decode to the original picture.
 The other half correct the checksums, as a hostile writer would: they must be refused, or decode to a picture of the
 size in the header. Nothing may crash or hang. The network is untrained, which makes no difference to the bytes.
+
+Tables come with the digest that fits them, as a hostile model would: each must be refused, or give back the symbols
+that it is given.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 import tracemalloc
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 from zlib import crc32
 
@@ -24,12 +29,14 @@ import torch
 from ldm_vae.codec import bitstream
 from ldm_vae.codec.bitstream import Limits
 from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.contexts import decode_symbols, encode_symbols
 from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.codec.picture import Picture, encode_picture
+from ldm_vae.codec.tables import TYPES, Tables, load_tables
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.metadata import Metadata
 from ldm_vae.data.sources import open_source
-from ldm_vae.errors import CompressedFileError, ConfigError, one_line_errors
+from ldm_vae.errors import CompressedFileError, ConfigError, ModelError, one_line_errors
 from ldm_vae.files import write_json
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.report import provenance
@@ -57,6 +64,8 @@ class Config:
     """Flags of the fuzzer."""
 
     count: Annotated[int, Range(at_least=1)] = 100_000
+    """Files."""
+    models: Annotated[int, Range(at_least=1)] = 2000
     seed: int = 0
     output: Path | None = None
     """File for the record; by default none."""
@@ -67,10 +76,12 @@ def mutate_inside(data: bytes, rng: np.random.Generator) -> bytes:
     contents = bitstream.unpack(data)
     parts = {k: bytearray(contents.read(p)) for k, p in contents.sections.items()}
     tiles = [bytearray(contents.read(p)) for p in contents.tiles]
-    header = bytearray(data[: bitstream.FIXED.size - 1])
+    entries = bitstream.Varints(data)
+    bitstream.read_header(entries)
+    header = bytearray(data[: entries.position])
     target = int(rng.integers(5))
     if target == 0:
-        header[int(rng.integers(9, len(header)))] = int(rng.integers(256))
+        header[int(rng.integers(4, len(header)))] = int(rng.integers(256))
     elif target == 1 and len(tiles) > 1:  # a contents table that lies
         match rng.integers(3):
             case 0:
@@ -85,7 +96,7 @@ def mutate_inside(data: bytes, rng: np.random.Generator) -> bytes:
     else:
         tile = tiles[int(rng.integers(len(tiles)))]
         tile[:] = mutate(bytes(tile), [bytes(t) for t in tiles], rng)
-    head = bytes(header) + bytes([len(parts)])
+    head = bytes(header)
     for kind, part in sorted(parts.items()):
         head += bytes([kind]) + bitstream.varint(len(part)) + crc32(part).to_bytes(4, "little")
     for tile in tiles:
@@ -141,6 +152,50 @@ def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[st
     return outcome | {"reasons": dict(reasons)}
 
 
+def mutate_tables(tables: Tables, rng: np.random.Generator) -> Tables:
+    """A number, a type or a shape of one array is changed; the contexts are no longer checked."""
+    arrays = [{name: getattr(c, name).copy() for name in TYPES} for c in tables.contexts]
+    chosen = arrays[int(rng.integers(len(arrays)))]
+    name = str(rng.choice(list(TYPES)))
+    array = chosen[name]
+    match rng.integers(8):
+        case 0:
+            chosen[name] = array.astype(rng.choice([np.int8, np.int32, np.int64, np.float32]))
+        case 1:
+            chosen[name] = array[:-1]
+        case 2:
+            chosen[name] = array.reshape(-1)
+        case _:
+            for _ in range(int(rng.integers(1, 4))):
+                limits = np.iinfo(array.dtype)
+                value = rng.choice([limits.min, limits.max, 0, 1, -1, int(rng.integers(-12, 64))])
+                array.reshape(-1)[rng.integers(array.size)] = np.clip(value, limits.min, limits.max)
+    return replace(tables, contexts=tuple(SimpleNamespace(**a) for a in arrays))
+
+
+def fuzz_tables(tables: Tables, *, count: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Outcomes of `count` mutated model folders."""
+    rng = np.random.default_rng(seed)
+    symbols = np.rint(rng.laplace(size=(len(tables.channels), 40, 30)) * 3).astype(np.int32)
+    outcome: dict[str, Any] = {"wrong": [], "crashed": [], "slow": [], "refused": 0}
+    for _ in range(count):
+        mutated = mutate_tables(tables, rng)
+        mutated.save(folder)
+        began = time.process_time()
+        try:
+            for contexts in load_tables(folder).contexts:
+                payload = encode_symbols(symbols, contexts)
+                if not np.array_equal(decode_symbols(payload, symbols.shape, contexts), symbols):
+                    outcome["wrong"].append(mutated)
+        except ModelError:
+            outcome["refused"] += 1
+        except Exception as error:
+            outcome["crashed"].append((mutated, repr(error)))
+        if time.process_time() - began > SLOW:
+            outcome["slow"].append(mutated)
+    return outcome
+
+
 def untrained_codec() -> tuple[LatentCodec, Pixels]:
     """A small codec, and a photo of 96 x 80 pixels to compress with it."""
     torch.manual_seed(0)
@@ -164,6 +219,9 @@ def main(config: Config) -> None:
     codec, photo = untrained_codec()
     tracemalloc.start()
     outcome = fuzz(codec, photo, count=config.count, seed=config.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        of_tables = fuzz_tables(codec.tables, count=config.models, seed=config.seed, folder=Path(folder))
+    outcome |= {f"tables {name}": value for name, value in of_tables.items()}
     _, peak = tracemalloc.get_traced_memory()
     results = {name: len(value) if isinstance(value, list) else value for name, value in outcome.items()}
     results["peak MiB in Python and NumPy"] = round(peak / 2**20)
@@ -171,10 +229,10 @@ def main(config: Config) -> None:
         print(f"{name}: {value}")
     if config.output is not None:
         write_json(config.output, provenance(config) | {"results": results})
-    if outcome["crashed"]:
-        print(outcome["crashed"][0])
-    too_much = peak > MOST_MEMORY
-    raise SystemExit(bool(outcome["wrong"] or outcome["crashed"] or outcome["slow"] or too_much))
+    bad = [value for value in outcome.values() if isinstance(value, list) and value]
+    if bad:
+        print(bad[0][0])
+    raise SystemExit(bool(bad) or peak > MOST_MEMORY)
 
 
 if __name__ == "__main__":
