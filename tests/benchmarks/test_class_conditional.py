@@ -145,7 +145,7 @@ def test_the_default_scheduler_is_not_judged_twice(
 
 
 def test_what_a_script_says_is_passed_on(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"cache_latents\.py: no such model: nothing"):
-        class_conditional.seconds_of_script(
-            "training/cache_latents.py", "--vae", "nothing", "--data", ".", "--output", tmp_path
-        )
+    script = tmp_path / "script.py"
+    script.write_text("import sys; sys.exit(f'a warning\\nerror: no such model: {sys.argv[1]}')")
+    with pytest.raises(RunError, match=r"script\.py: no such model: 3"):
+        class_conditional.seconds_of_script(str(script), 3)

@@ -32,7 +32,7 @@ def shapes(output: Path, **changes: Any) -> Config:
 
 
 def test_it_learns_shapes_and_the_saved_classifier_has_the_accuracy_that_it_reports(tmp_path: Path) -> None:
-    config = shapes(tmp_path, num_images=640, epochs=16, resolution=24)
+    config = shapes(tmp_path, num_images=480, epochs=12, resolution=24)
     results = main(config)
     assert results["accuracy"]["mean"] > 0.5  # by chance: 0.125
     assert results["accuracy"]["low"] < results["accuracy"]["mean"] < results["accuracy"]["high"]

@@ -625,6 +625,7 @@ def test_it_learns(tmp_path: Path) -> None:
         val_data="procedural:dead-leaves#held-out",
         output=tmp_path / "run",
         steps=150,
+        batch_size=8,
         resolution=32,
         perceptual="none",
         adversarial="none",
