@@ -95,7 +95,9 @@ def count(leaf: Leaf, tokens: Integers, held: Integers) -> None:
     for child in leaf.children:
         count(child, tokens, held)
     if leaf.children:
-        leaf.grown, leaf.held = sum(child.grown for child in leaf.children), sum(child.held for child in leaf.children)
+        leaf.grown, leaf.held = (
+            np.sum([getattr(c, name) for c in leaf.children], axis=0) for name in ("grown", "held")
+        )
     else:
         here, out = tokens[leaf.index], held[leaf.index]
         leaf.grown, leaf.held = (np.bincount(here[part], minlength=MAX_TOKENS + 1) for part in (~out, out))
