@@ -190,9 +190,10 @@ def save_by_pil(picture: Picture, file: io.BytesIO, extension: str) -> Metadata:
     image = picture.to_pil()
     kind = Image.registered_extensions()[extension]
     try:
-        image.save(file, kind, **FINEST.get(kind, {}), **pil_info(picture.metadata))
-        with limits_are_ours(), Image.open(file) as again:
-            size, mode, kept = again.size, again.mode, metadata_of(again)
+        with limits_are_ours(), warnings.catch_warnings(action="ignore"):  # of PIL, about odd metadata
+            image.save(file, kind, **FINEST.get(kind, {}), **pil_info(picture.metadata))
+            with Image.open(file) as again:
+                size, mode, kept = again.size, again.mode, metadata_of(again)
     except Exception as error:  # writers raise many kinds, for metadata that they cannot read, too
         raise ConfigError(f"{extension} cannot hold this picture ({error}): write .png") from None
     if (size, mode) != (image.size, image.mode):

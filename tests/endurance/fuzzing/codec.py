@@ -15,6 +15,7 @@ from __future__ import annotations
 import tempfile
 import time
 import tracemalloc
+import zlib
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.contexts import decode_symbols, encode_symbols
 from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.codec.picture import Picture, encode_picture
+from ldm_vae.codec.sections import RAW
 from ldm_vae.codec.tables import TYPES, Tables, load_tables
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.metadata import Metadata
@@ -91,8 +93,12 @@ def mutate_inside(data: bytes, rng: np.random.Generator) -> bytes:
             case 2:
                 tiles[0], tiles[-1] = tiles[-1], tiles[0]
     elif target == 2 and parts:
-        part = parts[int(rng.choice(list(parts)))]
-        part[:] = mutate(bytes(part), [bytes(part)], rng)
+        kind = int(rng.choice(list(parts)))
+        part = parts[kind]
+        deflated = kind == bitstream.METADATA and bool(rng.random() < 0.5)  # else most changes end at the inflater
+        content = zlib.decompress(part, RAW) if deflated else bytes(part)
+        content = mutate(content, [content], rng)
+        part[:] = zlib.compress(content, 1, RAW) if deflated else content
     else:
         tile = tiles[int(rng.integers(len(tiles)))]
         tile[:] = mutate(bytes(tile), [bytes(t) for t in tiles], rng)
