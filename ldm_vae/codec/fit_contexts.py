@@ -74,10 +74,11 @@ def measured(
     rng = np.random.default_rng(c)
     parts = []
     for i, (symbols, near) in enumerate(borders):
-        features, tokens = np.empty((symbols[c].size, NUM_FEATURES), np.int32), np.empty(symbols[c].size, np.uint8)
-        loops.measure(symbols, near, c, taps, weights, features, tokens)
-        kept = rng.random(len(tokens)) < share
-        parts.append((features[kept], tokens[kept], np.full(kept.sum(), i % HELD_OUT == HELD_OUT - 1)))
+        kept = rng.random(symbols[c].shape, np.float32) < share
+        count = int(kept.sum())
+        features, tokens = np.empty((count + 1, NUM_FEATURES), np.int32), np.empty(count, np.uint8)
+        loops.measure(symbols, near, c, taps, weights, kept, features, tokens)
+        parts.append((features[:-1], tokens, np.full(count, i % HELD_OUT == HELD_OUT - 1)))
     features, tokens, held = (np.concatenate(part) for part in zip(*parts, strict=True))
     return features, tokens, held
 

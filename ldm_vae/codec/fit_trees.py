@@ -11,7 +11,7 @@ from ldm_vae.codec.loops import MAX_TOKENS, NUM_FEATURES, Integers, compiled
 
 MAX_LEAVES = 64
 NUM_BINS = 64
-"""Thresholds are chosen among so many quantiles of a feature."""
+"""Thresholds are chosen among so many quantiles of a feature; a power of two."""
 EDGE_SYMBOLS = 1 << 16
 """The quantiles are those of so many symbols."""
 LEAST_SYMBOLS = 64
@@ -81,8 +81,7 @@ def grow_tree(features: Integers, tokens: Integers, held: Integers) -> tuple[Int
 def divide(leaf: Leaf, bins: Integers, classes: Integers, held: Integers) -> None:
     """By its best split; counts the smaller side, and takes the other's counts as the rest."""
     _, feature, cut = leaf.split
-    below = bins[feature, leaf.index] <= cut
-    parts = [leaf.index[below], leaf.index[~below]]
+    parts = parted(bins[feature], leaf.index, cut)
     small = int(len(parts[1]) < len(parts[0]))
     histogram = histogram_of(bins, classes, held, parts[small])
     histograms = [histogram, leaf.histogram - histogram]
@@ -99,8 +98,7 @@ def count(leaf: Leaf, tokens: Integers, held: Integers) -> None:
             np.sum([getattr(c, name) for c in leaf.children], axis=0) for name in ("grown", "held")
         )
     else:
-        here, out = tokens[leaf.index], held[leaf.index]
-        leaf.grown, leaf.held = (np.bincount(here[part], minlength=MAX_TOKENS + 1) for part in (~out, out))
+        leaf.grown, leaf.held = counts_of(tokens, held, leaf.index)
 
 
 def prune(leaf: Leaf, share: Integers) -> float:
@@ -146,14 +144,37 @@ def binned(features: Integers, edges: Integers) -> Integers:
     out = np.empty((features.shape[1], len(features)), np.uint8)
     for i in range(len(features)):
         for f in range(features.shape[1]):
-            low, high, value = 0, edges.shape[1], features[i, f]
-            while low < high:
-                middle = (low + high) >> 1
-                if edges[f, middle] < value:
-                    low = middle + 1
-                else:
-                    high = middle
+            low, value = 0, features[i, f]
+            step = NUM_BINS // 2
+            while step:
+                if edges[f, low + step - 1] < value:
+                    low += step
+                step //= 2
             out[f, i] = low
+    return out
+
+
+@compiled
+def parted(column: Integers, index: Integers, cut: int) -> tuple[Integers, Integers]:
+    """Of an index into a column, what is at most `cut` there, and the others."""
+    low, high = np.empty(len(index), np.int64), np.empty(len(index), np.int64)
+    a = b = 0
+    for i in index:
+        if column[i] <= cut:
+            low[a] = i
+            a += 1
+        else:
+            high[b] = i
+            b += 1
+    return low[:a].copy(), high[:b].copy()
+
+
+@compiled
+def counts_of(tokens: Integers, held: Integers, index: Integers) -> Integers:
+    """(2, MAX_TOKENS + 1), of those at `index`: how often each token comes, in what is not and what is held out."""
+    out = np.zeros((2, MAX_TOKENS + 1), np.int64)
+    for i in index:
+        out[int(held[i]), tokens[i]] += 1
     return out
 
 

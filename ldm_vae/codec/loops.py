@@ -146,22 +146,28 @@ def measure(
     c: int,
     taps: Integers,
     weights: Integers,
+    kept: Integers,
     features: Integers,
     tokens: Integers,
 ) -> None:
-    """Features (n, NUM_FEATURES) and tokens (n,) of channel c: what its tree is grown from."""
+    """What channel c's tree is grown from, of the symbols that are `kept` (h, w): n of them.
+
+    Fills features (n + 1, NUM_FEATURES), whose last row means nothing, and tokens (n,).
+    """
     _, height, width = symbols.shape
     mean, activity = np.empty(width, np.int64), np.empty(width, np.int64)
     errors = np.zeros((height + 2 * BORDER, width + 2 * BORDER), np.int32)
     own = own_taps(taps[c], weights[0, c]), own_taps(taps[c], weights[1, c])
+    i = 0
     for y in range(height):
         add_taps(near, c, y, taps, weights, mean, activity)
         for x in range(width):
-            i = y * width + x
             prediction, sign = context(features[i], near[c], errors, (y, x), (mean[x], activity[x]), own)
             error = symbols[c, y, x] - prediction
             errors[y + BORDER, x + BORDER] = clipped(error)
-            tokens[i] = tokenise(sign * error)[0]
+            if kept[y, x]:
+                tokens[i] = tokenise(sign * error)[0]
+                i += 1
 
 
 @compiled
