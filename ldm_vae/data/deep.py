@@ -32,7 +32,7 @@ def read_npy(data: bytes, max_pixels: int, value_range: Value) -> Pixels:
     version = np.lib.format.read_magic(file)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
     shape, _, dtype = read_header(file)
-    if len(shape) not in (2, 3):
+    if len(shape) not in (2, 3) or 0 in shape:
         raise BadImageError(f"an array of shape {shape}: (H, W) or (H, W, C) is needed")
     check_size(shape[1], shape[0], max_pixels)
     if np.prod(shape, dtype=object) * dtype.itemsize > len(data) - file.tell():

@@ -14,7 +14,7 @@ import numpy as np
 import pyvips
 
 from ldm_vae.data.images import Pixels, check_size, convert_channels
-from ldm_vae.data.metadata import XMP_KEY, Metadata, png_cicp, png_resolution, without_layout
+from ldm_vae.data.metadata import XMP_KEY, Metadata, cleaned, png_cicp, png_resolution
 from ldm_vae.errors import BadImageError
 
 LARGE = 1 << 25
@@ -98,14 +98,15 @@ def large_png_metadata(image_file: bytes | Path) -> Metadata:
     comments = [n.split("-", 3) for n in image.get_fields() if n.startswith("png-comment-")]
     texts = [(key, str(image.get(f"png-comment-{number}-{key}"))) for _, _, number, key in comments]
     head = image_file[:HEAD] if isinstance(image_file, bytes) else head_of(image_file)
-    return Metadata(
+    metadata = Metadata(
         icc=icc,
         cicp=png_cicp(head),
-        exif=without_layout(exif),
+        exif=exif,
         xmp=xmp,
         text=tuple((key, text) for key, text in texts if key != XMP_KEY),
         resolution=png_resolution(head),
     )
+    return cleaned(metadata)
 
 
 def head_of(file: Path) -> bytes:

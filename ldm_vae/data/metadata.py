@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,12 +48,21 @@ class Metadata:
 NO_METADATA = Metadata()
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """PIL warns of every tag that it cannot read, and of more; what matters is raised, or noted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def metadata_of(image: Image.Image) -> Metadata:
     """Of PIL's image; nothing for what cannot be read: the pixels are what counts."""
-    try:
-        exif = image.getexif().tobytes()  # a copy: the image's own stays as it is
-    except Exception:
-        exif = image.info.get("exif") or b""
+    with quiet():
+        try:
+            exif = image.getexif().tobytes()  # a copy: the image's own stays as it is
+        except Exception:
+            exif = image.info.get("exif") or b""
     return cleaned(replace(stored_metadata(image, b""), exif=exif))
 
 
@@ -101,6 +112,7 @@ def as_bytes(value: bytes | str) -> bytes:
     return value.encode() if isinstance(value, str) else value
 
 
+@quiet()
 def without_layout(exif: bytes) -> bytes:
     """EXIF without the prefix, and without what described the file that it comes from.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import sys
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from ldm_vae.data.images import (
     orient,
 )
 from ldm_vae.data.large import HEAD, head_of, large_png_metadata, read_large
-from ldm_vae.data.metadata import NO_METADATA, SIGNATURE, Metadata, cleaned, metadata_of
+from ldm_vae.data.metadata import NO_METADATA, SIGNATURE, Metadata, cleaned, metadata_of, quiet
 from ldm_vae.data.pil import (
     CONVERTED,
     formats,
@@ -103,8 +102,7 @@ def read_image(
     if not data:
         raise BadImageError("empty file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             found = decode(data, channels, max_pixels, options)
             if data.startswith(NUMPY):
                 return found if keep_alpha else replace(found, pixels=exact_channels(found.pixels, channels))
@@ -228,6 +226,7 @@ def large_metadata(file: bytes | Path, head: bytes) -> tuple[Metadata, tuple[str
             count = count_pages(file)
             notes = (f"page 1 of {count}",) if count > 1 else ()
         with (
+            quiet(),
             limits_are_ours(),
             Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats()) as image,
         ):

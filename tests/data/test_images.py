@@ -212,6 +212,7 @@ def test_arrays_and_tiffs_of_many_channels_are_read_exactly(channels: int, dtype
         (npy(RAMP)[:150], "truncated"),
         (npy(np.full((3, 3), np.nan)), "outside"),
         (npy(np.array([{"a": 1}], dtype=object)), "shape"),
+        (npy(np.zeros((3, 4, 0), np.uint8)), "shape"),
         (npy(np.zeros((2, 2), np.int32)), "int32"),
         (encoded(Image.new("L", (1100, 1000)), "PNG"), "more than the limit of 1000000"),
         (png16(np.zeros((1100, 1000, 3), np.uint16)), "more than the limit of 1000000"),

@@ -143,7 +143,7 @@ def odd_images(pixels: np.ndarray) -> list[bytes]:
         out = io.BytesIO()
         image.save(out, kind, **options)
         files.append(out.getvalue())
-    jpeg = files[-8]
+    jpeg = next(data for data in files if data.startswith(b"\xff\xd8") and b"ICC_PROFILE" in data)
     return [*files, b"junk" + jpeg, jpeg[:-2]]
 
 
