@@ -7,10 +7,9 @@ Floats end at `Tables.quantise`: the bytes of given symbols, and the symbols of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ldm_vae.codec import bitstream
@@ -18,22 +17,26 @@ from ldm_vae.codec.bitstream import MODEL_BYTES, Box, Contents, Header, Limits
 from ldm_vae.codec.network import Network
 from ldm_vae.codec.picture import Picture, as_picture, fill
 from ldm_vae.codec.sections import pack_sections, unpack_sections
+from ldm_vae.codec.separable import SeparableAutoencoder, load_separable
 from ldm_vae.codec.tables import Floats, Tables, load_tables
 from ldm_vae.codec.tiles import decode_tiles, encode_tiles
 from ldm_vae.data.images import Pixels
 from ldm_vae.errors import ConfigError, CorruptError, ModelMismatchError
-from ldm_vae.models.interface import fingerprint
-from ldm_vae.models.loading import load_for_inference, local_folder
+from ldm_vae.models.loading import check_device, load_for_inference, local_folder
+
+if TYPE_CHECKING:
+    import torch
 
 
 class LatentCodec:
     """Compresses pictures with an autoencoder and its tables.
 
     Args:
-        vae: any diffusers autoencoder with a posterior.
+        vae: any diffusers autoencoder with a posterior, or a SeparableAutoencoder, which needs no torch.
         tables: fitted for it, see `fit_tables`.
         workers: threads for the tiles of one large picture (1024 x 1024 pixels each, at stride 8).
         dtype: in which the network computes (autocast). Rounding moves a symbol now and then; any reads all files.
+            Torch's float32 unless given.
 
     Raises:
         ModelMismatchError: the tables were fitted for another autoencoder.
@@ -42,15 +45,16 @@ class LatentCodec:
     log2_tile = 7
     """Tiles of 128 x 128 latents: each is coded by itself."""
 
-    def __init__(self, vae: Any, tables: Tables, *, workers: int = 1, dtype: torch.dtype = torch.float32) -> None:
-        digest = fingerprint(vae)
+    def __init__(self, vae: Any, tables: Tables, *, workers: int = 1, dtype: torch.dtype | None = None) -> None:
+        autoencoder = vae if isinstance(vae, SeparableAutoencoder) else in_torch(vae, dtype)
+        digest = autoencoder.fingerprint
         if digest != tables.vae:
             raise ModelMismatchError(
                 f"the tables were fitted for the autoencoder {tables.vae[:16]}, this one is {digest[:16]}: "
                 "fit them anew with `ldm-vae fit-codec`"
             )
         self.vae, self.tables, self.workers = vae, tables, workers
-        self.network = Network(vae, dtype)
+        self.network = Network(autoencoder)
         self.digest = tables.digest[:MODEL_BYTES]
 
     @classmethod
@@ -60,14 +64,18 @@ class LatentCodec:
         *,
         device: str | torch.device = "cpu",
         workers: int = 1,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """The codec of a run directory, a model folder or a hub id: its VAE, and its tables in `codec/`.
 
         Raises:
             ModelError: there is no such model, or it has no tables.
+            ConfigError: a device that is not there.
         """
-        vae = load_for_inference(path).to(device)
+        vae = load_separable(path) if str(device) == "cpu" and dtype is None else None
+        if vae is None:
+            check_device(str(device))
+            vae = load_for_inference(path).to(device)
         return cls(vae, load_tables(local_folder(path, ["codec/*"]) / "codec"), workers=workers, dtype=dtype)
 
     def compress(
@@ -199,3 +207,12 @@ class LatentCodec:
             or header.colours not in {channels, 1 if channels == 3 else channels}
         ):
             raise CorruptError("the header is damaged: it does not fit to the model that it names")
+
+
+def in_torch(vae: Any, dtype: torch.dtype | None) -> Any:
+    """A diffusers autoencoder, computing in `dtype`."""
+    import torch  # its import takes longer than a picture: only where it is needed
+
+    from ldm_vae.codec.torch_autoencoder import TorchAutoencoder
+
+    return TorchAutoencoder(vae, dtype or torch.float32)

@@ -8,17 +8,14 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 
 from ldm_vae.codec.bitstream import Box, Header
 from ldm_vae.codec.tables import Floats
 from ldm_vae.codec.tiles import BATCH, window
-from ldm_vae.data.conversion import to_images, to_pixels
-from ldm_vae.data.images import Pixels
+from ldm_vae.data.images import Pixels, pixels_of, values_of
 from ldm_vae.data.large import let_go
 from ldm_vae.errors import ModelError
-from ldm_vae.models.interface import channels_of, encode_moments, latent_channels_of, stride_of
-from ldm_vae.models.tiles import TILE, spans
+from ldm_vae.models.tiles import spans
 
 MARK = (255, 0, 255)
 """Colour of what could not be decoded; grey pictures take its mean."""
@@ -33,25 +30,19 @@ class Band:
 
 
 class Network:
-    """An autoencoder with its geometry.
+    """An autoencoder's geometry.
 
     Args:
-        vae: any diffusers autoencoder.
-        dtype: in which it computes (autocast).
+        autoencoder: a TorchAutoencoder or a SeparableAutoencoder.
 
     Attributes:
-        stride: pixels a latent, each way.
-        channels: of the images.
-        finite: whether its receptive field is, so that tiles give what the whole gives. Any other autoencoder takes
-            the whole image at once.
+        stride, channels, finite: the autoencoder's.
     """
 
-    def __init__(self, vae: Any, dtype: torch.dtype = torch.float32) -> None:
-        self.vae, self.dtype = vae.eval(), dtype
-        self.stride, self.channels = stride_of(vae), channels_of(vae)
-        self.finite = hasattr(vae, "decoder_halo")
-        self.encoder_halo = -(-vae.encoder_halo // self.stride) if self.finite else 0  # in latents
-        self.decoder_halo = vae.decoder_halo if self.finite else 0
+    def __init__(self, autoencoder: Any) -> None:
+        self.autoencoder = autoencoder
+        self.stride, self.channels, self.finite = autoencoder.stride, autoencoder.channels, autoencoder.finite
+        self.decoder_halo = autoencoder.decoder_halo
 
     def box_of(self, pixels: Pixels) -> Box:
         """All latents of a picture."""
@@ -79,29 +70,23 @@ class Network:
             yield self.encode(pixels, box) if whole is None else window(whole, self.box_of(pixels), box)
             let_go(pixels)
 
-    @torch.inference_mode()
     def encode(self, pixels: Pixels, box: Box) -> Floats:
-        latents = np.empty((latent_channels_of(self.vae), box[2] - box[0], box[3] - box[1]), np.float32)
-        for inner, outer in self.tiles(box, self.box_of(pixels)[2:], self.encoder_halo):
-            images = to_images(self.pixels_at(pixels, outer))[None].to(next(self.vae.parameters()))  # type and device
-            with self.autocast():
-                mean = encode_moments(self.vae, images).chunk(2, dim=1)[0][0].float().cpu().numpy()
+        latents = np.empty((self.autoencoder.latent_channels, box[2] - box[0], box[3] - box[1]), np.float32)
+        for inner, outer in self.tiles(box, self.box_of(pixels)[2:], self.autoencoder.encoder_halo):
+            mean = self.autoencoder.encode(values_of(self.pixels_at(pixels, outer)))
             window(latents, box, inner)[:] = window(mean, outer, inner)
         return latents
 
-    @torch.inference_mode()
     def decode(self, latents: Floats, band: Band, header: Header) -> Pixels:
         """float32 latents (c, h, w) of a band -> its pixels (h, w, colours), of the depth that the header names."""
         f, cells = self.stride, self.cells(band.pixels) if self.finite else band.latents
         dtype = np.uint16 if header.depth == 16 else np.uint8
         pixels = np.empty((header.colours, f * (cells[2] - cells[0]), f * (cells[3] - cells[1])), dtype)
         for inner, outer in self.tiles(cells, header.latent_size, self.decoder_halo):
-            values = torch.from_numpy(window(latents, band.latents, outer))[None].to(next(self.vae.parameters()))
-            with self.autocast():
-                images = self.vae.decode(values).sample.float()
+            image = self.autoencoder.decode(window(latents, band.latents, outer))
             if header.colours == 1:
-                images = images.mean(dim=1, keepdim=True)
-            tile = np.moveaxis(to_pixels(images[0], dtype), 2, 0)
+                image = image.mean(axis=0, keepdims=True)
+            tile = np.moveaxis(pixels_of(image, dtype), 2, 0)
             window(pixels, in_pixels(cells, f), in_pixels(inner, f))[:] = window(
                 tile, in_pixels(outer, f), in_pixels(inner, f)
             )
@@ -122,7 +107,7 @@ class Network:
 
     def tiles(self, box: Box, size: tuple[int, ...], halo: int) -> Iterator[tuple[Box, Box]]:
         """What the network computes at a time of a box, without and with what it sees around that."""
-        side = TILE if self.finite else max(size)
+        side = self.autoencoder.tile if self.finite else max(size)
         for top, bottom, _, _ in spans(box[2] - box[0], side, 0):
             for left, right, _, _ in spans(box[3] - box[1], side, 0):
                 inner = (box[0] + top, box[1] + left, box[0] + bottom, box[1] + right)
@@ -142,10 +127,6 @@ class Network:
         part = np.repeat(part, self.channels // channels, axis=2)
         down, beside = bottom - top - part.shape[0], right - left - part.shape[1]
         return np.pad(part, ((0, down), (0, beside), (0, 0)), mode="edge") if down or beside else part
-
-    def autocast(self) -> torch.autocast:
-        device = next(self.vae.parameters()).device
-        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 def grown(box: Box, halo: int, size: tuple[int, ...] = (1 << 62, 1 << 62)) -> Box:

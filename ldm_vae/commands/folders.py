@@ -5,6 +5,7 @@ No torch here: the codec's commands start fast.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from ldm_vae.errors import BadImageError, LdmVaeError
 from ldm_vae.progress import progress
 
 Errors = tuple[type[Exception], ...]
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""For processes that share the cores; what is already loaded here does not look again."""
 
 
 def numbered(names: Iterable[str]) -> list[str]:
@@ -62,7 +65,7 @@ def run_jobs(
 
     Args:
         act: does one file, and returns what is to be said of it, or None.
-        workers: processes, each with one thread of torch; with 1, this process does all.
+        workers: processes, each with one thread; with 1, this process does all.
         errors: what concerns one file alone, so that the others are done; any other error ends everything.
         show: whether a bar shows the progress.
     """
@@ -94,19 +97,14 @@ def outcomes(
         for name, job in jobs.items():
             yield name, *outcome(partial(act, job), errors)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=use_one_thread)
+    os.environ |= ONE_THREAD
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
         names = {pool.submit(act, job): name for name, job in jobs.items()}
         for future in as_completed(names):
             yield names[future], *outcome(future.result, errors)
     finally:
         pool.shutdown(cancel_futures=True)  # what has not begun when somebody stops it does not begin
-
-
-def use_one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def outcome(call: Callable[[], str | None], errors: Errors) -> tuple[str | None, str | None]:

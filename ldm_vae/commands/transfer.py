@@ -60,13 +60,13 @@ Act = Callable[[Any], str | None]
 @cache
 def load_codec(model: str, device: str, workers: int) -> Any:
     from ldm_vae.codec.codec import LatentCodec
-    from ldm_vae.models.loading import check_device
-    from ldm_vae.models.reconstruction import exact_float32
 
-    exact_float32()
     if not model:
         raise ConfigError(f"no --model given, and ${MODEL_VARIABLE} is not set")
-    check_device(device)
+    if device != "cpu":
+        from ldm_vae.models.reconstruction import exact_float32
+
+        exact_float32()
     return LatentCodec.from_pretrained(model, device=device, workers=workers)
 
 

@@ -159,3 +159,9 @@ def values_of(pixels: Pixels) -> np.ndarray:
     values *= 2 / white(pixels)
     values -= 1
     return values
+
+
+def pixels_of(values: np.ndarray, dtype: np.typing.DTypeLike) -> Pixels:
+    """Values of images (..., C, H, W), clamped to [-1, 1] -> pixels uint8 or uint16 (..., H, W, C), rounded."""
+    scaled = (np.clip(values, -1, 1) + np.float32(1)) * np.float32(np.iinfo(dtype).max / 2)
+    return np.moveaxis(np.rint(scaled, out=scaled).astype(dtype), -3, -1)

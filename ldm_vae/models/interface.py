@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm_vae.errors import ConfigError, ModelError
+from ldm_vae.models.digest import canonical, digest_of
 from ldm_vae.models.patch_network import DETERMINISTIC_LOGVAR
 
 if TYPE_CHECKING:
@@ -29,17 +28,16 @@ def fingerprint(model: Any) -> str:
     defaults = {name: p.default for name, p in inspect.signature(type(model).__init__).parameters.items()}
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k not in SCALE}
     changed = {k: v for k, v in config.items() if canonical(v) != canonical(defaults.get(k))}
-    name = model.config.get("_class_name", type(model).__name__)
-    digest = hashlib.sha256((name + canonical(changed)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def canonical(value: Any) -> str:
-    """JSON that is the same for tuples and lists."""
-    return json.dumps(value, sort_keys=True, default=str)
+    tensors = (
+        (
+            name,
+            str(tensor.dtype),
+            tensor.shape,
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(),
+        )
+        for name, tensor in sorted(model.state_dict().items())
+    )
+    return digest_of(model.config.get("_class_name", type(model).__name__), changed, tensors)
 
 
 def encode_moments(vae: Any, images: Tensor, noise_level: Tensor | None = None) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TILE = 64
 """Side of a tile, in latents."""
@@ -21,6 +22,8 @@ def in_tiles(
     they are cut off again. At the border there are none: there the tile ends as the values do, and convolutions pad it
     with the same zeros.
     """
+    import torch  # the codec, which needs `spans` alone, starts without
+
     height, width = (n // unit_in for n in values.shape[-2:])
     rows = []
     for top, bottom, above, below in spans(height, tile, halo):
