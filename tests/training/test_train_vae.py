@@ -27,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks import reconstruction
 from ldm_vae.data.conversion import to_pixels
 from ldm_vae.data.loader import CropDataset
+from ldm_vae.data.reader import ReadOptions
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, LdmVaeError, RunError, one_line_errors
 from ldm_vae.grids import reconstruction_grid, validation_images
@@ -314,14 +315,21 @@ def test_images_of_five_channels_go_all_the_way(tmp_path: Path) -> None:
         pixels = np.kron(rng.integers(0, 256, (5, 6, 5)), np.ones((8, 8, 1))).astype(np.uint8)
         np.save(folder / f"{i}.npy", pixels)
         tifffile.imwrite(folder / f"{i}.tif", np.moveaxis(pixels, 2, 0), photometric="minisblack")
-    config = config_for(folder, tmp_path / "run", channels=5, steps=3, disc_start=1)
+    config = config_for(
+        folder, tmp_path / "run", channels=5, reading=ReadOptions(pages_as_channels=True), steps=3, disc_start=1
+    )
     main(config)
     lines = metrics(config.output)
     assert {"lpips_random", "discriminator", "bad_images"} <= lines[-2].keys()
     assert lines[-2]["bad_images"] == 0
     reconstruction.main(
         reconstruction.Config(
-            vae=(str(config.output),), data=str(folder), output=tmp_path / "out", full=True, perceptual="none"
+            vae=(str(config.output),),
+            data=str(folder),
+            output=tmp_path / "out",
+            full=True,
+            perceptual="none",
+            reading=ReadOptions(pages_as_channels=True),
         )
     )
     rows = {r["image"]: float(r["psnr"]) for r in csv.DictReader((tmp_path / "out" / "per_image.csv").open())}
