@@ -157,11 +157,13 @@ def as_json(config: Any) -> dict[str, Any]:
 def differences(saved: Mapping[str, Any], config: Any, *, free: Sequence[str]) -> list[str]:
     """`field: saved -> now` for each field of a configuration that changed, but for those in `free`.
 
-    A field that did not exist when it was saved counts as its default.
+    A field that did not exist when it was saved counts as its default, and a text where there is a list now as a list
+    of one.
     """
     now = as_json(config)
     defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
     plain = {name: as_json(v) if dataclasses.is_dataclass(v) else v for name, v in defaults.items()}
     saved = json.loads(json.dumps(plain, default=str)) | dict(saved)
+    saved |= {k: [v] for k, v in saved.items() if isinstance(v, str) and isinstance(now.get(k), list)}
     keys = [k for k in sorted({*saved, *now}) if k not in free and saved.get(k) != now.get(k)]
     return [f"{k}: {saved.get(k)} -> {now.get(k)}" for k in keys]

@@ -33,6 +33,7 @@ from ldm_vae.runs.run import Checkpoint, Run
 class Config:
     rate: float = 0.1
     sizes: tuple[int, ...] = (1, 2)
+    paths: tuple[str, ...] = ("a",)
     workers: int = 0
 
 
@@ -108,6 +109,7 @@ def test_resuming_with_other_settings_lists_what_differs(tmp_path: Path) -> None
     Run(tmp_path, Config(workers=5), free=("workers",))
     saved = json.loads((tmp_path / "config.json").read_text())
     del saved["config"]["sizes"]  # a version before had no such field
+    saved["config"]["paths"] = "a"  # and took one path
     (tmp_path / "config.json").write_text(json.dumps(saved))
     Run(tmp_path, Config(), free=("workers",))
     with pytest.raises(RunError, match=r"\(rate: 0.1 -> 0.2; sizes: \[1, 2\] -> \[1\]\)"):
