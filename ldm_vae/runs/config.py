@@ -164,6 +164,6 @@ def differences(saved: Mapping[str, Any], config: Any, *, free: Sequence[str]) -
     defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
     plain = {name: as_json(v) if dataclasses.is_dataclass(v) else v for name, v in defaults.items()}
     saved = json.loads(json.dumps(plain, default=str)) | dict(saved)
-    saved |= {k: [v] for k, v in saved.items() if isinstance(v, str) and isinstance(now.get(k), list)}
+    saved = {k: [v] if isinstance(v, str) and isinstance(now.get(k), list) else v for k, v in saved.items()}
     keys = [k for k in sorted({*saved, *now}) if k not in free and saved.get(k) != now.get(k)]
     return [f"{k}: {saved.get(k)} -> {now.get(k)}" for k in keys]
