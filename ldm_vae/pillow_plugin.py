@@ -1,6 +1,6 @@
-"""`Image.open("x.ldi")` and `image.save("x.ldi")`, once `register(model)` was called.
+"""`Image.open("x.ldi")` and `image.save("x.ldi")`: `import ldm_vae.pillow_plugin` is enough.
 
-Pillow finds plugins by import alone: `import ldm_vae.pillow_plugin` is enough where $LDM_VAE_MODEL names the model.
+The model is $LDM_VAE_MODEL, or box:codec; `register(model)` names another.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile
 
-from ldm_vae.codec.bitstream import ALPHA, EXTENSION, MAGIC, METADATA, MODEL_VARIABLE, unpack
+from ldm_vae.codec.bitstream import ALPHA, DEFAULT_MODEL, EXTENSION, MAGIC, METADATA, MODEL_VARIABLE, unpack
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.picture import as_picture, pil_info
 from ldm_vae.codec.sections import unpack_metadata
@@ -27,17 +27,15 @@ state: dict[str, Any] = {}
 
 
 def register(model: str | None = None) -> None:
-    """Names the model for all files: a run directory, model folder or hub id; $LDM_VAE_MODEL unless given."""
+    """Names the model for all files: a run directory, model folder, hub id or box:NAME; $LDM_VAE_MODEL unless given."""
     state.clear()
     state["model"] = model
 
 
 def codec() -> Any:
-    """The codec, loaded when it is needed. Raises ConfigError when no model is named."""
+    """The codec, loaded when it is needed."""
     if "codec" not in state:
-        model = state.get("model") or os.environ.get(MODEL_VARIABLE)
-        if not model:
-            raise ConfigError(f"no model for {EXTENSION} files: call register(model), or set ${MODEL_VARIABLE}")
+        model = state.get("model") or os.environ.get(MODEL_VARIABLE, DEFAULT_MODEL)
         state["codec"] = LatentCodec.from_pretrained(model)
     return state["codec"]
 

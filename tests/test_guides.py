@@ -69,7 +69,7 @@ def test_the_commands_of_the_guides_to_training_and_generation_run(here: Path) -
 
 def test_the_commands_of_the_guide_to_compression_run(here: Path) -> None:
     page = (DOCS / "compression.md").read_text()
-    assert run_commands(page) == 7
+    assert run_commands(page) == 9
     for example in blocks(page, "python"):
         exec(example, {})
     assert (here / "restored.png").exists()

@@ -2,9 +2,11 @@
 
 python benchmarks/studies/codec_speed.py --codec RUN_OR_MODEL --fit-data PATH --data PATH --output DIR
 
-For each image of --data: milliseconds to code and to decode its symbols (without the network), medians of five, and
-bytes with the model's contexts and with one static table per channel, fitted to --fit-data. `ldm-vae compress` and
-`decompress` of one photo of 256 x 256 are timed as processes of their own, imports included, also medians of five.
+For each image of --data: milliseconds to code and to decode its symbols, and to compress and decompress it in a process
+that has started, network included, medians of five; and bytes with the model's contexts and with one static table per
+channel, fitted to --fit-data. `ldm-vae compress` and `decompress` of one photo of 256 x 256 are timed as processes of
+their own, imports included, also medians of five. For one core, set OMP_NUM_THREADS=1 and bind the command to it
+(taskset).
 """
 
 from __future__ import annotations
@@ -98,8 +100,12 @@ def main(config: Config) -> None:
         decode = partial(decode_symbols, payload, symbols.shape, contexts)
         row = {"image": source.name(i), "symbols": symbols.size, "bytes": len(payload)}
         row |= {"static_bytes": len(encode_symbols(symbols, static))}
-        rows.append(row | {"encode_ms": 1e3 * median_seconds(encode), "decode_ms": 1e3 * median_seconds(decode)})
-    figures = {name: float(np.median([row[name] for row in rows])) for name in ("symbols", "encode_ms", "decode_ms")}
+        compress = partial(codec.compress, source[i].pixels, quality=config.quality)
+        decompress = partial(codec.decompress_picture, compress())
+        calls = {"encode": encode, "decode": decode, "compress": compress, "decompress": decompress}
+        rows.append(row | {f"{name}_ms": 1e3 * median_seconds(call) for name, call in calls.items()})
+    names = ("symbols", "encode_ms", "decode_ms", "compress_ms", "decompress_ms")
+    figures = {name: float(np.median([row[name] for row in rows])) for name in names}
     figures["saved_by_contexts"] = 1 - sum(row["bytes"] for row in rows) / sum(row["static_bytes"] for row in rows)
     figures |= command_seconds(config.codec)
     for name, figure in figures.items():

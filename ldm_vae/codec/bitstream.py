@@ -21,6 +21,7 @@ from ldm_vae.errors import (
 
 EXTENSION = ".ldi"
 MODEL_VARIABLE = "LDM_VAE_MODEL"
+DEFAULT_MODEL = "box:codec"
 """Of the environment: the model where none is named."""
 MAGIC = b"\x89LDI"
 VERSION = 2

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from ldm_vae.codec.bitstream import EXTENSION, MODEL_VARIABLE, Limits
+from ldm_vae.codec.bitstream import DEFAULT_MODEL, EXTENSION, MODEL_VARIABLE, Limits
 from ldm_vae.commands.folders import result_names, run_jobs, totals
 from ldm_vae.data.image_files import Listing
 from ldm_vae.errors import ConfigError, DataError
@@ -30,9 +30,11 @@ class Transfer:
     """From a file, a folder or standard input (-) to the same kind."""
 
     input: Positional[str]
-    output: Positional[str]
-    model: str = os.environ.get(MODEL_VARIABLE, "")
-    """Run directory, model folder or hub id with fitted tables; $LDM_VAE_MODEL unless given."""
+    output: Positional[str] = ""
+    """Beside the input, with another ending, unless given."""
+    model: str = os.environ.get(MODEL_VARIABLE, DEFAULT_MODEL)
+    """Run directory, model folder or hub id with fitted tables, or box:codec, which comes with the package;
+    $LDM_VAE_MODEL unless given."""
     device: str = "cpu"
     workers: Annotated[int, Range(at_least=0)] = 0
     """Processes for a folder's files, or for the tiles of one large image; 0: one a core."""
@@ -61,8 +63,6 @@ Act = Callable[[Any], str | None]
 def load_codec(model: str, device: str, workers: int) -> Any:
     from ldm_vae.codec.codec import LatentCodec
 
-    if not model:
-        raise ConfigError(f"no --model given, and ${MODEL_VARIABLE} is not set")
     if device != "cpu":
         from ldm_vae.models.reconstruction import exact_float32
 
@@ -167,6 +167,10 @@ def transfer(act: Act, command: Transfer, *, inputs: Callable[[Path], Listing], 
     """A folder by `transfer_folder`; a file, or standard input, by `transfer_file`."""
     check_ranges(command)
     command = replace(command, workers=command.workers or os.cpu_count() or 1)
+    if not command.output:
+        if command.input == STREAM or Path(command.input).is_dir():
+            raise ConfigError("name the output, too: only a single file's is beside it unless given")
+        command = replace(command, output=str(Path(command.input).with_suffix(extension)))
     if command.input != STREAM and Path(command.input).is_dir():
         if command.output == STREAM:
             raise ConfigError("a folder cannot go to standard output")

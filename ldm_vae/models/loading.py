@@ -1,4 +1,4 @@
-"""Finds and loads what RUN_OR_MODEL names: a run directory, a diffusers folder, or an id on the Hugging Face hub.
+"""Finds and loads what RUN_OR_MODEL names: a run, a diffusers folder, a hub id, or a model of the box, box:NAME.
 
 Finding a model imports neither torch nor diffusers: they take seconds.
 """
@@ -25,6 +25,8 @@ PARTS = {
     "pipeline": (("*.json", "*.safetensors"), "model_index.json"),
 }
 """What is needed of a hub's repository (patterns), and the file that names the class."""
+BOX = Path(__file__).parents[1] / "box"
+"""Models that come with the package, a folder each."""
 
 
 def local_folder(name: str, files: Sequence[str]) -> Path:
@@ -33,6 +35,12 @@ def local_folder(name: str, files: Sequence[str]) -> Path:
     Raises:
         ModelError: there is no such folder, or the hub does not give it.
     """
+    if name.startswith("box:"):
+        folder = BOX / name.removeprefix("box:")
+        if folder.parent != BOX or not folder.is_dir():
+            known = ", ".join(sorted(f"box:{place.name}" for place in BOX.iterdir() if place.is_dir()))
+            raise ModelError(f"no such model: {name} (the box has {known})")
+        return folder
     if Path(name).is_dir():
         return Path(name)
     if not is_hub_id(name):

@@ -317,13 +317,24 @@ def test_salvage_writes_what_is_whole_and_says_the_rest(
     assert Image.open(tmp_path / "b.png").getpixel((520, 10)) == (255, 0, 255)
 
 
+def test_a_photo_alone_is_enough(image: Path, tmp_path: Path) -> None:
+    """The model is that of the box, the output beside the input."""
+    shutil.copy(image, tmp_path / "photo.png")
+    run("compress", tmp_path / "photo.png")
+    (tmp_path / "photo.png").unlink()
+    run("decompress", tmp_path / "photo.ldi")
+    with Image.open(tmp_path / "photo.png") as again, Image.open(image) as original:
+        assert again.size == original.size
+        difference = np.asarray(again.convert("RGB"), float) - np.asarray(original.convert("RGB"), float)
+    assert 10 * np.log10(255**2 / np.square(difference).mean()) > 25
+
+
 def test_what_cannot_work_is_said_in_one_line(
-    model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.delenv("LDM_VAE_MODEL", raising=False)
     out = tmp_path / "x.ldi"
     compress = ("compress", image, out)
-    assert "no --model" in fails(capsys, *compress, "--model", "")
+    assert "the box has box:codec" in fails(capsys, *compress, "--model", "box:nothing")
     assert "no such model" in fails(capsys, *compress, "--model", tmp_path / "nowhere")
     bare = tmp_path / "bare"
     shutil.copytree(model / "vae", bare)
@@ -337,6 +348,7 @@ def test_what_cannot_work_is_said_in_one_line(
     assert "quality" in fails(capsys, *compress, *with_model, "--quality", 0)
     assert "no folder" in fails(capsys, "compress", image, tmp_path / "no" / "x.ldi", *with_model)
     assert "is a folder" in fails(capsys, "compress", image, tmp_path, *with_model)
+    assert "name the output, too" in fails(capsys, "compress", tmp_path, *with_model)
     assert "workers" in fails(capsys, *compress, *with_model, "--workers", -1)
     for device in ("cuda:99", "no-such-device"):
         assert f"--device {device}" in fails(capsys, *compress, *with_model, "--device", device)
