@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import statistics
 import time
 
 import pytest
@@ -39,7 +40,7 @@ def test_peak_memory_is_what_a_call_takes_beyond_what_was_held(mebibytes: int) -
 
 
 def test_the_peak_is_at_least_that_of_one_product() -> None:
-    flops = peak_flops(CPU, torch.float32, seconds=0.05)
+    flops = peak_flops(CPU, torch.float32, seconds=0.2)
     a = torch.randn(512, 512)
-    durations = seconds_of(lambda: a @ a, device=CPU, seconds=0.05)
-    assert flops > 0.3 * 2 * 512**3 / min(durations)
+    durations = seconds_of(lambda: a @ a, device=CPU, seconds=0.2)
+    assert flops > 0.3 * 2 * 512**3 / statistics.median(durations)

@@ -35,8 +35,7 @@ def test_symbols_are_timed_and_counted_with_and_without_contexts_and_commands_fr
     assert len(record["rows"]) == 2
     saved = 1 - sum(r["bytes"] for r in record["rows"]) / sum(r["static_bytes"] for r in record["rows"])
     assert record["saved_by_contexts"] == pytest.approx(saved)
-    assert all(
-        r["compress_ms"] > r["encode_ms"] > 0 and r["decompress_ms"] > r["decode_ms"] > 0 for r in record["rows"]
-    )
+    timed = ("encode_ms", "decode_ms", "compress_ms", "decompress_ms")
+    assert all(row[name] > 0 for row in record["rows"] for name in timed)
     assert 0.3 < record["compress_seconds"] < 60
     assert 0.3 < record["decompress_seconds"] < 60
