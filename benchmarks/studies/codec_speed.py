@@ -102,6 +102,7 @@ def main(config: Config) -> None:
         row |= {"static_bytes": len(encode_symbols(symbols, static))}
         compress = partial(codec.compress, source[i].pixels, quality=config.quality)
         decompress = partial(codec.decompress_picture, compress())
+        calls: dict[str, Callable[[], Any]]
         calls = {"encode": encode, "decode": decode, "compress": compress, "decompress": decompress}
         rows.append(row | {f"{name}_ms": 1e3 * median_seconds(call) for name, call in calls.items()})
     names = ("symbols", "encode_ms", "decode_ms", "compress_ms", "decompress_ms")
