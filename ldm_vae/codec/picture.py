@@ -187,7 +187,10 @@ def encode_picture(picture: Picture, extension: str, notes: list[str] | None = N
 
 def save_by_pil(picture: Picture, file: io.BytesIO, extension: str) -> Metadata:
     """Writes the picture, and reads it again: what it has kept of the metadata. Raises ConfigError."""
-    image = picture.to_pil()
+    try:
+        image = picture.to_pil()
+    except ConfigError as error:
+        raise ConfigError(f"{extension} cannot hold this picture ({error}): write .png") from None
     kind = Image.registered_extensions()[extension]
     try:
         with limits_are_ours(), warnings.catch_warnings(action="ignore"):  # of PIL, about odd metadata

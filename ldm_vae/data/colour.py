@@ -52,15 +52,23 @@ def in_srgb(pixels: Pixels, metadata: Metadata) -> tuple[Pixels, Metadata, tuple
     plain = replace(metadata, icc=b"", cicp=None)
     colours = pixels.shape[2] - (pixels.shape[2] in (2, 4))
     if metadata.cicp is not None:
-        if colours != 3 or is_srgb_cicp(metadata.cicp):
+        if not metadata.cicp[3]:
+            pixels = by_strips(pixels, to_full_range)
+        if is_srgb_cicp(metadata.cicp):
             return pixels, plain, ()
         primaries, transfer = metadata.cicp[:2]
         if primaries not in (*PRIMARIES, 2) or transfer not in (*LIKE_SRGB, *LINEAR_OF):
             return pixels, plain, (f"colours of primaries {primaries} and transfer {transfer} were read as sRGB",)
         clipped: list[bool] = []
-        converted = by_strips(pixels, lambda strip: from_cicp(strip, primaries, transfer, clipped))
+
+        def convert(strip: Pixels) -> Pixels:
+            rgb = strip if colours == 3 else np.repeat(strip, 3, axis=2)
+            converted = from_cicp(rgb, primaries, transfer, clipped)
+            return converted if colours == 3 else converted[:, :, :1]
+
+        pixels = by_strips(pixels, convert)
         note = f"HDR: what is brighter than the reference white ({REFERENCE_WHITE:g} cd/m2) became white"
-        return converted, plain, (note,) if any(clipped) else ()
+        return pixels, plain, (note,) if any(clipped) else ()
     if not metadata.icc or is_srgb_profile(metadata.icc):
         return pixels, plain, ()
     try:
@@ -85,6 +93,14 @@ def by_strips(pixels: Pixels, convert: Callable[[Pixels], Pixels]) -> Pixels:
     for top, bottom in strips(*pixels.shape[:2]):
         converted[top:bottom, :, :colours] = convert(np.ascontiguousarray(pixels[top:bottom, :, :colours]))
     return converted
+
+
+def to_full_range(colours: Pixels) -> Pixels:
+    """Values of 16 to 235 of 255, as video has them, stretched to all; more bits likewise (H.273, equation 20)."""
+    top = white(colours)
+    unit = 1 / 255 if colours.dtype.kind == "f" else (top + 1) / 256
+    stretched = (colours.astype(np.float32) - 16 * unit) / (219 * unit)
+    return rounded(np.clip(stretched, 0, 1) * top, colours.dtype)
 
 
 # ICC profiles ---------------------------------------------------------------------------------------------------------

@@ -97,9 +97,14 @@ def texts_of(image: Image.Image) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
+X_RESOLUTION = 282
+
+
 def resolution_of(image: Image.Image) -> tuple[float, float] | None:
-    """What the file itself says: of a JPEG that has none PIL makes one up, and that of EXIF stays there."""
+    """What the file itself says: of a JPEG or TIFF that has none PIL makes one up, and that of EXIF stays there."""
     if image.format in ("JPEG", "MPO") and image.info.get("jfif_unit") not in (1, 2):
+        return None
+    if image.format == "TIFF" and X_RESOLUTION not in image.tag_v2:  # type: ignore[attr-defined]
         return None
     try:
         across, down = (float(dots) for dots in image.info["dpi"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -54,8 +55,8 @@ class ReadOptions:
     """Values of black and of white, in files of floats and of more than 8 bits; what lies outside is clipped."""
 
     def __post_init__(self) -> None:
-        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
-            low, high = self.value_range
+        low, high = self.value_range or (0.0, 1.0)
+        if not (low < high and math.isfinite(high - low)):
             raise ConfigError(f"--value-range {low:g} {high:g}: black, then white, which is more")
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,3 +298,16 @@ def test_metadata_that_a_format_cannot_hold_is_one_error() -> None:
 def test_a_model_of_four_channels_takes_them_as_colours() -> None:
     assert as_picture(pixels_of(4), channels=4).alpha is None
     assert as_picture(pixels_of(4), channels=3).alpha is not None
+
+
+def test_a_tiff_without_a_resolution_has_none(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "none.tif")
+    assert read_picture(tmp_path / "none.tif").metadata.resolution is None
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "some.tif", dpi=(300, 300))
+    assert read_picture(tmp_path / "some.tif").metadata.resolution == (300, 300)
+
+
+def test_what_a_format_has_no_mode_for_names_one_that_has() -> None:
+    deep = as_picture(np.zeros((4, 4, 3), np.uint16))
+    with pytest.raises(ConfigError, match=r"\.tif cannot hold this picture .*: write \.png"):
+        encode_picture(deep, ".tif")

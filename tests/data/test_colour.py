@@ -56,6 +56,21 @@ def saved(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def test_grey_is_converted_as_a_colour_of_three_equal_values_is() -> None:
+    ramp = np.arange(0, 65536, 4096, dtype=np.uint16)[None, :, None]
+    cicp = bytes([9, 16, 0, 1])
+    grey = read_image(png16(ramp, cicp), channels=1).pixels
+    rgb = read_image(png16(np.repeat(ramp, 3, axis=2), cicp), channels=3).pixels
+    assert np.array_equal(grey[:, :, 0], rgb[:, :, 0])
+    assert not np.array_equal(grey, ramp)
+
+
+def test_the_narrow_range_of_video_is_stretched_to_all() -> None:
+    levels = np.array([0, 16, 125, 235, 255], np.uint16)[None, :, None] * 256
+    stretched = read_image(png16(np.repeat(levels, 3, axis=2), bytes([1, 13, 0, 0])), channels=3).pixels[0, :, 0]
+    assert stretched.tolist() == [0, 0, round(109 / 219 * 65535), 65535, 65535]
+
+
 def png16(pixels: np.ndarray, cicp: bytes) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     return png(rows, 16, 2 if pixels.shape[2] == 3 else 0, pixels.shape[1], pixels.shape[0], cicp=cicp)
