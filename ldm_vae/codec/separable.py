@@ -83,13 +83,16 @@ def load_separable(name: str) -> SeparableAutoencoder | None:
         ModelError: nothing there, or files that cannot be read.
     """
     folder, class_name = find_saved(name, "vae")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    if class_name != "PatchAutoencoderKL" or not file.is_file():
+        return None
     try:
         config = DEFAULTS | json.loads((folder / "config.json").read_text())
         blocks_at_one_resolution = config["block"] == "separable" and len(config["block_out_channels"]) == 1
         usual = all(config[n] == DEFAULTS[n] for n in ("out_channels", "pool", "latent_activation", "noise_level"))
-        if class_name != "PatchAutoencoderKL" or not blocks_at_one_resolution or not usual or config["finds_blemishes"]:
+        if not blocks_at_one_resolution or not usual or config["finds_blemishes"]:
             return None
-        weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+        weights = load_file(file)
         return SeparableAutoencoder(config, {n: np.ascontiguousarray(a, np.float32) for n, a in weights.items()})
     except Exception as error:  # damaged files raise many kinds
         raise ModelError(f"cannot load {class_name} from {name}: {type(error).__name__}: {error}") from None
