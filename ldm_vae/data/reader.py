@@ -57,7 +57,7 @@ class ReadOptions:
     def __post_init__(self) -> None:
         low, high = self.value_range or (0.0, 1.0)
         if not (low < high and math.isfinite(high - low)):
-            raise ConfigError(f"--value-range {low:g} {high:g}: black, then white, which is more")
+            raise ConfigError(f"--value-range {low:g} {high:g}: black, then white, which is more; both finite")
 
     def __str__(self) -> str:
         words = ["colours as they are" if self.keep_colour else "sRGB"]

@@ -327,7 +327,7 @@ def test_how_files_are_understood_comes_from_the_flags_and_tells_sources_apart(t
     assert np.allclose(source[0].pixels[:, :, 0], [[0, 0.25], [0.5, 1]])
     others = [ReadOptions(), ReadOptions(keep_colour=True), ReadOptions(value_range=(0, 100)), options]
     assert len({open_source(str(tmp_path), channels=1, options=o).fingerprint() for o in others}) == 4
-    with pytest.raises(ConfigError, match="--value-range 5 5: black, then white, which is more"):
+    with pytest.raises(ConfigError, match="--value-range 5 5: black, then white, which is more; both finite"):
         parse_config(train_vae.PRESETS, description="", args=[*args, "5", "5"])
 
 
