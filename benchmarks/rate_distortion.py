@@ -75,8 +75,8 @@ class Config:
     """Run directory, model folder or hub id with fitted tables; repeat the flag for each."""
     data: str
     output: Path
-    qualities: Annotated[tuple[float, ...], Range(above=0)] = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
-    """Of our codecs."""
+    steps: Annotated[tuple[float, ...], Range(above=0)] = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
+    """The quantiser's, of our codecs."""
     others: tuple[str, ...] = ("jpeg-420", "jpeg-444", "webp", "avif-420", "jpeg2000", "jpeg-xl")
     """Codecs to compare with (also avif-444, avif-420-slowest, avif-444-slowest); one that is not installed is left
     out, with a note."""
@@ -131,8 +131,8 @@ def our_codec(path: str, config: Config) -> Codec:
     codec = LatentCodec.from_pretrained(path, device=config.device)
     return Codec(
         name=path,
-        settings=config.qualities,
-        encode=lambda pixels, quality: codec.compress(pixels, quality=quality),
+        settings=config.steps,
+        encode=lambda pixels, step: codec.compress(pixels, step=step),
         decode=lambda data: codec.decompress_picture(data).pixels,
     )
 

@@ -195,7 +195,7 @@ def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[st
     coder = PatchAutoencoderKL(**ARCHITECTURES["f8c32"] | {"latent_channels": 8}).to(accelerator.device)
     with torch.no_grad():
         coder.encoder.conv_out.bias[latent_channels_of(coder) :] = -5.0  # about as narrow as a trained posterior
-    codec = LatentCodec(coder, fit_tables(coder, source, num_images=4, qualities=(1,)))
+    codec = LatentCodec(coder, fit_tables(coder, source, num_images=4, steps=(1,)))
     compressed = codec.compress(photos[0])
     crops = CropDataset(open_source(str(work)), seed=0, resolution=config.resolution, cache_bytes=0)
     order = MicroBatches(

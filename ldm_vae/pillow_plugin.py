@@ -72,9 +72,10 @@ class LdiImageFile(ImageFile.ImageFile):
 
 
 def save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
-    """`image.save(file, quality=1.0, strip=False, exact=False, icc_profile=..., exif=...)`.
+    """`image.save(file, quality=75, strip=False, exact=False, icc_profile=..., exif=...)`.
 
-    `quality` is a step, not a percentage; with `exact`, the colours of fully transparent pixels are kept, too.
+    `quality` is 1 to 100, as in `LatentCodec.compress`, and `step=1.0` takes its place; with `exact`, the colours of fully
+    transparent pixels are kept, too.
     """
     flags = image.encoderinfo
     picture = as_picture(image, channels=codec().network.channels)
@@ -87,7 +88,8 @@ def save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     picture = replace(picture, metadata=metadata)
     if not flags.get("exact", False):
         picture = smooth_transparent(picture)
-    file.write(codec().compress(picture, quality=flags.get("quality", 1.0), strip=flags.get("strip", False)))
+    given = {name: flags[name] for name in ("quality", "step", "strip") if name in flags}
+    file.write(codec().compress(picture, **given))
 
 
 Image.register_open(FORMAT, LdiImageFile, lambda prefix: prefix.startswith(MAGIC))

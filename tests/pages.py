@@ -22,10 +22,10 @@ SMALLER = {
     "cache_latents": "--num-workers 0",
     "train_diffusion": "--steps 2 --batch-size 2 --num-workers 0",
     "generate": "--steps 2",
-    "fit-codec": "--num-images 12 --qualities 1",
+    "fit-codec": "--num-images 12 --steps 1",
     "train_classifier": "--epochs 1 --batch-size 8",
     "generation": "--num-images 4",
-    "rate_distortion": "--others jpeg-420 webp --num-images 2 --qualities 0.5 1 2",
+    "rate_distortion": "--others jpeg-420 webp --num-images 2 --steps 0.5 1 2",
 }
 """Flags that make a command small."""
 

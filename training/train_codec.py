@@ -40,7 +40,7 @@ from ldm_vae.objectives.autoencoding import (
     update,
     validation_set,
 )
-from ldm_vae.objectives.rate import TrainableCodec, qualities_at, steering
+from ldm_vae.objectives.rate import TrainableCodec, steering, steps_at
 from ldm_vae.runs.config import Range, parse_config
 from ldm_vae.runs.images import ImageConfig, check_network, crops_of, forget_scale, start_on_images
 from ldm_vae.runs.step import sent
@@ -56,8 +56,8 @@ class Config(ImageConfig):
     """Times nats per pixel, beside a mean squared error on [-1, 1]."""
     target_bpp: Annotated[float | None, Range(above=0)] = None
     """Steer the rate's weight to so many bits per pixel, from --rate-weight on."""
-    quality_range: Annotated[tuple[float, float], Range(above=0)] = (0.5, 4.0)
-    """Qualities (the quantiser's step) that the model is trained for, one drawn for each image."""
+    step_range: Annotated[tuple[float, float], Range(above=0)] = (0.5, 4.0)
+    """Steps of the quantiser that the model is trained for, one drawn for each image."""
     reduction: Annotated[tuple[float, float], Range(above=0, at_most=1)] = (1.0, 1.0)
     """Reduce images by a factor drawn from this range before each crop, which hides the artefacts of their JPEGs."""
     coarse_weight: Annotated[float, Range(at_least=0)] = 0.0
@@ -65,8 +65,8 @@ class Config(ImageConfig):
 
     def check(self, num_processes: int) -> None:
         super().check(num_processes)
-        if self.quality_range[0] > self.quality_range[1]:
-            raise ConfigError(f"--quality-range is {self.quality_range}: the lower number comes first")
+        if self.step_range[0] > self.step_range[1]:
+            raise ConfigError(f"--step-range is {self.step_range}: the lower number comes first")
         if self.reduction[0] > self.reduction[1]:
             raise ConfigError(f"--reduction is {self.reduction}: the lower number comes first")
         if self.init is not None and self.latent_channels is not None:
@@ -107,17 +107,17 @@ class CodecState(AutoencoderState):
 
 
 def codec_terms(
-    images: Tensor, reconstruction: Tensor, nats: Tensor, quality: Tensor, rate_weight: Tensor, config: Config
+    images: Tensor, reconstruction: Tensor, nats: Tensor, steps: Tensor, rate_weight: Tensor, config: Config
 ) -> dict[str, Tensor]:
-    """The named loss terms of images (B, C, H, W), their rates and their qualities (B,).
+    """The named loss terms of images (B, C, H, W), their rates and their quantiser's steps (B,).
 
     A step q times as wide makes q^2 times the error and has q^2 times the price of a bit (for squared errors at high
-    rates). Both terms are divided by q, so that no quality outweighs the others.
+    rates). Both terms are divided by q, so that no step outweighs the others.
     """
-    terms = {"l2": losses.weighted_squared_error(reconstruction, images, 1 / quality)}
+    terms = {"l2": losses.weighted_squared_error(reconstruction, images, 1 / steps)}
     if config.coarse_weight > 0:
-        terms["coarse"] = config.coarse_weight * losses.coarse_loss(reconstruction, images, 1 / quality)
-    terms["rate"] = rate_weight * (quality * nats).mean()
+        terms["coarse"] = config.coarse_weight * losses.coarse_loss(reconstruction, images, 1 / steps)
+    terms["rate"] = rate_weight * (steps * nats).mean()
     return terms
 
 
@@ -132,10 +132,10 @@ def codec_step(
     """One global batch: forward and backward of each micro-batch, then one update, also of the rate's weight."""
     summary = StepSummary()
     for batch, noise in micro_batches(batches, state.bare.vae, config, summary, accelerator):
-        quality = sent(qualities_at(batch.positions, config.seed, config.quality_range), accelerator.device)
+        steps = sent(steps_at(batch.positions, config.seed, config.step_range), accelerator.device)
         with accelerator.accumulate(state.network):
-            reconstruction, moments, nats = state.network(batch.images, noise, quality)
-            terms = codec_terms(batch.images, reconstruction, nats, quality, state.rate_weight, config)
+            reconstruction, moments, nats = state.network(batch.images, noise, steps)
+            terms = codec_terms(batch.images, reconstruction, nats, steps, state.rate_weight, config)
             accelerator.backward(sum(terms.values()))
         summary.add(terms | {"bits_per_pixel": nats.mean() / math.log(2)})
         summary.moments = moments.detach()
@@ -153,25 +153,25 @@ FITTED_ON, MEASURED_ON = 32, 8
 """Images: few, as this interrupts the training."""
 
 
-def measure_files(vae: Any, source: Source, held_out: Source, quality_range: tuple[float, float]) -> dict[str, float]:
-    """Mean bits per pixel and PSNR of compressed files at three qualities: the estimate in training is far higher.
+def measure_files(vae: Any, source: Source, held_out: Source, step_range: tuple[float, float]) -> dict[str, float]:
+    """Mean bits per pixel and PSNR of compressed files at three steps of the quantiser: the estimate in training is far higher.
 
     The tables are fitted to a few images of `source`; the files are those of the first of `held_out`.
     """
-    low, high = quality_range
-    qualities = (low, math.sqrt(low * high), high)
-    codec = LatentCodec(vae, fit_tables(vae, source, num_images=FITTED_ON, qualities=qualities))
+    low, high = step_range
+    steps = (low, math.sqrt(low * high), high)
+    codec = LatentCodec(vae, fit_tables(vae, source, num_images=FITTED_ON, steps=steps))
     images = [
         as_uint8(sample.pixels) for _, sample in usable(held_out, {}, indices=range(min(len(held_out), MEASURED_ON)))
     ]
     figures = {}
-    for quality in qualities:
-        files = [codec.compress(pixels, quality=quality) for pixels in images]
+    for step in steps:
+        files = [codec.compress(pixels, step=step) for pixels in images]
         decoded = [codec.decompress_picture(file).pixels for file in files]
         rates = [bits_per_pixel(file, pixels) for file, pixels in zip(files, images, strict=True)]
         psnrs = [psnr(a[None], b[None]).item() for a, b in zip(images, decoded, strict=True)]
-        figures[f"file_bits_per_pixel_{quality:.2g}"] = sum(rates) / len(rates)
-        figures[f"file_psnr_{quality:.2g}"] = sum(psnrs) / len(psnrs)
+        figures[f"file_bits_per_pixel_{step:.2g}"] = sum(rates) / len(rates)
+        figures[f"file_psnr_{step:.2g}"] = sum(psnrs) / len(psnrs)
     vae.train()
     return figures
 
@@ -216,7 +216,7 @@ def main(config: Config) -> None:
                 draw_reconstructions(loop, images, reconstructions_of(state, images, accelerator).clamp(-1, 1))
                 if loop.step >= config.sample_every:  # not at the first few grids
                     with state.averaged() as averaged_vae:
-                        loop.log(measure_files(averaged_vae, source, val_source, config.quality_range))
+                        loop.log(measure_files(averaged_vae, source, val_source, config.step_range))
             if loop.saving:
                 save_autoencoder(loop, state)
 

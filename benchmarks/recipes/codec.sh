@@ -8,7 +8,7 @@ set -euo pipefail
 data=$1 runs=$2 python=${PYTHON:-python}
 here=$(cd "$(dirname "$0")/../.." && pwd)
 common=(--data "$data/photos-clean" --data "$data/photos-train/cid22" --reduction 0.5 1 --val-data "$data/photos-val/cid22"
-    --resolution 128 --batch-size 8 --learning-rate 1e-3 --rate-weight 0.012 --target-bpp None --quality-range 0.4 4
+    --resolution 128 --batch-size 8 --learning-rate 1e-3 --rate-weight 0.012 --target-bpp None --step-range 0.4 4
     --num-workers 0 --log-every 100)
 
 "$python" "$here/training/train_codec.py" f8c64 --output "$runs/squared" --steps 9000 "${common[@]}"
@@ -24,4 +24,4 @@ from ldm_vae import load_autoencoder
 load_autoencoder(sys.argv[1]).half().save_pretrained(sys.argv[2])
 PYTHON
 "$python" -m ldm_vae.cli fit-codec --vae "$runs/codec" --overwrite --data "$data/photos-clean" --num-images 200 \
-    --qualities 0.4 0.56 0.8 1.1 1.6 2.2 3.2 4.5
+    --steps 0.4 0.56 0.8 1.1 1.6 2.2 3.2 4.5

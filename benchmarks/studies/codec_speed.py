@@ -30,6 +30,7 @@ from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.contexts import decode_symbols, encode_symbols
 from ldm_vae.codec.fit_contexts import fit_contexts
 from ldm_vae.codec.picture import as_picture
+from ldm_vae.codec.quality import USUAL_QUALITY
 from ldm_vae.data.images import Pixels
 from ldm_vae.data.order import index_at
 from ldm_vae.data.sources import check_finite, open_source
@@ -48,7 +49,7 @@ class Config:
     fit_data: str
     data: str
     output: Path
-    quality: Annotated[float, Range(above=0)] = 1.0
+    quality: Annotated[float, Range(at_least=1, at_most=100)] = USUAL_QUALITY
     num_fit: Annotated[int, Range(at_least=1)] = 400
     num_images: Annotated[int | None, Range(at_least=1)] = None
 
@@ -75,10 +76,10 @@ def command_seconds(model: str) -> dict[str, float]:
         return {"compress_seconds": median_seconds(compress), "decompress_seconds": median_seconds(decompress)}
 
 
-def symbols_of(codec: LatentCodec, pixels: Pixels, quality: int) -> np.ndarray:
+def symbols_of(codec: LatentCodec, pixels: Pixels, step: int) -> np.ndarray:
     """int32 (C, h, w) of a whole image, as one tile."""
     whole = as_picture(pixels, channels=codec.network.channels).pixels
-    return codec.tables.quantise(codec.network.encode(whole, codec.network.box_of(whole)), quality)
+    return codec.tables.quantise(codec.network.encode(whole, codec.network.box_of(whole)), step)
 
 
 def main(config: Config) -> None:
@@ -88,13 +89,14 @@ def main(config: Config) -> None:
     codec = LatentCodec.from_pretrained(config.codec)
     fit_source, source = open_source(config.fit_data), open_source(config.data)
     check_finite(source, config.data, config.num_images)
-    quality = codec.tables.fixed_quality(config.quality)
-    contexts = codec.tables.contexts_of(quality)
+    notes: list[str] = []
+    step = codec.tables.fixed_step(codec.tables.step_at(config.quality, notes))
+    contexts = codec.tables.contexts_of(step)
     indices = [index_at(i, size=len(fit_source), seed=0) for i in range(min(config.num_fit, len(fit_source)))]
-    static = fit_contexts([symbols_of(codec, fit_source[i].pixels, quality) for i in indices], taps=False)
+    static = fit_contexts([symbols_of(codec, fit_source[i].pixels, step) for i in indices], taps=False)
     rows: list[dict[str, Any]] = []
     for i in range(min(len(source), config.num_images or len(source))):
-        symbols = symbols_of(codec, source[i].pixels, quality)
+        symbols = symbols_of(codec, source[i].pixels, step)
         payload = encode_symbols(symbols, contexts)
         encode = partial(encode_symbols, symbols, contexts)
         decode = partial(decode_symbols, payload, symbols.shape, contexts)

@@ -59,7 +59,7 @@ class Header:
         colours: channels of the image, without alpha.
         depth: bits of a value, 8 or 16.
         channels: latent channels that are coded.
-        quality: fixed point, 256 is 1.
+        step: fixed point, 256 is 1.
         model: the first bytes of `Tables.digest`.
     """
 
@@ -70,7 +70,7 @@ class Header:
     log2_stride: int
     channels: int
     log2_tile: int
-    quality: int
+    step: int
     model: bytes
 
     @property
@@ -141,7 +141,7 @@ def pack(header: Header, sections: dict[int, bytes], tiles: list[bytes]) -> byte
     ordered = sorted(sections.items())
     shape = header.log2_stride | header.log2_tile << 4
     head = FIXED.pack(MAGIC, VERSION, int(header.depth == 16) | len(ordered) << 1, shape, header.model)
-    numbers = (header.colours, header.width, header.height, header.channels, header.quality)
+    numbers = (header.colours, header.width, header.height, header.channels, header.step)
     head += b"".join(varint(n) for n in numbers)
     contents = b"".join(bytes([kind]) + varint(len(d)) + CRC.pack(crc32(d)) for kind, d in ordered)
     contents += b"".join(varint(len(t)) + CRC.pack(crc32(t)) for t in tiles)
@@ -187,7 +187,7 @@ def read_header(entries: Varints) -> tuple[Header, int]:
     _, version, flags, shape, model = FIXED.unpack(entries.take(FIXED.size))
     if version != VERSION:
         raise UnsupportedVersionError(f"format version {version}: this ldm-vae reads version {VERSION}")
-    colours, width, height, channels, quality = (entries.next() for _ in range(5))
+    colours, width, height, channels, step = (entries.next() for _ in range(5))
     header = Header(
         colours=colours,
         depth=16 if flags & 1 else 8,
@@ -196,7 +196,7 @@ def read_header(entries: Varints) -> tuple[Header, int]:
         log2_stride=shape & 15,
         channels=channels,
         log2_tile=shape >> 4,
-        quality=quality,
+        step=step,
         model=model,
     )
     wrong = {
@@ -206,7 +206,7 @@ def read_header(entries: Varints) -> tuple[Header, int]:
         "stride": header.log2_stride > 8,
         "channels": channels >= 1 << 16,
         "tile size": not 4 <= header.log2_tile <= 8,  # what decoding a tile takes is bounded by it
-        "quality": not 1 <= quality < 1 << 16,
+        "step": not 1 <= step < 1 << 16,
     }
     for name, is_wrong in wrong.items():
         if is_wrong:

@@ -6,6 +6,7 @@ Floats end at `Tables.quantise`: the bytes of given symbols, and the symbols of 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +17,7 @@ from ldm_vae.codec import bitstream
 from ldm_vae.codec.bitstream import MODEL_BYTES, Box, Contents, Header, Limits
 from ldm_vae.codec.network import Network
 from ldm_vae.codec.picture import Picture, as_picture, fill
+from ldm_vae.codec.quality import USUAL_QUALITY
 from ldm_vae.codec.sections import pack_sections, unpack_sections
 from ldm_vae.codec.separable import SeparableAutoencoder, load_separable
 from ldm_vae.codec.tables import Floats, Tables, load_tables
@@ -82,7 +84,8 @@ class LatentCodec:
         self,
         image: Image.Image | Pixels | Picture,
         *,
-        quality: float = 1.0,
+        quality: float | None = None,
+        step: float | None = None,
         strip: bool = False,
         limits: Limits | None = None,
     ) -> bytes:
@@ -90,28 +93,36 @@ class LatentCodec:
 
         Args:
             image: PIL's, a `Picture`, or uint8 or uint16 (H, W) or (H, W, C), where the last of 2 or 4 is alpha.
-            quality: the quantiser's step in posterior deviations * sqrt(12): more is coarser and smaller.
+            quality: 1 to 100, more is better, 75 unless given; a warning says when the model does not reach it.
+            step: instead, the quantiser's step in posterior deviations * sqrt(12): more is coarser and smaller.
             strip: leave out all metadata.
             limits: on the picture's size; Limits() unless given, as in `decompress`.
 
         Raises:
-            ConfigError: a quality that a file cannot hold.
+            ConfigError: a quality or a step that cannot be, or both.
             LimitExceededError: a picture that the same limits would not let anybody decompress.
             BadImageError, ModelError: an image that cannot be compressed, or not with this model.
         """
         picture = as_picture(image, channels=self.network.channels)
         (limits or Limits()).check(picture.pixels.shape[1], picture.pixels.shape[0])
-        header = self.header_of(picture, self.tables.fixed_quality(quality))
+        if step is None:
+            notes: list[str] = []
+            step = self.tables.step_at(USUAL_QUALITY if quality is None else quality, notes)
+            for note in notes:
+                warnings.warn(note, stacklevel=2)
+        elif quality is not None:
+            raise ConfigError("give a quality or a step, not both")
+        header = self.header_of(picture, self.tables.fixed_step(step))
         return self.file_of(picture, header, self.network.latents(picture.pixels, header.tile_boxes), strip)
 
     def file_of(self, picture: Picture, header: Header, latents: Iterable[Floats], strip: bool) -> bytes:
         """A file's bytes, from the latents of each tile, float32 (c, h, w)."""
-        symbols = (self.tables.quantise(tile, header.quality) for tile in latents)  # int32 (C, h, w)
-        payloads = encode_tiles(symbols, self.tables.contexts_of(header.quality), self.workers)
+        symbols = (self.tables.quantise(tile, header.step) for tile in latents)  # int32 (C, h, w)
+        payloads = encode_tiles(symbols, self.tables.contexts_of(header.step), self.workers)
         return bitstream.pack(header, pack_sections(picture, strip=strip), payloads)
 
-    def header_of(self, picture: Picture, quality: int) -> Header:
-        """Of the file of a picture at a fixed-point quality."""
+    def header_of(self, picture: Picture, step: int) -> Header:
+        """Of the file of a picture at a fixed-point step."""
         height, width, colours = picture.pixels.shape
         return Header(
             width=width,
@@ -121,7 +132,7 @@ class LatentCodec:
             log2_stride=self.network.stride.bit_length() - 1,
             channels=len(self.tables.channels),
             log2_tile=self.log2_tile,
-            quality=quality,
+            step=step,
             model=self.digest,
         )
 
@@ -183,11 +194,11 @@ class LatentCodec:
         """A box of pixels from a file, in bands from top to bottom."""
         header = contents.header
         bands = self.network.bands(header, box)
-        boxes, contexts = [band.latents for band in bands], self.tables.contexts_of(header.quality)
+        boxes, contexts = [band.latents for band in bands], self.tables.contexts_of(header.step)
         damaged: list[Box] = []
         decoded = decode_tiles(contents, boxes, contexts, self.workers, damage)
         for band, (symbols, damaged) in zip(bands, decoded, strict=True):
-            latents = self.tables.dequantise(symbols, header.quality)  # float32 (c, h, w)
+            latents = self.tables.dequantise(symbols, header.step)  # float32 (c, h, w)
             pixels = self.network.decode(latents, band, header)
             self.network.mark(pixels, band, damaged)
             yield pixels

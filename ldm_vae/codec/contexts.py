@@ -25,7 +25,7 @@ INT32 = (-(1 << 31), (1 << 31) - 1)
 
 @dataclass(frozen=True)
 class Contexts:
-    """The integers that choose tables, and the tables, for C channels with K taps each. Those of one quality.
+    """The integers that choose tables, and the tables, for C channels with K taps each. Those of one step.
 
     Attributes:
         taps: (C, K, 3) int8 offsets (channel, y, x), channel <= 0: (0, 0, -1) is the left neighbour. At most BORDER

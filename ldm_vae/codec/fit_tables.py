@@ -18,12 +18,12 @@ from ldm_vae.errors import ConfigError, ModelError, nothing_usable
 from ldm_vae.models.interface import encode_moments, fingerprint, is_variational, stride_of
 from ldm_vae.progress import progress
 
-QUALITIES = tuple(0.5 * 2 ** (i / 2) for i in range(7))
+STEPS = tuple(0.5 * 2 ** (i / 2) for i in range(7))
 """0.5 to 4, a factor of sqrt(2) apart."""
 LARGEST = 768
 """Pixels a side: of larger images the middle is taken, so that hundreds of latents fit into memory."""
 RAREST = 1e-4
-"""A channel with fewer symbols other than 0, at the finest quality, is not coded."""
+"""A channel with fewer symbols other than 0, at the finest step, is not coded."""
 
 
 def fit_tables(
@@ -31,13 +31,13 @@ def fit_tables(
     source: Source,
     *,
     num_images: int = 400,
-    qualities: Sequence[float] = QUALITIES,
+    steps: Sequence[float] = STEPS,
     show: bool = False,
 ) -> Tables:
     """Tables for a VAE from images of a source, in the order of training with seed 0.
 
     Args:
-        qualities: at which contexts are fitted; those in between take the nearest.
+        steps: at which contexts are fitted; those in between take the nearest.
         show: whether bars show the progress.
 
     Raises:
@@ -46,28 +46,28 @@ def fit_tables(
     """
     if not is_variational(vae):
         raise ModelError(f"{type(vae).__name__} has no posterior to take the quantiser's steps from")
-    fixed = sorted({fixed_point(q) for q in qualities})
+    fixed = sorted({fixed_point(step) for step in steps})
     if not fixed:
-        raise ConfigError("no qualities are given")
+        raise ConfigError("no steps are given")
     means, sigma = measure(vae, source, num_images, show)
     if not (np.isfinite(sigma).all() and (sigma > 0).all()):
         raise ModelError("the VAE's posterior deviations are not finite and above 0")
     latents_mean = np.concatenate([m.reshape(len(m), -1) for m in means], axis=1).mean(axis=1, dtype=np.float64)
-    step_of_1 = np.allclose(sigma, 12**-0.5)  # as codec training has it: rounded to multiples of the quality itself
+    step_of_1 = np.allclose(sigma, 12**-0.5)  # as codec training has it: rounded to multiples of the step itself
     centres = np.zeros(len(sigma)) if step_of_1 else latents_mean
     tables = Tables(
         vae=fingerprint(vae),
         sigma=sigma,
         means=centres,
         channels=tuple(range(len(sigma))),
-        qualities=tuple(fixed),
+        steps=tuple(fixed),
         contexts=(),
     )
     used = np.concatenate([tables.quantise(m, fixed[0]).reshape(len(m), -1) != 0 for m in means], axis=1).mean(axis=1)
     channels = tuple(c for c in tables.channels if used[c] >= RAREST) or (0,)  # in the order of the prior's training
     coded = np.isin(np.arange(len(sigma)), channels)
     tables = replace(tables, channels=channels, means=np.where(coded, centres, latents_mean))
-    bar = progress(fixed, description="fitting", unit="quality", show=show)
+    bar = progress(fixed, description="fitting", unit="step", show=show)
     fitted = tuple(fit_contexts([tables.quantise(m, q) for m in means]) for q in bar)
     return replace(tables, contexts=fitted)
 

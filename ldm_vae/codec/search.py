@@ -1,4 +1,4 @@
-"""The quality that reaches a rate or a fidelity."""
+"""The step of the quantiser that reaches a rate or a fidelity."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def compress_to(
 ) -> bytes:
     """The best file of at most `target_bpp` bits per pixel or `target_size` bytes, or the smallest of `target_psnr` dB.
 
-    Found by bisection between the finest and the coarsest quality that the tables were fitted at. The PSNR is that of
+    Found by bisection between the finest and the coarsest step that the tables were fitted at. The PSNR is that of
     the colours, over all values, after rounding; the rate is that of the whole file. `scratch` is a folder for the
     latents of a large picture, which then do not lie in memory.
 
@@ -47,39 +47,39 @@ def compress_to(
         raise ConfigError(f"the target is {target}: it must be a number above 0")
     latents, whole = latents_of(codec, picture, scratch), codec.network.box_of(picture.pixels)
 
-    def file_at(quality: int) -> bytes:
-        header = codec.header_of(picture, quality)
+    def file_at(step: int) -> bytes:
+        header = codec.header_of(picture, step)
         return codec.file_of(picture, header, (window(latents, whole, box) for box in header.tile_boxes), strip)
 
-    def rate_at(quality: int) -> float:
+    def rate_at(step: int) -> float:
         """In bytes or bits per pixel, as the target is."""
-        file = file_at(quality)
+        file = file_at(step)
         return bits_per_pixel(file, picture.pixels) if target_size is None else len(file)
 
     psnr_at = partial(psnr_of, codec, picture, latents)
-    finest, coarsest = codec.tables.qualities[0], codec.tables.qualities[-1]
+    finest, coarsest = codec.tables.steps[0], codec.tables.steps[-1]
     between = range(finest, coarsest)
     if target_psnr is None:
         least = rate_at(coarsest)
         if least > target:
             unit = "bits per pixel" if target_size is None else "bytes"
             raise ConfigError(f"{target:g} {unit} cannot be reached: the coarsest file has {least:.6g}")
-        return file_at(finest + bisect_left(between, True, key=lambda quality: rate_at(quality) <= target))
+        return file_at(finest + bisect_left(between, True, key=lambda step: rate_at(step) <= target))
     best = psnr_at(finest)
     if best < target:
         raise ConfigError(f"{target:g} dB cannot be reached: the finest file has {best:.2f}")
     if psnr_at(coarsest) >= target:
         return file_at(coarsest)
-    return file_at(finest - 1 + bisect_left(between, True, key=lambda quality: psnr_at(quality) < target))
+    return file_at(finest - 1 + bisect_left(between, True, key=lambda step: psnr_at(step) < target))
 
 
-def psnr_of(codec: LatentCodec, picture: Picture, latents: Floats, quality: int) -> float:
-    """In dB, of the colours at a fixed-point quality."""
-    header, whole = codec.header_of(picture, quality), codec.network.box_of(picture.pixels)
+def psnr_of(codec: LatentCodec, picture: Picture, latents: Floats, step: int) -> float:
+    """In dB, of the colours at a fixed-point step."""
+    header, whole = codec.header_of(picture, step), codec.network.box_of(picture.pixels)
     error = 0.0
     for band in codec.network.bands(header, (0, 0, header.height, header.width)):
-        symbols = codec.tables.quantise(window(latents, whole, band.latents), quality)
-        decoded = codec.network.decode(codec.tables.dequantise(symbols, quality), band, header)
+        symbols = codec.tables.quantise(window(latents, whole, band.latents), step)
+        decoded = codec.network.decode(codec.tables.dequantise(symbols, step), band, header)
         rows = picture.pixels[band.pixels[0] : band.pixels[2]]
         difference = np.subtract(rows, decoded, dtype=np.float64).ravel()
         error += float(difference @ difference)

@@ -24,8 +24,8 @@ class FitCodec:
     output: Path | None = None
     """Folder for a copy of the VAE with its tables; beside --vae unless given."""
     num_images: Annotated[int, Range(at_least=1)] = 400
-    qualities: tuple[float, ...] | None = None
-    """At which tables are fitted; 0.5 to 4 unless given."""
+    steps: tuple[float, ...] | None = None
+    """Steps of the quantiser at which tables are fitted; 0.5 to 4 unless given."""
     overwrite: bool = False
     """Replace tables that are there: files that were written with them cannot be read any more."""
     device: str = "cpu"
@@ -33,7 +33,7 @@ class FitCodec:
 
 
 def fit_codec(command: FitCodec) -> None:
-    from ldm_vae.codec.fit_tables import QUALITIES, fit_tables
+    from ldm_vae.codec.fit_tables import STEPS, fit_tables
     from ldm_vae.data.sources import check_finite, open_source
     from ldm_vae.files import staged_directory
     from ldm_vae.models.interface import channels_of
@@ -54,8 +54,7 @@ def fit_codec(command: FitCodec) -> None:
     check_writable(target)
     source = open_source(command.data, channels=channels_of(vae), options=command.reading)
     check_finite(source, command.data, command.num_images)
-    qualities = command.qualities or QUALITIES
-    tables = fit_tables(vae, source, num_images=command.num_images, qualities=qualities, show=True)
+    tables = fit_tables(vae, source, num_images=command.num_images, steps=command.steps or STEPS, show=True)
     if command.output is not None:
         with staged_directory(target / "vae") as staging:
             vae.cpu().save_pretrained(staging)

@@ -91,12 +91,15 @@ def check_values(array: np.ndarray, value_range: tuple[float, float] | None = No
 
 
 def full_scale(array: Pixels, bits: int) -> Pixels:
-    """Integers of so many bits -> uint8 of up to 8 bits, uint16 of up to 16, float32 of more: the largest is white."""
+    """Integers of so many bits -> uint8 of up to 8 bits, uint16 of up to 16: the largest is white.
+
+    Raises BadImageError for more bits.
+    """
     top = (1 << bits) - 1
     if bits in (8, 16):
         return array
     if bits > 16:
-        return (array / top).astype(np.float32)
+        raise BadImageError(f"values of {bits} bits: up to 16 are read")
     dtype = np.uint8 if bits < 8 else np.uint16
     return ((array.astype(np.uint32) * np.iinfo(dtype).max + top // 2) // top).astype(dtype)
 

@@ -21,7 +21,7 @@ class Stream(IntEnum):
     FLIP = 6
     LABEL = 7
     VALIDATION = 8
-    QUALITY = 9
+    QUANTISER = 9
     CORRUPTION = 10
 
 

@@ -1,4 +1,4 @@
-"""TIFF beyond what PIL reads whole: other depths than 8 bits, bands, pages, CIELAB, inks of 16 bits. No torch here."""
+"""TIFF beyond what PIL reads whole: other depths and layouts, bands, pages, CIELAB, inks. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-from tifffile import PHOTOMETRIC
+from PIL import TiffImagePlugin
+from tifffile import COMPRESSION, PHOTOMETRIC
 
 from ldm_vae.data.colour import from_inks, from_lab
 from ldm_vae.data.images import Pixels, check_size, check_values, full_scale, orient, rounded, white
@@ -31,6 +32,10 @@ CONVERTED = {
     PHOTOMETRIC.ICCLAB: "CIELAB",
     PHOTOMETRIC.SEPARATED: "CMYK",
 }
+SAMPLE_FORMAT, UNSIGNED = 339, 1
+"""A tag, and what it says of integers without a sign."""
+PIL_COMPRESSIONS = frozenset(TiffImagePlugin.COMPRESSION_INFO) - {COMPRESSION.WEBP}
+"""The libtiff that comes with PIL has no WebP."""
 REDUCED, MASK = 1, 4
 """Bits of NewSubfileType."""
 ASSOCIATED, UNASSOCIATED = 1, 2
@@ -82,6 +87,8 @@ def read_tiff(
         check_size(page.imagewidth, page.imagelength, max_pixels)
         if len(stacked) == 1 and page is tiff.pages[0] and is_for_pil(page):
             return Tiff(None, metadata, notes)
+        if page.photometric in ONLY_8_BITS:
+            raise BadImageError(f"TIFF of {page.photometric.name} colours in this layout is not read")
         array = np.concatenate([read_page(p, channels, value_range) for p in stacked], axis=2)
         if page.photometric in CONVERTED:
             notes += (f"its {CONVERTED[page.photometric]} colours were converted to sRGB",)
@@ -115,6 +122,8 @@ def check_colours(page: tifffile.TiffPage) -> None:
     name = getattr(page.photometric, "name", page.photometric)
     if page.photometric not in COLOURS:
         raise BadImageError(f"TIFF of {name} colours is not read")
+    if isinstance(page.bitspersample, tuple):
+        raise BadImageError(f"TIFF whose samples have {', '.join(map(str, page.bitspersample))} bits is not read")
     if page.photometric in ONLY_8_BITS and page.bitspersample > 8:
         raise BadImageError(f"TIFF of {name} colours with {page.bitspersample} bits is not read")
     if page.dtype is None:
@@ -123,13 +132,15 @@ def check_colours(page: tifffile.TiffPage) -> None:
 
 def is_for_pil(page: tifffile.TiffPage) -> bool:
     """Whether PIL reads it whole: up to 8 bits, and colours with nothing but transparency beside them."""
-    if page.photometric in ONLY_8_BITS:
-        return True
-    if page.bitspersample not in (1, 2, 4, 8) or page.dtype.kind not in "bu" or page.photometric == PHOTOMETRIC.ICCLAB:
-        return False
+    kinds = np.unique(page.tags.valueof(SAMPLE_FORMAT, default=UNSIGNED)).tolist()
+    layout = (
+        *(TiffImagePlugin.II, int(page.photometric), tuple(kinds), page.fillorder),
+        *((page.bitspersample,) * page.samplesperpixel, tuple(map(int, page.extrasamples))),
+    )
     in_order = page.planarconfig != tifffile.PLANARCONFIG.SEPARATE or page.samplesperpixel == 1
-    extra = page.samplesperpixel - COLOURS[page.photometric]
-    return in_order and (extra == 0 or (extra == 1 and transparency_of(page) in (ASSOCIATED, UNASSOCIATED)))
+    bands = page.samplesperpixel > COLOURS[page.photometric] and not transparency_of(page)
+    known = layout in TiffImagePlugin.OPEN_INFO and page.compression in PIL_COMPRESSIONS
+    return known and in_order and not bands and page.bitspersample <= 8 and kinds == [UNSIGNED]
 
 
 def transparency_of(page: tifffile.TiffPage) -> int:
@@ -153,21 +164,20 @@ def read_page(page: tifffile.TiffPage, channels: int, value_range: tuple[float, 
     extra = values.shape[2] - COLOURS[page.photometric]
     if extra == 1 and transparency_of(page) == ASSOCIATED:
         values = without_multiplication(values)
-    elif extra and values.shape[2] in (2, 4) and values.shape[2] != channels and not transparency_of(page):
-        values = values[:, :, :-1]  # a band that is not asked for
     if page.photometric == PHOTOMETRIC.SEPARATED:
         icc = page.tags.get(ICC_TAG)
         rgb = from_inks(np.ascontiguousarray(values[:, :, :4]), icc.value if icc else b"")
         values = np.concatenate([rgb, values[:, :, 4:]], axis=2)
+    if extra and values.shape[2] in (2, 4) and values.shape[2] != channels and not transparency_of(page):
+        return values[:, :, :-1]  # a band that is not asked for
     return values
 
 
 def in_scale(stored: np.ndarray, page: tifffile.TiffPage, value_range: tuple[float, float] | None) -> Pixels:
-    """Values of black and white as pixels have them; grey of more than 16 bits are counts, of which nobody knows."""
+    """Values of black and white as pixels have them; those of more than 16 bits are counts, of which nobody knows."""
     bits = page.bitspersample
     stored = stored.astype(np.uint8) if stored.dtype == bool else stored
-    known = bits <= 16 or page.photometric not in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE)
-    if stored.dtype.kind == "u" and (bits <= 8 or (value_range is None and known)):
+    if stored.dtype.kind == "u" and (bits <= 8 or (value_range is None and bits <= 16)):
         return full_scale(stored, bits)
     return check_values(stored, value_range)
 

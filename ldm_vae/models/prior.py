@@ -32,24 +32,24 @@ class CausalPrior(nn.Module):
         self.mean_weight, self.spread_weight = (nn.Parameter(torch.zeros(channels, channels, 3, 3)) for _ in range(2))
         self.mean_bias, self.spread_bias, self.spread_by_quality = (
             nn.Parameter(torch.zeros(channels)) for _ in range(3)
-        )
+        )  # the last goes with the step: checkpoints know it by this name
         before = torch.tril(torch.ones(channels, channels), -1)[:, :, None, None].expand(-1, -1, 3, 3)
         own = torch.eye(channels)[:, :, None, None] * torch.tensor([[1.0, 1, 1], [1, 0, 0], [0, 0, 0]])
         self.register_buffer("mask", before + own, persistent=False)
 
-    def forward(self, values: Tensor, quality: Tensor) -> Tensor:
+    def forward(self, values: Tensor, steps: Tensor) -> Tensor:
         """Nats (B, C, h, w) for coding `values` rounded, estimated from values with uniform noise instead.
 
         Args:
             values: (B, C, h, w) latents in units of the quantiser's step.
-            quality: (B,) by which that step was multiplied.
+            steps: (B,) that step of each.
         """
         with torch.autocast(values.device.type, enabled=False):
             v = values.float()
             mean = functional.conv2d(v, self.mean_weight * self.mask, self.mean_bias, padding=1)
             spread = functional.conv2d(v.abs(), self.spread_weight * self.mask, self.spread_bias, padding=1)
-            by_quality = self.spread_by_quality * quality.float().log()[:, None]  # (B, C)
-            scale = functional.softplus(spread + by_quality[:, :, None, None]) + LEAST_SCALE
+            by_step = self.spread_by_quality * steps.float().log()[:, None]  # (B, C)
+            scale = functional.softplus(spread + by_step[:, :, None, None]) + LEAST_SCALE
             return interval_nats(v - mean, scale)
 
 

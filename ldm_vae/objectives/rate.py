@@ -36,25 +36,25 @@ class TrainableCodec(nn.Module):
                 layer.bias[channels:] = 0
             vae.encoder.conv_out.bias[channels:] = STEP_LOGVAR
 
-    def forward(self, images: Tensor, noise: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, C, H, W), normal noise (B, c, h, w), qualities (B,) -> reconstruction, moments, rate.
+    def forward(self, images: Tensor, noise: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W), normal noise (B, c, h, w), the quantiser's steps (B,) -> reconstruction, moments, rate.
 
-        The rate (B,) is in nats per pixel: what the prior says of the symbols. The quality is the quantiser's step.
+        The rate (B,) is in nats per pixel: what the prior says of the symbols.
         """
         moments = encode_moments(self.vae, images)
         mean = moments.float().chunk(2, dim=1)[0]
-        step = quality[:, None, None, None]
+        step = steps[:, None, None, None]
         symbols = mean / step
         uniform = 0.5 * torch.erf(noise / math.sqrt(2))  # in -1/2..1/2
-        nats = self.prior(symbols + uniform, quality).sum(dim=(1, 2, 3)) / (images.shape[-2] * images.shape[-1])
+        nats = self.prior(symbols + uniform, steps).sum(dim=(1, 2, 3)) / (images.shape[-2] * images.shape[-1])
         latents = mean + step * (symbols.round() - symbols).detach()
         return self.vae.decode(latents).sample, moments, nats
 
 
-def qualities_at(positions: list[int], seed: int, quality_range: tuple[float, float]) -> Tensor:
-    """A quality for each position (B,), log-uniform in the range, from (seed, position)."""
-    low, high = (math.log(quality) for quality in quality_range)
-    shares = [generator_at(seed, position, Stream.QUALITY).random() for position in positions]
+def steps_at(positions: list[int], seed: int, step_range: tuple[float, float]) -> Tensor:
+    """A step of the quantiser for each position (B,), log-uniform in the range, from (seed, position)."""
+    low, high = (math.log(step) for step in step_range)
+    shares = [generator_at(seed, position, Stream.QUANTISER).random() for position in positions]
     return torch.tensor([math.exp(low + (high - low) * share) for share in shares])
 
 

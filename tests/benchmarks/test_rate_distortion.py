@@ -95,14 +95,14 @@ def test_our_codec_is_measured_beside_others_and_an_exact_copy_does_not_hide_the
     vae = PatchAutoencoderKL(block_out_channels=(8,), encoder_layers_per_block=(1,), decoder_layers_per_block=(1,))
     vae.save_pretrained(run / "vae")
     (run / "codec").mkdir()
-    qualities = (0.5, 1.0)
-    fit_tables(vae, open_source("procedural:dead-leaves", resolution=64), num_images=2, qualities=qualities).save(
+    steps = (0.5, 1.0)
+    fit_tables(vae, open_source("procedural:dead-leaves", resolution=64), num_images=2, steps=steps).save(
         run / "codec"
     )
     Image.fromarray(pixels_of()).save(images / "a.png")
     Image.fromarray(np.full((64, 96, 3), 128, np.uint8)).save(images / "flat.png")  # JPEG gives it back as it is
     config = Config(
-        codec=(str(run),), data=str(images), output=tmp_path / "out", qualities=qualities, others=("jpeg-420",)
+        codec=(str(run),), data=str(images), output=tmp_path / "out", steps=steps, others=("jpeg-420",)
     )
     main(config)
     assert "PSNR" in capsys.readouterr().out.split("1 of 2 images have none")[0]
@@ -112,7 +112,7 @@ def test_our_codec_is_measured_beside_others_and_an_exact_copy_does_not_hide_the
     assert len(ours) == 4
     for row in ours:
         pixels = np.asarray(Image.open(images / row["image"]))
-        data = codec.compress(pixels, quality=float(row["setting"]))
+        data = codec.compress(pixels, step=float(row["setting"]))
         assert int(row["bytes"]) == len(data)
         error = np.square(np.asarray(codec.decompress(data)).astype(float) - pixels).mean()
         assert float(row["psnr"]) == pytest.approx(10 * np.log10(255**2 / error))

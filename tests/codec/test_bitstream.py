@@ -24,7 +24,7 @@ HEADER = Header(
     log2_stride=3,
     channels=4,
     log2_tile=4,
-    quality=256,
+    step=256,
     model=b"abcd",
 )
 TILES = [bytes([i]) * (i % 5) for i in range(18)]  # 38 x 88 latents: 3 x 6 tiles
@@ -93,8 +93,8 @@ def test_any_flipped_bit_is_an_error() -> None:
         (with_header(channels=2**16), CorruptError),
         (with_header(colours=256), CorruptError),
         (with_header(log2_tile=3), CorruptError),
-        (with_header(quality=0), CorruptError),
-        (with_header(quality=2**16), CorruptError),
+        (with_header(step=0), CorruptError),
+        (with_header(step=2**16), CorruptError),
     ],
 )
 def test_what_is_wrong_is_named(data: bytes, error: type[Exception]) -> None:

@@ -43,12 +43,12 @@ def symbols_in(data: bytes, codec: LatentCodec) -> np.ndarray:
     """Of a file with one tile."""
     contents = bitstream.unpack(data)
     shape = (contents.header.channels, *contents.header.latent_size)
-    contexts = codec.tables.contexts_of(contents.header.quality)
+    contexts = codec.tables.contexts_of(contents.header.step)
     return decode_symbols(contents.read(contents.tiles[0]), shape, contexts)
 
 
 def test_the_file_holds_the_quantised_mean_and_comes_back_as_its_reconstruction(codec: LatentCodec, photo) -> None:
-    data = codec.compress(photo, quality=0.5)
+    data = codec.compress(photo, step=0.5)
     with torch.inference_mode():
         images = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 127.5 - 1
         mean = codec.vae.encode(images).latent_dist.mean[0].double().numpy()
@@ -72,7 +72,7 @@ def test_a_finer_quality_takes_more_bytes_and_comes_nearer(codec: LatentCodec, p
     whole = whole.clamp(-1, 1).add(1).mul(127.5).permute(1, 2, 0).numpy()
     sizes, errors = [], []
     for quality in (0.25, 0.5, 1, 2, 4):
-        data = codec.compress(photo, quality=quality)
+        data = codec.compress(photo, step=quality)
         sizes.append(len(data))
         errors.append(np.square(np.asarray(codec.decompress(data)).astype(float) - whole).mean())
     assert sizes == sorted(sizes, reverse=True)
@@ -102,9 +102,9 @@ def test_grey_colour_alpha_and_depth_are_kept(channels: int, dtype: type, codec:
 
 def test_16_bits_come_back_with_more_than_8(codec: LatentCodec) -> None:
     pixels = (np.mgrid[:40, :60][0] * 500)[:, :, None].repeat(3, axis=2).astype(np.uint16)
-    decoded = codec.decompress_picture(codec.compress(pixels, quality=0.5)).pixels
+    decoded = codec.decompress_picture(codec.compress(pixels, step=0.5)).pixels
     assert len(np.unique(decoded % 257)) > 100  # 8 bits would be multiples of 257
-    eight = codec.decompress_picture(codec.compress((pixels // 257).astype(np.uint8), quality=0.5)).pixels
+    eight = codec.decompress_picture(codec.compress((pixels // 257).astype(np.uint8), step=0.5)).pixels
     assert np.abs(decoded / 257 - eight).mean() < 1.5
 
 
@@ -206,7 +206,7 @@ def test_symbols_do_not_depend_on_threads_or_precision(codec: LatentCodec, photo
         "from pathlib import Path; from ldm_vae.codec import bitstream, contexts, tables;"
         "t = tables.load_tables(Path(sys.argv[1])); c = bitstream.unpack((Path(sys.argv[1]) / 'file').read_bytes());"
         "h = c.header; s = contexts.decode_symbols(c.read(c.tiles[0]), (h.channels, *h.latent_size),"
-        "t.contexts_of(h.quality)); np.save(Path(sys.argv[1]) / 'symbols.npy', s)"
+        "t.contexts_of(h.step)); np.save(Path(sys.argv[1]) / 'symbols.npy', s)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     assert np.array_equal(np.load(tmp_path / "symbols.npy"), symbols_in(data, codec))
@@ -221,7 +221,7 @@ def test_another_model_or_other_tables_are_named(codec: LatentCodec, photo) -> N
     data = codec.compress(photo)
     other = make_vae(seed=1)
     source = open_source("procedural:dead-leaves", channels=3, resolution=96)
-    others = LatentCodec(other, fit_tables(other, source, num_images=2, qualities=(1,)))
+    others = LatentCodec(other, fit_tables(other, source, num_images=2, steps=(1,)))
     with pytest.raises(ModelMismatchError) as error:
         others.decompress(data)
     assert codec.digest.hex() in str(error.value)
@@ -263,7 +263,7 @@ def test_sigma_is_the_rms_of_the_posterior_deviation(codec: LatentCodec) -> None
             variances.append(codec.vae.encode(images).latent_dist.var.double().mean(dim=(0, 2, 3)))
     expected = torch.stack(variances).mean(dim=0).sqrt().numpy()
     assert np.allclose(codec.tables.sigma, expected, rtol=1e-5)
-    assert np.allclose(codec.tables.steps(512), 2 * np.sqrt(12) * expected[list(codec.tables.channels)], rtol=1e-5)
+    assert np.allclose(codec.tables.channel_steps(512), 2 * np.sqrt(12) * expected[list(codec.tables.channels)], rtol=1e-5)
 
 
 @pytest.mark.parametrize("sides", [(64, 96), (50, 41)])
@@ -280,10 +280,10 @@ def test_diffusers_own_autoencoder_is_a_codec(sides: tuple[int, int], tmp_path: 
     vae.save_pretrained(tmp_path)
     source = open_source("procedural:dead-leaves", channels=3, resolution=64)
     (tmp_path / "codec").mkdir()
-    fit_tables(vae, source, num_images=3, qualities=(1 / 16, 1)).save(tmp_path / "codec")
+    fit_tables(vae, source, num_images=3, steps=(1 / 16, 1)).save(tmp_path / "codec")
     codec = LatentCodec.from_pretrained(str(tmp_path))
     pixels = np.random.default_rng(0).integers(256, size=(*sides, 3), dtype=np.uint8)
-    data = codec.compress(pixels, quality=1 / 16)
+    data = codec.compress(pixels, step=1 / 16)
     whole = np.asarray(codec.decompress(data))
     assert whole.shape == pixels.shape
     part = codec.decompress_picture(data, region=(5, 7, 20, 30)).pixels
@@ -306,19 +306,19 @@ def test_an_autoencoder_without_a_posterior_is_refused() -> None:
 
 def test_targets_are_met_as_closely_as_a_quality_can(codec: LatentCodec, photo) -> None:
     picture = Picture(pixels=photo)
-    sizes = [8 * len(codec.compress(photo, quality=q)) / photo[:, :, 0].size for q in (0.5, 2)]
+    sizes = [8 * len(codec.compress(photo, step=q)) / photo[:, :, 0].size for q in (0.5, 2)]
     target = float(np.mean(sizes))
     data = compress_to(codec, picture, target_bpp=target)
     assert bits_per_pixel(data, picture.pixels) <= target
-    finer = (bitstream.unpack(data).header.quality - 1) / 256
-    assert 8 * len(codec.compress(photo, quality=finer)) / photo[:, :, 0].size > target
-    fine, coarse = (psnr_of(photo, np.asarray(codec.decompress(codec.compress(photo, quality=q)))) for q in (0.5, 2))
+    finer = (bitstream.unpack(data).header.step - 1) / 256
+    assert 8 * len(codec.compress(photo, step=finer)) / photo[:, :, 0].size > target
+    fine, coarse = (psnr_of(photo, np.asarray(codec.decompress(codec.compress(photo, step=q)))) for q in (0.5, 2))
     target_psnr = (fine + coarse) / 2
     assert fine > coarse
     data = compress_to(codec, picture, target_psnr=target_psnr)
     assert psnr_of(photo, np.asarray(codec.decompress(data))) >= target_psnr
-    coarser = (bitstream.unpack(data).header.quality + 1) / 256
-    assert psnr_of(photo, np.asarray(codec.decompress(codec.compress(photo, quality=coarser)))) < target_psnr
+    coarser = (bitstream.unpack(data).header.step + 1) / 256
+    assert psnr_of(photo, np.asarray(codec.decompress(codec.compress(photo, step=coarser)))) < target_psnr
     for impossible in ({"target_bpp": 1e-3}, {"target_psnr": 90.0}):
         with pytest.raises(ConfigError, match="cannot be reached"):
             compress_to(codec, picture, **impossible)
@@ -356,7 +356,7 @@ def test_nothing_is_written_that_the_same_limits_would_not_read(codec: LatentCod
 @pytest.mark.parametrize("quality", [0, -1, 1e-9, 80, 256, float("nan"), float("inf")])
 def test_a_quality_that_cannot_be_is_refused(quality: float, codec: LatentCodec, photo) -> None:
     with pytest.raises(ConfigError, match="quality"):
-        codec.compress(photo, quality=quality)
+        codec.compress(photo, step=quality)
 
 
 def test_pillow_opens_and_saves(codec: LatentCodec, photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,10 +372,10 @@ def test_pillow_opens_and_saves(codec: LatentCodec, photo, tmp_path: Path, monke
     with Image.open(file) as image:
         assert image.convert("RGB").size == (120, 80)  # by the model that comes with the package
     pillow_plugin.register(str(tmp_path))
-    Image.fromarray(photo).save(file, quality=0.5)
+    Image.fromarray(photo).save(file, step=0.5)
     with Image.open(file) as image:
         assert (image.format, image.size, image.mode) == ("LDI", (120, 80), "RGB")
-        assert np.array_equal(np.asarray(image), np.asarray(codec.decompress(codec.compress(photo, quality=0.5))))
+        assert np.array_equal(np.asarray(image), np.asarray(codec.decompress(codec.compress(photo, step=0.5))))
     alpha = Image.fromarray(np.dstack([photo, photo[:, :, :1]]))
     exif = Image.Exif()
     exif[0x010E] = "a description"

@@ -26,6 +26,6 @@ def test_a_golden_file_decodes_to_its_symbols(name: str) -> None:
     symbols = np.zeros((header.channels, *header.latent_size), "<i4")
     for (top, left, bottom, right), part in zip(header.tile_boxes, contents.tiles, strict=True):
         shape = (header.channels, bottom - top, right - left)
-        contexts = tables.contexts_of(header.quality)
+        contexts = tables.contexts_of(header.step)
         symbols[:, top:bottom, left:right] = decode_symbols(contents.read(part), shape, contexts)
     assert hashlib.sha256(symbols.tobytes()).hexdigest() == DIGESTS[name]

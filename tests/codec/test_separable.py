@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vae = saved(folder / "vae", linear_path=True)
     source = open_source("procedural:dead-leaves", channels=3, resolution=96)
     (folder / "codec").mkdir()
-    fit_tables(vae, source, num_images=4, qualities=(0.5, 2)).save(folder / "codec")
+    fit_tables(vae, source, num_images=4, steps=(0.5, 2)).save(folder / "codec")
     return folder
 
 
@@ -88,7 +88,7 @@ def test_either_network_reads_the_files_of_the_other(model: Path, photo: np.ndar
     small, large = (LatentCodec.from_pretrained(str(model), dtype=dtype) for dtype in (None, torch.float32))
     assert isinstance(small.vae, SeparableAutoencoder)
     assert not isinstance(large.vae, SeparableAutoencoder)
-    files = [codec.compress(photo, quality=0.7) for codec in (small, large)]
+    files = [codec.compress(photo, step=0.7) for codec in (small, large)]
     for file in files:
         pixels = [codec.decompress_picture(file).pixels.astype(int) for codec in (small, large)]
         assert np.abs(pixels[0] - pixels[1]).max() <= 1

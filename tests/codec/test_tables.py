@@ -19,7 +19,7 @@ from ldm_vae.errors import ModelError
         ({"channels": (0, 0, 1, 2)}, "channels"),
         ({"channels": (0, 1, 2, 9)}, "channels"),
         ({"channels": (0, 1, 2)}, "channels"),
-        ({"qualities": (128, 512, 256)}, "qualities"),
+        ({"steps": (128, 512, 256)}, "steps"),
         ({"means": np.zeros(3)}, "means"),
         ({"means": np.array([0, 0, 0, np.nan])}, "finite"),
         ({"sigma": np.zeros(4)}, "above 0"),

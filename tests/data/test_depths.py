@@ -33,14 +33,27 @@ def scaled(values: np.ndarray, bits: int) -> np.ndarray:
     return np.atleast_3d(np.rint(values.astype(float) * top / ((1 << bits) - 1)))
 
 
-def packed_tiff(values: np.ndarray, bits: int, photometric: int = 1) -> bytes:
-    """A grey TIFF whose rows are whole bytes of values without gaps."""
-    height, width = values.shape
-    every_bit = np.unpackbits(values.astype(">u4")[:, :, None].view(np.uint8), axis=2)[:, :, 32 - bits :]
+def packed_tiff(values: np.ndarray, bits: int | list[int], photometric: int = 1, extra: int | None = None) -> bytes:
+    """A TIFF of (H, W) or (H, W, C) whose rows are whole bytes of values without gaps."""
+    height, width = values.shape[:2]
+    channels = values.size // (height * width)
+    each = bits if isinstance(bits, list) else [bits] * channels
+    flat = values.reshape(height, width, channels, 1).astype(">u4")
+    every_bit = np.concatenate(
+        [np.unpackbits(flat[:, :, c].view(np.uint8), axis=2)[:, :, 32 - n :] for c, n in enumerate(each)], axis=2
+    )
     rows = np.packbits(every_bit.reshape(height, -1), axis=1).tobytes()
     rows += b"\0" * (len(rows) % 2)
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(rows)}
-    entries = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags.items())
+    rows += struct.pack(f">{channels}I", *each)  # the depths, where they do not fit into the tag
+    tags = {256: width, 257: height, 258: each[0], 259: 1, 262: photometric, 273: 8, 277: channels, 278: height}
+    tags |= {279: len(rows) - 4 * channels} | ({} if extra is None else {338: extra})
+    place = 8 + len(rows) - 4 * channels
+    entries = b"".join(
+        struct.pack(">HHII", 258, 4, channels, place)
+        if tag == 258 and channels > 1
+        else struct.pack(">HHII", tag, 4, 1, value)
+        for tag, value in tags.items()
+    )
     return struct.pack(">2sHI", b"MM", 42, 8 + len(rows)) + rows + struct.pack(">H", len(tags)) + entries + bytes(4)
 
 
@@ -71,15 +84,53 @@ def test_a_tiff_of_any_depth_scales_by_its_own_maximum(bits: int) -> None:
     assert np.array_equal(inverted, expected.max() - expected)
 
 
-def test_a_tiff_of_32_bits_is_white_at_its_maximum_where_it_is_a_colour_and_a_count_where_it_is_grey() -> None:
-    values = np.array([[[0, 2**31, 2**32 - 1]]], np.uint32)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_colours_of_few_bits_and_transparency_beside_any_colours_are_read_from_a_tiff(bits: int) -> None:
+    rgb, grey, inks = (np.random.default_rng(bits).integers(0, 1 << bits, (5, 8, c)) for c in (3, 2, 5))
+    assert np.array_equal(read_pixels(packed_tiff(rgb, bits, photometric=2)), scaled(rgb, bits))
+    for photometric in (0, 1):
+        found = read_pixels(packed_tiff(grey, bits, photometric=photometric, extra=2), keep_alpha=True)
+        levels = grey if photometric else np.stack([(1 << bits) - 1 - grey[:, :, 0], grey[:, :, 1]], axis=2)
+        assert np.array_equal(found, scaled(levels, bits))
+    opaque = read_image(packed_tiff(inks[:, :, :4], bits, photometric=5), keep_alpha=True)
+    light = 1 - scaled(inks[:, :, :4], bits) / 255
+    assert np.abs(opaque.pixels - light[:, :, :3] * light[:, :, 3:] * 255).max() <= 1
+    seen = read_image(packed_tiff(inks, bits, photometric=5, extra=2), keep_alpha=True)
+    assert np.array_equal(seen.pixels[:, :, :3], opaque.pixels)
+    assert np.array_equal(seen.pixels[:, :, 3:], scaled(inks[:, :, 4], bits))
+    assert seen.notes == opaque.notes == ("its CMYK colours were converted to sRGB",)
+    band = read_image(packed_tiff(inks, bits, photometric=5, extra=0), keep_alpha=True)
+    assert np.array_equal(band.pixels, opaque.pixels)
+
+
+@pytest.mark.parametrize("compression", ["webp", "jpegxl", "png"])
+def test_compressions_that_pil_does_not_know_are_read_from_a_tiff(compression: str) -> None:
     file = io.BytesIO()
-    tifffile.imwrite(file, values, photometric="rgb")
-    assert np.allclose(read_pixels(file.getvalue()), [[[0, 0.5, 1]]])
+    tifffile.imwrite(file, ramp(8), photometric="rgb", compression=compression, compressionargs={"level": 100})
+    assert np.abs(read_pixels(file.getvalue()).astype(int) - ramp(8)).mean() < 8
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (packed_tiff(np.ones((4, 6, 3)), [5, 6, 5], photometric=2), "TIFF whose samples have 5, 6, 5 bits is not read"),
+        (packed_tiff(np.ones((4, 6, 4)), 8, photometric=6, extra=2), "TIFF of YCBCR colours in this layout"),
+        (packed_tiff(np.ones((4, 6, 2)), 8, photometric=3, extra=1), "TIFF of PALETTE colours in this layout"),
+    ],
+)
+def test_a_layout_of_tiff_that_is_not_read_is_named(data: bytes, reason: str) -> None:
+    with pytest.raises(BadImageError, match=reason):
+        read_pixels(data)
+
+
+@pytest.mark.parametrize(("photometric", "values"), [("rgb", [[[0, 2**31, 2**32 - 1]]]), ("minisblack", [[0, 2**31]])])
+def test_a_tiff_of_32_bits_holds_counts_of_which_nobody_knows_the_white(photometric: str, values: list) -> None:
     file = io.BytesIO()
-    tifffile.imwrite(file, values[:, :, 0], photometric="minisblack")
-    with pytest.raises(BadImageError, match=r"uint32 from 0 to 0.*--value-range LOW HIGH"):
-        read_pixels(file.getvalue(), channels=1)
+    tifffile.imwrite(file, np.array(values, np.uint32), photometric=photometric)
+    with pytest.raises(BadImageError, match=r"uint32 from 0 to .*--value-range LOW HIGH"):
+        read_pixels(file.getvalue())
+    found = read_image(file.getvalue(), options=ReadOptions(value_range=(0, 2**32 - 1))).pixels
+    assert np.allclose(found[0].ravel()[[0, -1]], [0, 1 if photometric == "rgb" else 0.5])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -41,7 +41,7 @@ def main() -> None:
         sigma=np.array([1.0, 0.5, 0.25, 0.125]),
         means=np.zeros(4),
         channels=(2, 0, 1),
-        qualities=(128, 256),
+        steps=(128, 256),
         contexts=(fit_contexts(train), fit_contexts(train, taps=False)),
     )
     HERE.mkdir(exist_ok=True)
@@ -58,13 +58,13 @@ def main() -> None:
             log2_stride=3,
             channels=3,
             log2_tile=4,
-            quality=128 if number % 2 else 300,
+            step=128 if number % 2 else 300,
             model=tables.digest[:MODEL_BYTES],
         )
         tiles = []
         for top, left, bottom, right in header.tile_boxes:
             part = symbols[:, top:bottom, left:right]
-            tiles.append(encode_symbols(part, tables.contexts_of(header.quality)))
+            tiles.append(encode_symbols(part, tables.contexts_of(header.step)))
         (HERE / f"{name}.ldi").write_bytes(bitstream.pack(header, {}, tiles))
         digests[name] = hashlib.sha256(symbols.astype("<i4").tobytes()).hexdigest()
     (HERE / "symbols.json").write_text(json.dumps(digests, indent=2) + "\n")

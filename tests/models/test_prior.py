@@ -53,7 +53,7 @@ def test_nats_are_those_of_a_logistic_distribution() -> None:
     assert torch.allclose(interval_nats(values - 0.4, torch.tensor(1.7).double()), expected, atol=1e-6)
 
 
-def test_the_scale_follows_the_quality() -> None:
+def test_the_scale_follows_the_step() -> None:
     prior = CausalPrior(1)
     with torch.no_grad():
         prior.spread_by_quality.fill_(-1.0)

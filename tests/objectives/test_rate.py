@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.objectives.rate import TrainableCodec, qualities_at, steering
+from ldm_vae.objectives.rate import TrainableCodec, steps_at, steering
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 NOISE = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-QUALITY = torch.tensor([0.5, 1.0, 2.0, 4.0])
+STEPS = torch.tensor([0.5, 1.0, 2.0, 4.0])
 
 
 @pytest.fixture
@@ -28,18 +28,18 @@ def test_the_deviation_is_fixed_whatever_a_linear_path_was_trained_to_say_of_it(
 
 
 def test_the_rate_is_that_of_the_prior_for_the_noisy_latents(codec: TrainableCodec) -> None:
-    _, moments, nats = codec(IMAGES, NOISE, QUALITY)
-    step = QUALITY[:, None, None, None]
+    _, moments, nats = codec(IMAGES, NOISE, STEPS)
+    step = STEPS[:, None, None, None]
     uniform = torch.special.ndtr(NOISE) - 0.5
     values = moments[:, :4] / step + uniform
-    expected = codec.prior(values, QUALITY).sum(dim=(1, 2, 3)) / 32**2
+    expected = codec.prior(values, STEPS).sum(dim=(1, 2, 3)) / 32**2
     assert nats.shape == (4,)
     assert torch.allclose(nats, expected, rtol=1e-4)
 
 
 def test_the_decoder_sees_rounded_latents_and_its_gradient_goes_past_the_rounding(codec: TrainableCodec) -> None:
-    step = QUALITY[:, None, None, None]
-    reconstruction, moments, _ = codec(IMAGES, NOISE, QUALITY)
+    step = STEPS[:, None, None, None]
+    reconstruction, moments, _ = codec(IMAGES, NOISE, STEPS)
     rounded = ((moments[:, :4] / step).round() * step).detach().requires_grad_()
     expected = codec.vae.decode(rounded).sample
     assert torch.allclose(reconstruction, expected, atol=1e-6)
@@ -49,12 +49,12 @@ def test_the_decoder_sees_rounded_latents_and_its_gradient_goes_past_the_roundin
     assert direct.abs().sum() > 0
 
 
-def test_qualities_are_log_uniform_and_belong_to_positions() -> None:
-    qualities = qualities_at(list(range(4000)), 0, (0.5, 4.0))
-    assert qualities.min() >= 0.5
-    assert qualities.max() <= 4
-    assert float(qualities.log2().mean()) == pytest.approx(0.5, abs=0.05)
-    assert torch.equal(qualities_at([7, 5], 0, (0.5, 4.0)), qualities[[7, 5]])
+def test_steps_are_log_uniform_and_belong_to_positions() -> None:
+    steps = steps_at(list(range(4000)), 0, (0.5, 4.0))
+    assert steps.min() >= 0.5
+    assert steps.max() <= 4
+    assert float(steps.log2().mean()) == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(steps_at([7, 5], 0, (0.5, 4.0)), steps[[7, 5]])
 
 
 def test_a_rate_at_its_target_leaves_the_weight_as_it_is() -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.processes import ROOT, largest_difference, launch_machines, metrics, state, trainer_below, wait_for
 from training import train_diffusion, train_vae
 
-SMALL = "--steps 40 --batch-size 4 --resolution 32 --num-workers 0 --learning-rate 1e-4 --mixed-precision no".split()
+SMALL = "--steps 24 --batch-size 4 --resolution 32 --num-workers 0 --learning-rate 1e-4 --mixed-precision no".split()
 SMALL += "--log-every 1 --checkpoint-every 5 --sample-every 100 --tracker none".split()
 
 
@@ -40,14 +40,14 @@ def test_a_lost_machine_ends_the_launch_and_the_same_command_goes_on(
     assert "SIGKILL" in said[1]
     steps = [m["step"] for m in metrics(run) if "images_per_second" in m]
     last = max(int(c.name.removeprefix("step-")) for c in checkpoints.glob("step-*"))
-    assert last < 40
+    assert last < 24
     config = train_vae.parse_config(trainer.PRESETS, description="", args=[*words, "--output", str(run)])
     trainer.main(config)  # on one process
     again = [m["step"] for m in metrics(run) if "images_per_second" in m][len(steps) :]
-    assert again == list(range(last + 1, 41))  # nothing is lost but the steps since the checkpoint
+    assert again == list(range(last + 1, 25))  # nothing is lost but the steps since the checkpoint
     alone = tmp_path / "alone"
     trainer.main(train_vae.parse_config(trainer.PRESETS, description="", args=[*words, "--output", str(alone)]))
-    assert largest_difference(state(run, 40), state(alone, 40), (part, "ema")) < 1e-4
+    assert largest_difference(state(run, 24), state(alone, 24), (part, "ema")) < 1e-4
 
 
 def ended(node: subprocess.Popen[str]) -> str:

@@ -27,7 +27,7 @@ from training.train_codec import PRESETS, CodecState, Config, codec_step, codec_
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 NOISE = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-QUALITY = torch.tensor([0.5, 1.0, 2.0, 4.0])
+STEPS = torch.tensor([0.5, 1.0, 2.0, 4.0])
 CONFIG = Config(rate_weight=0.01)
 
 
@@ -50,7 +50,7 @@ def micro_batches(count: int) -> Iterator[Batch]:
 
 def test_the_deviation_is_that_of_a_step_of_one_whatever_the_image_and_stays_so() -> None:
     state = make_state(CONFIG)
-    logvar = state.bare(IMAGES, NOISE, QUALITY)[1].chunk(2, dim=1)[1]
+    logvar = state.bare(IMAGES, NOISE, STEPS)[1].chunk(2, dim=1)[1]
     assert torch.allclose(logvar, torch.tensor(1 / 12).log())
     before = state.bare.vae.encoder.conv_out.weight[4:].clone()
     for _ in range(3):
@@ -59,15 +59,15 @@ def test_the_deviation_is_that_of_a_step_of_one_whatever_the_image_and_stays_so(
     assert (before == 0).all()
 
 
-def test_errors_are_divided_by_the_quality_and_rates_multiplied_with_it() -> None:
+def test_errors_are_divided_by_the_step_and_rates_multiplied_with_it() -> None:
     config = replace(CONFIG, coarse_weight=0.3)
     state = make_state(config)
-    reconstruction, _, nats = state.bare(IMAGES, NOISE, QUALITY)
-    terms = codec_terms(IMAGES, reconstruction, nats, QUALITY, torch.tensor(0.01), config)
+    reconstruction, _, nats = state.bare(IMAGES, NOISE, STEPS)
+    terms = codec_terms(IMAGES, reconstruction, nats, STEPS, torch.tensor(0.01), config)
     errors = (reconstruction - IMAGES).square().mean(dim=(1, 2, 3))
-    assert terms["l2"].item() == pytest.approx((errors / QUALITY).mean().item(), rel=1e-5)
-    assert terms["rate"].item() == pytest.approx(0.01 * (nats * QUALITY).mean().item(), rel=1e-5)
-    assert torch.allclose(terms["coarse"], 0.3 * losses.coarse_loss(reconstruction, IMAGES, 1 / QUALITY))
+    assert terms["l2"].item() == pytest.approx((errors / STEPS).mean().item(), rel=1e-5)
+    assert terms["rate"].item() == pytest.approx(0.01 * (nats * STEPS).mean().item(), rel=1e-5)
+    assert torch.allclose(terms["coarse"], 0.3 * losses.coarse_loss(reconstruction, IMAGES, 1 / STEPS))
     assert state.bare.vae.encoder.conv_out.weight.grad is None
     terms["coarse"].backward()
     assert float(state.bare.vae.encoder.conv_out.weight.grad[:4].abs().sum()) > 0
@@ -141,8 +141,8 @@ def test_a_run_logs_its_rate_resumes_and_is_where_a_run_with_coarse_errors_start
     [
         (["--target-bpp", "0"], "--target-bpp is 0.0: it must be more than 0"),
         (["--rate-weight", "0"], "--rate-weight is 0.0: it must be more than 0"),
-        (["--quality-range", "4", "0.5"], "the lower number comes first"),
-        (["--quality-range", "0", "4"], "--quality-range is"),
+        (["--step-range", "4", "0.5"], "the lower number comes first"),
+        (["--step-range", "0", "4"], "--step-range is"),
         (["--coarse-weight", "-1"], "--coarse-weight is -1"),
         (["--coarse-weight", "1", "--resolution", "4"], "--coarse-weight needs crops of 8 pixels"),
         (["--init", "{tmp}/tiny"], "tiny is not a PatchAutoencoderKL with a posterior"),

@@ -108,7 +108,7 @@ def jobs(work: Path) -> dict[str, Job]:
             Job(
                 name="codec",
                 words=("-m", "ldm_vae.cli", "fit-codec", "--vae", vae, "--data", photos, "--output", "{output}")
-                + tuple("--num-images 8 --qualities 1 --overwrite".split()),
+                + tuple("--num-images 8 --steps 1 --overwrite".split()),
                 results=("codec/*", "vae/*"),
             ),
             Job(

@@ -119,13 +119,13 @@ def fuzz(codec: LatentCodec, photo: Pixels, *, count: int, seed: int) -> dict[st
     rng = np.random.default_rng(seed)
     alpha = np.ascontiguousarray(photo[:, :, 0])
     codec.log2_tile = 4  # the smallest: several tiles in a small picture
-    several = codec.compress(photo, quality=1)
+    several = codec.compress(photo, step=1)
     codec.log2_tile = LatentCodec.log2_tile
     files = [
         several,
-        codec.compress(photo, quality=0.5),
-        codec.compress(photo[:24, :40, :1], quality=1),
-        codec.compress(Picture(pixels=photo, alpha=alpha, metadata=METADATA), quality=2),
+        codec.compress(photo, step=0.5),
+        codec.compress(photo[:24, :40, :1], step=1),
+        codec.compress(Picture(pixels=photo, alpha=alpha, metadata=METADATA), step=2),
     ]
     whole = [codec.decompress_picture(f) for f in files]
     outcome: dict[str, Any] = {"wrong": [], "crashed": [], "slow": [], "refused": 0, "past the checksums": 0}
@@ -215,7 +215,7 @@ def untrained_codec() -> tuple[LatentCodec, Pixels]:
     with torch.no_grad():
         vae.encoder.conv_out.bias[4:] = -5.0
     source = open_source("procedural:dead-leaves", resolution=96)
-    codec = LatentCodec(vae, fit_tables(vae, source, num_images=6, qualities=(0.5, 1, 2)))
+    codec = LatentCodec(vae, fit_tables(vae, source, num_images=6, steps=(0.5, 1, 2)))
     return codec, source[0].pixels[:80]
 
 

@@ -264,7 +264,7 @@ def read_cache(folder: Path) -> None:
 def make_tables(folder: Path) -> None:
     vae = small_vae()
     source = open_source("procedural:dead-leaves", resolution=64)
-    fit_tables(vae, source, num_images=2, qualities=(1,)).save(folder)
+    fit_tables(vae, source, num_images=2, steps=(1,)).save(folder)
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
