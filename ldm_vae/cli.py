@@ -10,9 +10,10 @@ from typing import Any
 import tyro
 
 from ldm_vae.commands.anomaly import Anomaly, find_anomalies
-from ldm_vae.commands.codec import Compress, Decompress, Info, compress, decompress, info
+from ldm_vae.commands.codec import Compress, Decompress, compress, decompress
 from ldm_vae.commands.embed import Embed, embed_images
 from ldm_vae.commands.fit_codec import FitCodec, fit_codec
+from ldm_vae.commands.info import Info, info
 from ldm_vae.commands.shards import Shards, work_on_shards
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.runs.config import tyro_errors
@@ -43,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def hint_on_dashes(args: Sequence[str]) -> str:
     """What to write for a file whose name begins with a dash, where one of the words may be one."""
-    dashed = next((word for word in args if re.match(r"-[^-]", word)), None)
+    dashed = next((word for word in args if re.match(r"-(?!o$)[^-]", word)), None)
     return f"; {dashed} was read as a flag: if it is a file, write ./{dashed}, or -- before it" if dashed else ""
 
 

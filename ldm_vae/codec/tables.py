@@ -104,9 +104,10 @@ class Tables:
         wanted, finest, coarsest = step_of(quality), self.steps[0] / STEP_ONE, self.steps[-1] / STEP_ONE
         nearest = min(max(wanted, finest), coarsest)
         if nearest != wanted:
+            which = "finest" if nearest == finest else "coarsest"
             notes.append(
-                f"quality {quality:g} is out of this model's reach: {quality_of(nearest):.0f} is used, "
-                f"the {'finest' if nearest == finest else 'coarsest'} that it has"
+                f"quality {quality:g} is out of this model's reach: its {which}, step {nearest:.3g} "
+                f"(quality {quality_of(nearest):.0f}), is used"
             )
         return nearest
 

@@ -1,4 +1,4 @@
-"""`ldm-vae compress | decompress | info`: one file, a folder of files, or standard input."""
+"""`ldm-vae compress | decompress`: files, a folder of files, or standard input."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+from typing import Annotated, Any, Self
 
-from tyro.conf import Positional
-
-from ldm_vae.codec import bitstream
-from ldm_vae.codec.bitstream import EXTENSION, Limits
+from ldm_vae.codec.bitstream import EXTENSION
+from ldm_vae.codec.quality import USUAL_QUALITY
 from ldm_vae.commands.folders import in_one_line
 from ldm_vae.commands.transfer import STREAM, Transfer, is_nameless, load_codec, read, transfer, write
 from ldm_vae.data.image_files import Listing, files_below, images_below
 from ldm_vae.data.reader import ReadOptions
-from ldm_vae.errors import CompressedFileError, ConfigError, DataError
+from ldm_vae.errors import ConfigError, DataError
 from ldm_vae.files import atomic
+from ldm_vae.runs.config import Range
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compress(Transfer):
     """Compress images to .ldi files."""
 
-    quality: float = 1.0
-    """Step of the quantiser: 0.5 is fine, 4 is coarse."""
+    quality: Annotated[float | None, Range(at_least=1, at_most=100)] = None
+    """1 to 100, more is better; 75 unless given, which looks like AVIF's and WebP's 75."""
+    step: Annotated[float | None, Range(above=0)] = None
+    """Step of the quantiser, instead of --quality: 0.25 is fine, 4 is coarse."""
     target_bpp: float | None = None
     """The best quality with at most so many bits per pixel, instead of --quality."""
     target_psnr: float | None = None
@@ -56,6 +58,27 @@ class Compress(Transfer):
         target = Path(self.output)
         return [target, target.with_name(PurePath(self.input).name)][: 1 + self.only_if_smaller]
 
+    def targets(self) -> tuple[float | None, float | None, int | None]:
+        """Bits per pixel, dB, bytes."""
+        return self.target_bpp, self.target_psnr, num_bytes(self.target_size)
+
+    def check_name(self) -> None:
+        target = Path(self.output)
+        if target.suffix.lower() != EXTENSION and not (is_nameless(self.output) or self.force):
+            raise ConfigError(
+                f"{target} is not named {EXTENSION}: do so, or add --force to write it all the same; several images go "
+                "into a folder, named last or with -o"
+            )
+
+    def for_model(self, codec: Any) -> Self:
+        if self.step is not None or any(target is not None for target in self.targets()):
+            return self
+        notes: list[str] = []
+        step = codec.tables.step_at(USUAL_QUALITY if self.quality is None else self.quality, notes)
+        for note in notes:
+            print(note, file=sys.stderr)
+        return replace(self, quality=None, step=step)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decompress(Transfer):
@@ -66,14 +89,19 @@ class Decompress(Transfer):
     salvage: bool = False
     """Decode what is whole of a damaged file, and mark the rest."""
     extension: str = ".png"
-    """Of a folder's images, and of what has no name of its own: standard output, a pipe, a device."""
+    """Of images beside their files or in a folder, and of what has no name: standard output, a pipe, a device."""
 
+    def check_name(self) -> None:
+        from ldm_vae.codec.picture import check_extension
 
-@dataclass(frozen=True, kw_only=True)
-class Info:
-    """Say what an .ldi file holds, and whether it is whole. Needs no model."""
-
-    file: Positional[str]
+        extension = Path(self.output).suffix.lower()
+        if extension == EXTENSION:
+            raise ConfigError(
+                f"{self.output} is named like a compressed file: name an image file, such as .png; several files go "
+                "into a folder, named last or with -o"
+            )
+        if not is_nameless(self.output):
+            check_extension(extension)
 
 
 def compress_file(command: Compress) -> str | None:
@@ -100,13 +128,13 @@ def compress_file(command: Compress) -> str | None:
     command.limits().check(picture.pixels.shape[1], picture.pixels.shape[0])
     if not command.exact:
         picture = smooth_transparent(picture)
-    bpp, psnr, size = command.target_bpp, command.target_psnr, num_bytes(command.target_size)
-    if (bpp, psnr, size) != (None, None, None):
+    if command.step is not None:
+        data = codec.compress(picture, step=command.step, strip=command.strip, limits=command.limits())
+    else:
+        bpp, psnr, size = command.targets()
         data = compress_to(
             codec, picture, target_bpp=bpp, target_psnr=psnr, target_size=size, strip=command.strip, scratch=scratch
         )
-    else:
-        data = codec.compress(picture, quality=command.quality, strip=command.strip, limits=command.limits())
     if command.only_if_smaller and len(data) >= Path(command.input).stat().st_size:
         target, copy = command.results()
         with open(command.input, "rb") as original, atomic(copy) as out:
@@ -129,13 +157,12 @@ def num_bytes(size: str | None) -> int | None:
 
 def decompress_file(command: Decompress) -> str | None:
     """What is to be said of it, if anything. Raises DataError for what is damaged; the rest has been written then."""
-    from ldm_vae.codec.picture import check_extension, encode_picture, fill, with_alpha
+    from ldm_vae.codec.picture import encode_picture, fill, with_alpha
     from ldm_vae.data.large import LARGE
     from ldm_vae.data.png import stream_png
 
     target = Path(command.output)
     extension = command.extension if is_nameless(command.output) else target.suffix.lower()
-    check_extension(extension)
     codec = load_codec(command.model, command.device, command.workers)
     damage: list[str] | None = [] if command.salvage else None
     picture, bands = codec.decompress_bands(
@@ -167,17 +194,12 @@ def compressed_below(folder: Path) -> Listing:
 
 
 def compress(command: Compress) -> None:
-    targets = command.target_bpp, command.target_psnr, command.target_size
-    if sum(target is not None for target in targets) + (command.quality != 1.0) > 1:
-        raise ConfigError("give one of --quality, --target-bpp, --target-psnr and --target-size")
-    num_bytes(command.target_size)  # what is wrong with a flag is said once
-    command.options()
-    if not Path(command.input).is_dir():
-        target = Path(command.output)
-        if target.suffix.lower() != EXTENSION and not (is_nameless(command.output) or target.is_dir() or command.force):
-            raise ConfigError(f"{target} is not named {EXTENSION}: do so, or add --force to write it all the same")
-        if command.only_if_smaller:
-            raise ConfigError("--only-if-smaller is for folders")
+    given = command.quality, command.step, *command.targets()
+    if sum(number is not None for number in given) > 1:
+        raise ConfigError("give one of --quality, --step, --target-bpp, --target-psnr and --target-size")
+    command.options()  # what is wrong with a flag is said once
+    if command.only_if_smaller and not any(Path(path).is_dir() for path in command.paths[:1]):
+        raise ConfigError("--only-if-smaller is for folders")
     transfer(compress_file, command, inputs=images_below, extension=EXTENSION)
 
 
@@ -186,29 +208,3 @@ def decompress(command: Decompress) -> None:
 
     check_extension(command.extension)
     transfer(decompress_file, command, inputs=compressed_below, extension=command.extension)
-
-
-def info(command: Info) -> None:
-    from ldm_vae.codec.picture import named
-    from ldm_vae.codec.sections import unpack_metadata
-
-    data = read(command.file)
-    contents = bitstream.unpack(data, limits=Limits(max_pixels=1 << 64, max_side=1 << 32))
-    for part in (*contents.sections.values(), *contents.tiles):
-        try:
-            contents.read(part)
-        except CompressedFileError as error:
-            bitstream.report(error, part.name, None)
-    header, metadata = contents.header, contents.sections.get(bitstream.METADATA)
-    facts = {
-        "size": f"{header.width} x {header.height} pixels, {header.colours} channels of {header.depth} bits",
-        "bits per pixel": f"{8 * len(data) / (header.width * header.height):.4f} ({len(data)} bytes)",
-        "quality": f"{header.quality / 256:g}",
-        "latents": f"{header.channels} channels, stride {1 << header.log2_stride}",
-        "tiles": f"{len(contents.tiles)} of up to {1 << header.log2_tile} latents a side",
-        "beside": ", ".join(f"{p.name} ({p.end - p.begin} bytes)" for p in contents.sections.values()) or "nothing",
-        "metadata": ", ".join(named(unpack_metadata(contents.read(metadata))) if metadata else []) or "none",
-        "model": header.model.hex(),
-    }
-    for name, fact in facts.items():
-        print(f"{name:15} {fact}")

@@ -1,4 +1,4 @@
-"""From a file, a folder of files or standard input to the same kind: what `compress` and `decompress` share.
+"""From files, a folder of files or standard input to the same kind: what `compress` and `decompress` share.
 
 No torch here: it is imported with the codec, once the command line is known to be right.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from ldm_vae.codec.bitstream import DEFAULT_MODEL, EXTENSION, MODEL_VARIABLE, Limits
 from ldm_vae.commands.folders import result_names, run_jobs, totals
@@ -27,11 +28,15 @@ STREAM = "-"
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """From a file, a folder or standard input (-) to the same kind."""
+    """From files, a folder or standard input (-) to the same kind.
 
-    input: Positional[str]
-    output: Positional[str] = ""
-    """Beside the input, with another ending, unless given."""
+    The engine does one file at a time: of a command with one path, which is its input, and an output.
+    """
+
+    paths: Positional[tuple[str, ...]]
+    """FILE, FILE OUTPUT, FILE FILE ... FOLDER, or FOLDER OUTPUT; - is standard input or output."""
+    output: Annotated[str, arg(aliases=["-o"])] = ""
+    """Instead of the last path: a file, or the folder for several. Without any output, it is beside the one input."""
     model: str = os.environ.get(MODEL_VARIABLE, DEFAULT_MODEL)
     """Run directory, model folder or hub id with fitted tables, or box:codec, which comes with the package;
     $LDM_VAE_MODEL unless given."""
@@ -47,9 +52,20 @@ class Transfer:
     max_pixels: Annotated[int, Range(at_least=1)] = Limits().max_pixels
     max_side: Annotated[int, Range(at_least=1)] = Limits().max_side
 
+    @property
+    def input(self) -> str:
+        return self.paths[0]
+
     def results(self) -> list[Path]:
         """What one file may become."""
         return [Path(self.output)]
+
+    def check_name(self) -> None:
+        """Raises ConfigError for an output's name that says another kind than the command writes."""
+
+    def for_model(self, codec: Any) -> Self:
+        """With what depends on the model settled; what is to be said of it is said."""
+        return self
 
     def limits(self) -> Limits:
         return Limits(max_pixels=self.max_pixels, max_side=self.max_side)
@@ -105,14 +121,25 @@ def transfer_file(act: Act, command: Transfer) -> str | None:
     return note
 
 
-def transfer_folder(act: Act, command: Transfer, *, inputs: Callable[[Path], Listing], extension: str) -> None:
-    """Every file below the input folder, to a file of the same name below the output.
+def named_files(files: Sequence[str]) -> dict[str, Path]:
+    """Files by their names, without folders. Raises ConfigError for what cannot go into one folder."""
+    for file in files:
+        if file == STREAM or Path(file).is_dir():
+            what = "standard input" if file == STREAM else f"the folder {file}"
+            raise ConfigError(f"{what} is among several inputs: give it by itself")
+    name, count = Counter(Path(file).name for file in files).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(f"{count} inputs are called {name}: in one folder only one of them would be left")
+    return {Path(file).name: Path(file) for file in files}
+
+
+def files_of_folder(source: Path, target: Path, inputs: Callable[[Path], Listing]) -> dict[str, Path]:
+    """Every file below the input folder, by its name there.
 
     Raises:
-        DataError: no files; and at the end, when some could not be done.
+        DataError: no files.
         ConfigError: an output within the input.
     """
-    source, target = Path(command.input), Path(command.output)
     if target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"the output {target} is inside the input {source}: choose another one")
     listing = inputs(source)
@@ -121,15 +148,24 @@ def transfer_folder(act: Act, command: Transfer, *, inputs: Callable[[Path], Lis
         raise DataError(f"{source} has no such files{f' ({listing})' if listing.not_read else ''}")
     if listing.not_read:
         print(f"{source}: {listing}", file=sys.stderr)
-    load_codec(command.model, command.device, 1)  # what is wrong with it is said once
+    return {name: source / name for name in names}
+
+
+def transfer_files(act: Act, command: Transfer, files: Mapping[str, Path], target: Path, extension: str) -> None:
+    """Each of the named files, to a file of that name below the output folder.
+
+    Raises:
+        DataError: at the end, when some could not be done.
+    """
+    command = command.for_model(load_codec(command.model, command.device, 1))  # what is wrong with it is said once
     jobs = {}
-    for name, result in zip(names, result_names(names, extension), strict=True):
-        job = replace(command, input=str(source / name), output=str(target / result), workers=1)
+    for name, result in zip(files, result_names(list(files), extension), strict=True):
+        job = replace(command, paths=(str(files[name]),), output=str(target / result), workers=1)
         if command.overwrite or not any(file.exists() for file in job.results()):
             check_writable((target / result).parent)
             jobs[name] = job
     failures = run_jobs(partial(transfer_file, act), jobs, workers=min(command.workers, len(jobs)))
-    said = totals(len(jobs), failures, target, skipped=len(names) - len(jobs))
+    said = totals(len(jobs), failures, target, skipped=len(files) - len(jobs))
     done = [job for name, job in jobs.items() if name not in failures]
     print(said + (sizes(done) if extension == EXTENSION and done else ""), file=sys.stderr)
     if failures:
@@ -148,6 +184,7 @@ def sizes(done: Sequence[Transfer]) -> str:
 
 def check_output(command: Transfer) -> None:
     """Raises ConfigError for a single file's output that cannot be, or is there already."""
+    command.check_name()
     if command.output == STREAM:
         if sys.stdout.isatty():
             raise ConfigError("standard output is a terminal: name a file, or send it to one: > FILE")
@@ -163,19 +200,48 @@ def check_output(command: Transfer) -> None:
         raise ConfigError(f"there is no folder {target.parent}")
 
 
+def is_folder(output: str) -> bool:
+    """Whether an output is a folder, or is named like one."""
+    return output != STREAM and (output.endswith(("/", os.sep)) or Path(output).is_dir())
+
+
+def inputs_and_output(command: Transfer) -> tuple[tuple[str, ...], str]:
+    """The inputs, and the output or "". Raises ConfigError where the paths leave it open which is which."""
+    paths, output = command.paths, command.output
+    if not output and len(paths) > 1:
+        paths, output = paths[:-1], paths[-1]
+    if not paths:
+        raise ConfigError("name a file or a folder")
+    if len(paths) > 1 and not is_folder(output):
+        raise ConfigError(
+            f"{output} is not a folder, and there are {len(paths)} inputs: name a folder last, or with -o; one that is "
+            "not there yet is made if its name ends with /"
+        )
+    if not output and (paths[0] == STREAM or Path(paths[0]).is_dir()):
+        raise ConfigError("name the output, too: only a single file's is beside it unless given")
+    return paths, output
+
+
 def transfer(act: Act, command: Transfer, *, inputs: Callable[[Path], Listing], extension: str) -> None:
-    """A folder by `transfer_folder`; a file, or standard input, by `transfer_file`."""
+    """A folder or several files by `transfer_files`; a file, or standard input, by `transfer_file`."""
     check_ranges(command)
-    command = replace(command, workers=command.workers or os.cpu_count() or 1)
-    if not command.output:
-        if command.input == STREAM or Path(command.input).is_dir():
-            raise ConfigError("name the output, too: only a single file's is beside it unless given")
-        command = replace(command, output=str(Path(command.input).with_suffix(extension)))
-    if command.input != STREAM and Path(command.input).is_dir():
-        if command.output == STREAM:
-            raise ConfigError("a folder cannot go to standard output")
-        transfer_folder(act, command, inputs=inputs, extension=extension)
+    paths, output = inputs_and_output(command)
+    command = replace(command, paths=paths, output=output, workers=command.workers or os.cpu_count() or 1)
+    if len(paths) > 1:
+        transfer_files(act, command, named_files(paths), Path(output), extension)
         return
+    source = Path(command.input)
+    if command.input != STREAM and source.is_dir():
+        if output == STREAM:
+            raise ConfigError("a folder cannot go to standard output")
+        transfer_files(act, command, files_of_folder(source, Path(output), inputs), Path(output), extension)
+        return
+    if not output:
+        command = replace(command, output=str(source.with_suffix(extension)))
+    elif is_folder(output) and command.input != STREAM:
+        check_writable(Path(output))
+        command = replace(command, output=str(Path(output) / source.with_suffix(extension).name))
     check_output(command)
+    command = command.for_model(load_codec(command.model, command.device, command.workers))
     if note := transfer_file(act, command):
         print(f"{'standard input' if command.input == STREAM else command.input}: {note}", file=sys.stderr)

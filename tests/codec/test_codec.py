@@ -65,14 +65,14 @@ def test_the_file_holds_the_quantised_mean_and_comes_back_as_its_reconstruction(
     assert np.abs(expected - np.asarray(codec.decompress(data)).astype(float)).max() <= 1
 
 
-def test_a_finer_quality_takes_more_bytes_and_comes_nearer(codec: LatentCodec, photo) -> None:
+def test_a_finer_step_takes_more_bytes_and_comes_nearer(codec: LatentCodec, photo) -> None:
     with torch.inference_mode():
         images = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 127.5 - 1
         whole = codec.vae.decode(codec.vae.encode(images).latent_dist.mean).sample[0]
     whole = whole.clamp(-1, 1).add(1).mul(127.5).permute(1, 2, 0).numpy()
     sizes, errors = [], []
-    for quality in (0.25, 0.5, 1, 2, 4):
-        data = codec.compress(photo, step=quality)
+    for step in (0.25, 0.5, 1, 2, 4):
+        data = codec.compress(photo, step=step)
         sizes.append(len(data))
         errors.append(np.square(np.asarray(codec.decompress(data)).astype(float) - whole).mean())
     assert sizes == sorted(sizes, reverse=True)
@@ -263,7 +263,9 @@ def test_sigma_is_the_rms_of_the_posterior_deviation(codec: LatentCodec) -> None
             variances.append(codec.vae.encode(images).latent_dist.var.double().mean(dim=(0, 2, 3)))
     expected = torch.stack(variances).mean(dim=0).sqrt().numpy()
     assert np.allclose(codec.tables.sigma, expected, rtol=1e-5)
-    assert np.allclose(codec.tables.channel_steps(512), 2 * np.sqrt(12) * expected[list(codec.tables.channels)], rtol=1e-5)
+    assert np.allclose(
+        codec.tables.channel_steps(512), 2 * np.sqrt(12) * expected[list(codec.tables.channels)], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("sides", [(64, 96), (50, 41)])
@@ -293,9 +295,7 @@ def test_diffusers_own_autoencoder_is_a_codec(sides: tuple[int, int], tmp_path: 
         pad = torch.nn.functional.pad(images, (0, -sides[1] % 2, 0, -sides[0] % 2), mode="replicate")
         mean = vae.encode(pad).latent_dist.mean
         reconstruction = vae.decode(mean).sample[0, :, : sides[0], : sides[1]].clamp(-1, 1).add(1).mul(127.5)
-    assert (
-        np.abs(reconstruction.permute(1, 2, 0).numpy() - whole).mean() < 1
-    )  # the quantiser's error, at a fine quality
+    assert np.abs(reconstruction.permute(1, 2, 0).numpy() - whole).mean() < 1  # the quantiser's error, at a fine step
 
 
 def test_an_autoencoder_without_a_posterior_is_refused() -> None:
@@ -304,7 +304,7 @@ def test_an_autoencoder_without_a_posterior_is_refused() -> None:
         fit_tables(vae, open_source("procedural:shapes", channels=3, resolution=32), num_images=1)
 
 
-def test_targets_are_met_as_closely_as_a_quality_can(codec: LatentCodec, photo) -> None:
+def test_targets_are_met_as_closely_as_a_step_can(codec: LatentCodec, photo) -> None:
     picture = Picture(pixels=photo)
     sizes = [8 * len(codec.compress(photo, step=q)) / photo[:, :, 0].size for q in (0.5, 2)]
     target = float(np.mean(sizes))
@@ -353,10 +353,10 @@ def test_nothing_is_written_that_the_same_limits_would_not_read(codec: LatentCod
     assert compress_to(codec, as_picture(wide), target_psnr=5.0)
 
 
-@pytest.mark.parametrize("quality", [0, -1, 1e-9, 80, 256, float("nan"), float("inf")])
-def test_a_quality_that_cannot_be_is_refused(quality: float, codec: LatentCodec, photo) -> None:
-    with pytest.raises(ConfigError, match="quality"):
-        codec.compress(photo, step=quality)
+@pytest.mark.parametrize("step", [0, -1, 1e-9, 80, 256, float("nan"), float("inf")])
+def test_a_step_that_cannot_be_is_refused(step: float, codec: LatentCodec, photo) -> None:
+    with pytest.raises(ConfigError, match="step"):
+        codec.compress(photo, step=step)
 
 
 def test_pillow_opens_and_saves(codec: LatentCodec, photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,10 +372,10 @@ def test_pillow_opens_and_saves(codec: LatentCodec, photo, tmp_path: Path, monke
     with Image.open(file) as image:
         assert image.convert("RGB").size == (120, 80)  # by the model that comes with the package
     pillow_plugin.register(str(tmp_path))
-    Image.fromarray(photo).save(file, step=0.5)
+    Image.fromarray(photo).save(file, quality=60)
     with Image.open(file) as image:
         assert (image.format, image.size, image.mode) == ("LDI", (120, 80), "RGB")
-        assert np.array_equal(np.asarray(image), np.asarray(codec.decompress(codec.compress(photo, step=0.5))))
+        assert np.array_equal(np.asarray(image), np.asarray(codec.decompress(codec.compress(photo, quality=60))))
     alpha = Image.fromarray(np.dstack([photo, photo[:, :, :1]]))
     exif = Image.Exif()
     exif[0x010E] = "a description"
@@ -406,9 +406,11 @@ def test_pillow_opens_and_saves(codec: LatentCodec, photo, tmp_path: Path, monke
     assert opened is not None
     assert opened.closed  # Pillow's promise for what it has opened itself
     image.close()
-    with pytest.raises(ConfigError, match="quality 90"):
-        Image.fromarray(photo).save(file, quality=90)  # PIL's habit
-    Image.fromarray(photo).save(file)
+    for flags in ({"quality": 0}, {"quality": 101}, {"quality": 75, "step": 1.0}):
+        with pytest.raises(ConfigError, match="quality"):
+            Image.fromarray(photo).save(file, **flags)
+    Image.fromarray(photo).save(file, step=0.5)
+    assert file.read_bytes() == codec.compress(photo, step=0.5)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(TruncatedError):
         Image.open(file)

@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     with torch.no_grad():
         vae.encoder.conv_out.bias[4:] = -5.0
     vae.save_pretrained(folder / "vae")
-    cli.main(["fit-codec", "--vae", str(folder), "--data", str(photos), "--num-images", "5", "--qualities", "0.5", "1"])
+    cli.main(["fit-codec", "--vae", str(folder), "--data", str(photos), "--num-images", "5", "--steps", "0.4", "0.5", "1"])
     return folder
 
 
@@ -60,10 +60,10 @@ def fails(capsys: pytest.CaptureFixture, *words: object) -> str:
 
 def test_a_file_goes_there_and_back(model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     small, back = tmp_path / "a.ldi", tmp_path / "a.png"
-    run("compress", image, small, "--model", model, "--quality", 0.5)
+    run("compress", image, small, "--model", model, "--step", 0.5)
     run("decompress", small, back, "--model", model)
     codec = LatentCodec.from_pretrained(str(model))
-    expected = codec.decompress(codec.compress(Image.open(image), quality=0.5))
+    expected = codec.decompress(codec.compress(Image.open(image), step=0.5))
     assert np.array_equal(np.asarray(Image.open(back)), np.asarray(expected))
     run("decompress", small, tmp_path / "part.bmp", "--model", model, "--region", 3, 4, 20, 10)
     assert Image.open(tmp_path / "part.bmp").size == (20, 10)
@@ -76,17 +76,17 @@ def test_a_file_goes_there_and_back(model: Path, image: Path, tmp_path: Path, ca
 
 
 def test_tables_are_written_beside_the_model_or_with_a_copy_of_it(model: Path, photos: Path, tmp_path: Path) -> None:
-    assert load_tables(model / "codec").qualities == (128, 256)
+    assert load_tables(model / "codec").steps == (102, 128, 256)
     run("fit-codec", "--vae", model, "--data", photos, "--output", tmp_path / "copy", "--num-images", 2)
-    assert len(load_tables(tmp_path / "copy" / "codec").qualities) == 7
+    assert len(load_tables(tmp_path / "copy" / "codec").steps) == 7
     LatentCodec.from_pretrained(str(tmp_path / "copy"))
 
 
 def test_targets_are_met(model: Path, image: Path, tmp_path: Path) -> None:
-    run("compress", image, tmp_path / "fine.ldi", "--model", model, "--quality", 0.6)
+    run("compress", image, tmp_path / "fine.ldi", "--model", model, "--step", 0.6)
     bpp = 8 * (tmp_path / "fine.ldi").stat().st_size / (72 * 60)
     run("compress", image, tmp_path / "met.ldi", "--model", model, "--target-bpp", bpp)
-    run("compress", image, tmp_path / "coarse.ldi", "--model", model, "--quality", 1)
+    run("compress", image, tmp_path / "coarse.ldi", "--model", model, "--step", 1)
     sizes = [(tmp_path / f"{name}.ldi").stat().st_size for name in ("coarse", "met", "fine")]
     assert sizes[0] < sizes[1] <= sizes[2]
     run("compress", image, tmp_path / "met.ldi", "--model", model, "--target-size", sizes[1], "--overwrite")
@@ -233,11 +233,11 @@ def test_noise_that_nobody_sees_takes_no_bytes_unless_it_shall_stay_exact(model:
     pixels[8:24, 8:40, :3], pixels[:, :, 3] = 100, 0
     pixels[8:24, 8:40, 3] = 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    run("compress", tmp_path / "a.png", tmp_path / "smooth.ldi", "--model", model, "--quality", 0.5)
-    run("compress", tmp_path / "a.png", tmp_path / "exact.ldi", "--model", model, "--quality", 0.5, "--exact")
+    run("compress", tmp_path / "a.png", tmp_path / "smooth.ldi", "--model", model, "--step", 0.5)
+    run("compress", tmp_path / "a.png", tmp_path / "exact.ldi", "--model", model, "--step", 0.5, "--exact")
     assert 2 * (tmp_path / "smooth.ldi").stat().st_size < (tmp_path / "exact.ldi").stat().st_size
     codec = LatentCodec.from_pretrained(str(model))
-    assert (tmp_path / "exact.ldi").read_bytes() == codec.compress(pixels, quality=0.5)
+    assert (tmp_path / "exact.ldi").read_bytes() == codec.compress(pixels, step=0.5)
 
 
 def test_a_folder_goes_there_and_back_on_two_workers(
@@ -284,7 +284,7 @@ def test_files_that_differ_in_their_extension_alone_become_files_of_different_na
     files = ["a.bmp.ldi", "a.png.ldi", "a.png.png.ldi", "b.ldi"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files
     old = (tmp_path / "out" / "a.png.ldi").read_bytes()
-    run(*words, "--overwrite", "--quality", 0.5)
+    run(*words, "--overwrite", "--step", 0.5)
     assert (tmp_path / "out" / "a.png.ldi").read_bytes() != old
 
 
@@ -345,9 +345,10 @@ def test_what_cannot_work_is_said_in_one_line(
     assert "cannot be reached" in fails(capsys, *compress, *with_model, "--target-psnr", 99)
     assert "try 100k" in fails(capsys, *compress, *with_model, "--target-size", "100 kilos")
     assert "10 bytes cannot be reached" in fails(capsys, *compress, *with_model, "--target-size", 10)
-    assert "quality" in fails(capsys, *compress, *with_model, "--quality", 0)
+    assert "--quality is 0.5: it must be at least 1" in fails(capsys, *compress, *with_model, "--quality", 0.5)
+    assert "give one of" in fails(capsys, *compress, *with_model, "--quality", 75, "--step", 1)
+    assert "step 80 is far from" in fails(capsys, *compress, *with_model, "--step", 80)
     assert "no folder" in fails(capsys, "compress", image, tmp_path / "no" / "x.ldi", *with_model)
-    assert "is a folder" in fails(capsys, "compress", image, tmp_path, *with_model)
     assert "name the output, too" in fails(capsys, "compress", tmp_path, *with_model)
     assert "workers" in fails(capsys, *compress, *with_model, "--workers", -1)
     for device in ("cuda:99", "no-such-device"):
