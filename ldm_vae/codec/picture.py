@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from ldm_vae.codec.bitstream import EXTENSION
 from ldm_vae.data import large
 from ldm_vae.data.colour import fitting
 from ldm_vae.data.images import Pixels, check_values
-from ldm_vae.data.metadata import EXIF_PREFIX, NO_METADATA, Metadata, metadata_of
-from ldm_vae.data.pil import limits_are_ours, pil_pixels
+from ldm_vae.data.metadata import EXIF_PREFIX, NO_METADATA, Metadata
+from ldm_vae.data.pil import limits_are_ours, metadata_of, metadata_of_opened, pil_pixels
 from ldm_vae.data.png import stream_png
 from ldm_vae.data.reader import MAX_PIXELS, ReadOptions, read_image
 from ldm_vae.errors import BadImageError, ConfigError
@@ -29,7 +30,10 @@ FINEST: dict[str, dict[str, Any]] = {
 }
 """Options of PIL's writers whose defaults lose what can be seen."""
 OWN_COLOURS = ReadOptions(keep_colour=True)
-BLOCKS = {"icc": "ICC profile", "cicp": "cICP", "exif": "EXIF", "xmp": "XMP", "resolution": "resolution"}
+BLOCKS = {
+    **{"icc": "ICC profile", "cicp": "cICP", "exif": "EXIF", "xmp": "XMP", "resolution": "resolution"},
+    **{"modified": "time of the last change"},
+}
 """What people call the fields of `Metadata`."""
 
 
@@ -88,8 +92,9 @@ def as_picture(image: Image.Image | Pixels | Picture, *, channels: int = 3) -> P
     if isinstance(image, Picture):
         return image
     if isinstance(image, Image.Image):
+        metadata = metadata_of_opened(image)
         pixels = pil_pixels(image)
-        metadata, dropped = fitting(metadata_of(image), pixels.shape[2])
+        metadata, dropped = fitting(metadata, pixels.shape[2])
         for note in dropped:
             warnings.warn(note, stacklevel=2)
         return from_pixels(pixels, channels=channels, metadata=metadata)
@@ -179,7 +184,7 @@ def encode_picture(picture: Picture, extension: str, notes: list[str] | None = N
         kept = picture.metadata
     else:
         kept = save_by_pil(picture, file, extension)
-    missing = [name for name in named(picture.metadata) if name not in named(kept)]
+    missing = list((Counter(named(picture.metadata)) - Counter(named(kept))).elements())
     if missing and notes is not None:
         notes.append(f"{extension} holds no {', '.join(missing)}: left out")
     return file.getvalue()

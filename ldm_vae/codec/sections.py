@@ -18,7 +18,7 @@ MAX_METADATA = 1 << 24
 """Bytes of all metadata of a file, before they are deflated."""
 MAX_ITEMS = 1 << 12
 """In the section of metadata."""
-ICC, EXIF, XMP, CICP, RESOLUTION, TEXT = 1, 2, 3, 4, 5, 6
+ICC, EXIF, XMP, CICP, RESOLUTION, TEXT, MODIFIED = 1, 2, 3, 4, 5, 6, 7
 """Kinds of items in the section of metadata."""
 RAW = -15
 """zlib's name for a deflate stream without header and checksum: the section has its own."""
@@ -55,6 +55,7 @@ def pack_metadata(metadata: Metadata) -> bytes:
     items = [
         *((ICC, metadata.icc), (EXIF, metadata.exif), (XMP, metadata.xmp), (CICP, bytes(metadata.cicp or ()))),
         (RESOLUTION, b"".join(varint(max(round(1000 * dots), 1)) for dots in metadata.resolution or ())),
+        (MODIFIED, metadata.modified),
         *((TEXT, f"{keyword}\0{text}".encode(errors="backslashreplace")) for keyword, text in metadata.text),
     ]
     content = b"".join(bytes([kind]) + varint(len(data)) + data for kind, data in items if data)
@@ -85,6 +86,7 @@ def unpack_metadata(data: bytes) -> Metadata:
         xmp=blocks.get(XMP, b""),
         text=tuple(texts),
         resolution=resolution_in(blocks[RESOLUTION]) if RESOLUTION in blocks else None,
+        modified=time_in(blocks[MODIFIED]) if MODIFIED in blocks else b"",
     )
 
 
@@ -92,6 +94,12 @@ def cicp_in(item: bytes) -> tuple[int, int, int, int]:
     if len(item) != 4:
         raise CorruptError(f"a cICP of {len(item)} bytes instead of 4")
     return item[0], item[1], item[2], item[3]
+
+
+def time_in(item: bytes) -> bytes:
+    if len(item) != 7:
+        raise CorruptError(f"a time of {len(item)} bytes instead of 7")
+    return item
 
 
 def resolution_in(item: bytes) -> tuple[float, float]:

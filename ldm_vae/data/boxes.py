@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+Data = bytes | mmap.mmap
 Box = tuple[bytes, bytes]
 """Kind and content."""
 HDR_MARKS = (b"tmap", b"urn:com:apple:photo:2020:aux:hdrgainmap")
 """Somewhere in `meta` of a file with a gain map."""
 
 
-def boxes(data: bytes) -> Iterator[Box]:
+def boxes(data: Data) -> Iterator[Box]:
     """One after another; what is damaged ends it."""
     place = 0
     while place + 8 <= len(data):
@@ -27,11 +29,12 @@ def boxes(data: bytes) -> Iterator[Box]:
         place = end
 
 
-def inside(data: bytes, *kinds: bytes) -> bytes:
+def inside(data: Data, *kinds: bytes) -> bytes:
     """The content of the first box of these kinds within each other; empty without one."""
+    found = b""
     for kind in kinds:
-        data = next((content for name, content in boxes(data) if name == kind), b"")
-    return data
+        data = found = next((content for name, content in boxes(data) if name == kind), b"")
+    return found
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Facts:
     gain_map: bool = False
 
 
-def facts_of(data: bytes) -> Facts:
+def facts_of(data: Data) -> Facts:
     """Of the image that is shown, by its properties; what is damaged says nothing."""
     meta = inside(data, b"meta")[4:]
     try:

@@ -39,7 +39,7 @@ LIKE_SRGB = frozenset((1, 2, 6, 13, 14, 15))
 REFERENCE_WHITE = 203.0
 """cd/m2 of white in PQ, and in HLG on a display of 1,000 cd/m2 (ITU-R BT.2408, table 1)."""
 EXACT = 0x0100
-"""Little CMS' cmsFLAGS_NOOPTIMIZE: of 16 bits it would make a coarse table (errors of up to 6 %)."""
+"""Little CMS' cmsFLAGS_NOOPTIMIZE: of 16 bits, and of grey, it would make a coarse table (errors of up to 6 %)."""
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 D50, D65 = (0.3457, 0.3585), (0.3127, 0.3290)
 
@@ -115,12 +115,33 @@ def from_profile(colours: Pixels, icc: bytes) -> Pixels:
     """Grey (H, W, 1), RGB (H, W, 3) or CMYK (H, W, 4) -> sRGB of the same type; grey stays grey."""
     space = {1: "gray", 3: "rgb", 4: "cmyk"}[colours.shape[2]]
     given = colours[:, :, 0] if space == "gray" else colours
-    flags = None if given.dtype == np.uint8 else EXACT
+    flags = None if given.dtype == np.uint8 and space != "gray" else EXACT
     converted = imagecodecs.cms_transform(
         given, icc, srgb_profile(), colorspace=space, outcolorspace="rgb", flags=flags
     )
     converted = np.clip(converted, 0, 1) if given.dtype.kind == "f" else converted
     return converted[:, :, 1:2] if space == "gray" else converted
+
+
+@lru_cache(maxsize=64)
+def profile_of(*, gamma: float | None, points: tuple[float, ...] | None, grey: bool) -> bytes:
+    """An ICC profile of what a PNG's gAMA and cHRM say; empty where that is sRGB, or cannot be.
+
+    Args:
+        gamma: light ** gamma is the signal; sRGB's unless given, and if it is within 5 % of 1 / 2.2.
+        points: x and y of white, red, green and blue; sRGB's unless given.
+    """
+    like_srgb = not gamma or abs(2.2 * gamma - 1) < 0.05
+    white, primaries = (points[:2], points[2:]) if points else (D65, PRIMARIES[1][:6])
+    if like_srgb and (grey or np.allclose((*primaries, *white), PRIMARIES[1], atol=0.005)):
+        return b""
+    space, colours = ("gray", None) if grey else ("rgb", [v for i in (0, 2, 4) for v in (*primaries[i : i + 2], 1.0)])
+    try:
+        return bytes(
+            imagecodecs.cms_profile(space, whitepoint=[*white, 1.0], primaries=colours, gamma=1 / (gamma or 1 / 2.2))
+        )
+    except imagecodecs.CmsError:  # no such colours
+        return b""
 
 
 @lru_cache(maxsize=64)

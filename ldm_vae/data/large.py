@@ -7,14 +7,15 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyvips
 
+from ldm_vae.data.boxes import Data
 from ldm_vae.data.images import Pixels, check_size, convert_channels
-from ldm_vae.data.metadata import XMP_KEY, Metadata, cleaned, png_cicp, png_resolution
 from ldm_vae.errors import BadImageError
 
 LARGE = 1 << 25
@@ -23,7 +24,6 @@ STRIP = 1 << 22
 """Pixels at a time."""
 MAX_LARGE_PIXELS = 1 << 28
 """16,384 x 16,384, unless somebody asks for more."""
-VIPS_BLOCKS = ("icc-profile-data", "exif-data", "xmp-data")
 HEAD = 1 << 20
 """Bytes in which is looked for what stands before the pixels."""
 DTYPES = {"uchar": np.uint8, "ushort": np.uint16}
@@ -91,22 +91,14 @@ def open_with_vips(image_file: bytes | Path) -> Any:
     return pyvips.Image.new_from_buffer(image_file, "", **options)
 
 
-def large_png_metadata(image_file: bytes | Path) -> Metadata:
-    """Of a PNG, without decoding it, as PIL would have to. Raises pyvips.Error, or OSError."""
-    image = open_with_vips(image_file)
-    icc, exif, xmp = (bytes(image.get(n)) if image.get_typeof(n) else b"" for n in VIPS_BLOCKS)
-    comments = [n.split("-", 3) for n in image.get_fields() if n.startswith("png-comment-")]
-    texts = [(key, str(image.get(f"png-comment-{number}-{key}"))) for _, _, number, key in comments]
-    head = image_file[:HEAD] if isinstance(image_file, bytes) else head_of(image_file)
-    metadata = Metadata(
-        icc=icc,
-        cicp=png_cicp(head),
-        exif=exif,
-        xmp=xmp,
-        text=tuple((key, text) for key, text in texts if key != XMP_KEY),
-        resolution=png_resolution(head),
-    )
-    return cleaned(metadata)
+@contextmanager
+def mapped(image_file: bytes | Path) -> Iterator[Data]:
+    """A file's bytes, which need not lie in memory."""
+    if isinstance(image_file, bytes):
+        yield image_file
+        return
+    with open(image_file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
 
 
 def head_of(file: Path) -> bytes:

@@ -1,8 +1,7 @@
-"""What an image file says beside its pixels: colour profile, EXIF, XMP, texts, resolution. No torch here."""
+"""What an image file says beside its pixels: colours, EXIF, XMP, texts, resolution, time. No torch here."""
 
 from __future__ import annotations
 
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,8 @@ SIZE_TAGS = frozenset((4097, 4098, 40962, 40963))
 RAW_EXIF = "Raw profile type exif"
 """The text in which ImageMagick writes EXIF into a PNG."""
 XMP_KEY = "XML:com.adobe.xmp"
+MAX_TEXT = 1 << 24
+"""Bytes of a compressed text, or profile, in a PNG: the workflows of generators are longer than PIL's limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class Metadata:
     """Keys and texts of a PNG; the comment of a JPEG or GIF has the key "Comment"."""
     resolution: tuple[float, float] | None = None
     """Dots per inch, across and down."""
+    modified: bytes = b""
+    """When a PNG was last changed: year (two bytes), month, day, hour, minute, second, in UTC."""
 
 
 NO_METADATA = Metadata()
@@ -56,60 +59,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def metadata_of(image: Image.Image) -> Metadata:
-    """Of PIL's image; nothing for what cannot be read: the pixels are what counts."""
-    with quiet():
-        try:
-            exif = image.getexif().tobytes()  # a copy: the image's own stays as it is
-        except Exception:
-            exif = image.info.get("exif") or b""
-    return cleaned(replace(stored_metadata(image, b""), exif=exif))
-
-
 def cleaned(metadata: Metadata) -> Metadata:
     """With EXIF as `Metadata` has it, of one whose EXIF is as it was stored."""
     return replace(metadata, exif=without_layout(metadata.exif))
 
 
-def stored_metadata(image: Image.Image, data: bytes) -> Metadata:
-    """Of a file that PIL has opened and of its bytes, with EXIF as it is stored there: to clean it takes longer."""
-    info = image.info
-    exif = data if image.format == "TIFF" else info.get("exif") or b""
-    if not exif and RAW_EXIF in info:
-        exif = image.getexif().tobytes()
-    return Metadata(
-        icc=info.get("icc_profile") or b"",
-        cicp=png_cicp(data),
-        exif=exif,
-        xmp=as_bytes(info.get("xmp") or info.get(XMP_KEY) or b""),
-        text=texts_of(image),
-        resolution=resolution_of(image),
-    )
-
-
-def texts_of(image: Image.Image) -> tuple[tuple[str, str], ...]:
-    """Texts of a PNG, or the comment of a JPEG, GIF or WebP."""
-    texts = getattr(image, "text", {}) if image.format == "PNG" else {}
-    pairs = [(str(key), str(text)) for key, text in texts.items() if key != XMP_KEY]
-    comment = image.info.get("comment")
-    if comment and image.format != "PNG":
-        pairs.append(("Comment", comment if isinstance(comment, str) else comment.decode("utf-8", "replace")))
-    return tuple(pairs)
-
-
-X_RESOLUTION = 282
-
-
-def resolution_of(image: Image.Image) -> tuple[float, float] | None:
-    """What the file itself says: of a JPEG or TIFF that has none PIL makes one up, and that of EXIF stays there."""
-    if image.format in ("JPEG", "MPO") and image.info.get("jfif_unit") not in (1, 2):
-        return None
-    if image.format == "TIFF" and X_RESOLUTION not in image.tag_v2:  # type: ignore[attr-defined]
-        return None
-    try:
-        across, down = (float(dots) for dots in image.info["dpi"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None
+def plausible(across: float, down: float) -> tuple[float, float] | None:
+    """A resolution, if it can be one."""
     return (across, down) if 0 < across < 1e6 and 0 < down < 1e6 else None
 
 
@@ -164,35 +120,3 @@ def writable(tag: int, value: Any) -> Any:
         return value if written({tag: value}) else None
     except Exception:
         return None
-
-
-def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and content of a PNG's chunks; none of another file."""
-    place = len(SIGNATURE) if data.startswith(SIGNATURE) else len(data)
-    while place + 8 <= len(data):
-        size, kind = struct.unpack_from(">I4s", data, place)
-        yield kind, data[place + 8 : place + 8 + size]
-        place += size + 12
-
-
-def chunk_before_pixels(data: bytes, name: bytes) -> bytes:
-    """The content of a PNG's first chunk of that name; empty without one."""
-    for kind, content in png_chunks(data):
-        if kind in (name, b"IDAT"):
-            return content if kind == name else b""
-    return b""
-
-
-def png_cicp(data: bytes) -> tuple[int, int, int, int] | None:
-    """What the cICP chunk of a PNG says (PNG, third edition, 11.3.2.6)."""
-    content = chunk_before_pixels(data, b"cICP")
-    return (content[0], content[1], content[2], content[3]) if len(content) == 4 else None
-
-
-def png_resolution(data: bytes) -> tuple[float, float] | None:
-    """Dots per inch that the pHYs chunk of a PNG says (11.3.4.3)."""
-    content = chunk_before_pixels(data, b"pHYs")
-    if len(content) != 9 or content[8] != 1:
-        return None
-    across, down = struct.unpack_from(">II", content)
-    return across * 0.0254, down * 0.0254

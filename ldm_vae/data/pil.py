@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,16 +13,24 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 from ldm_vae.data import boxes, deep
-from ldm_vae.data.colour import from_inks
+from ldm_vae.data.colour import Cicp, from_inks, profile_of
 from ldm_vae.data.image_files import EXTENSIONS
 from ldm_vae.data.images import ImageFile, Pixels, check_size, check_values, orient
 from ldm_vae.data.large import HEAD
-from ldm_vae.data.metadata import Metadata, stored_metadata
+from ldm_vae.data.metadata import (
+    MAX_TEXT,
+    SIGNATURE,
+    XMP_KEY,
+    Metadata,
+    as_bytes,
+    cleaned,
+    plausible,
+    quiet,
+)
+from ldm_vae.data.png_metadata import png_code_points, png_metadata
 from ldm_vae.errors import BadImageError
 
-MAX_TEXT = 1 << 24
-"""Characters of a compressed text in a PNG: the workflows of generators are longer than PIL's limit."""
-ORIENTATION = 274
+ORIENTATION, X_RESOLUTION = 274, 282
 LEVELS = {"L;2": 85, "L;4": 17}
 """By PIL's raw modes: what it multiplies grey of few bits with."""
 CONVERTED = {"CMYK": "CMYK", "LAB": "CIELAB"}
@@ -36,9 +45,8 @@ def read_pil(data: bytes, max_pixels: int) -> ImageFile:
     with limits_are_ours(), Image.open(io.BytesIO(data), formats=formats()) as image:
         check_size(*image.size, max_pixels)
         scale_transparency(image)
-        notes = notes_of(image, data)
+        metadata, notes = beside(image, data)
         image.load()
-        metadata = stored_metadata(image, data)
         turned = orientation_of(image)
         kind = image.format
         if kind == "PNG" and data[24] == 16:  # bits, in IHDR; PIL would cut colours to 8
@@ -48,23 +56,122 @@ def read_pil(data: bytes, max_pixels: int) -> ImageFile:
             if bits not in (None, 8):
                 return ImageFile(orient(deep.read_deep_jpeg_2000(data, bits), turned), metadata, notes)
         if kind == "AVIF":
-            facts = boxes.facts_of(data)
-            metadata, notes = with_facts(metadata, notes, facts)
-            if facts.bits > 8:
-                return ImageFile(orient(deep.read_deep_avif(data, facts.bits), turned), metadata, notes)
+            bits = boxes.facts_of(data).bits
+            if bits > 8:
+                return ImageFile(orient(deep.read_deep_avif(data, bits), turned), metadata, notes)
         if image.mode in CONVERTED:
             notes += (f"its {CONVERTED[image.mode]} colours were converted to sRGB",)
             metadata = replace(metadata, icc=b"")
         return ImageFile(pil_pixels(image), metadata, notes)
 
 
-def with_facts(metadata: Metadata, notes: tuple[str, ...], facts: boxes.Facts) -> tuple[Metadata, tuple[str, ...]]:
-    """Of an AVIF, what its boxes say; an ICC profile counts before code points (ISO/IEC 23000-22, 7.3.6.4)."""
-    cicp = None if metadata.icc else facts.cicp
+def beside(image: Image.Image, data: boxes.Data) -> tuple[Metadata, tuple[str, ...]]:
+    """Of a file that PIL has opened, without decoding it, and of its bytes: metadata, and what is to be said.
+
+    EXIF is as it is stored there: to clean it takes longer.
+    """
+    notes = notes_of(image, data)
+    if image.format == "PNG":
+        return png_metadata(data), notes
+    metadata = metadata_in(image)
+    if image.format == "TIFF":
+        return replace(metadata, exif=bytes(data)), notes
+    if image.format != "AVIF":
+        return metadata, notes
+    facts = boxes.facts_of(data)
+    cicp = None if metadata.icc else facts.cicp  # ISO/IEC 23000-22, 7.3.6.4
     return replace(metadata, cicp=cicp), notes + (GAIN_MAP_NOTE,) * facts.gain_map
 
 
-def notes_of(image: Image.Image, data: bytes) -> tuple[str, ...]:
+def metadata_in(image: Image.Image) -> Metadata:
+    """What PIL keeps with an image, EXIF as it was stored."""
+    info = image.info
+    icc = info.get("icc_profile") or b""
+    if not icc and "srgb" not in info and ("gamma" in info or "chromaticity" in info):
+        grey = image.mode in ("1", "L", "LA", "I;16", "I")
+        icc = profile_of(gamma=info.get("gamma"), points=info.get("chromaticity"), grey=grey)
+    return Metadata(
+        icc=icc,
+        exif=info.get("exif") or b"",
+        xmp=as_bytes(info.get("xmp") or info.get(XMP_KEY) or b""),
+        text=texts_of(image),
+        resolution=resolution_of(image),
+    )
+
+
+def metadata_of(image: Image.Image) -> Metadata:
+    """Of any image of PIL's; nothing for what cannot be read: the pixels are what counts."""
+    metadata = metadata_in(image)
+    with quiet():
+        try:
+            exif = image.getexif().tobytes()  # a copy: the image's own stays as it is
+        except Exception:
+            exif = metadata.exif
+        return cleaned(replace(metadata, exif=exif))
+
+
+def metadata_of_opened(image: Image.Image) -> Metadata:
+    """`metadata_of` an image that somebody opened with PIL, and the code points of its file while that is open.
+
+    They count before an ICC profile in a PNG, and after it in an AVIF. Once the file is closed, nobody knows them: a
+    warning says so.
+    """
+    cicp = code_points_of(image)  # before EXIF, for which PIL may load the image and close its file
+    metadata = metadata_of(image)
+    if cicp is None or (metadata.icc and image.format == "AVIF"):
+        return metadata
+    return replace(metadata, icc=image.info.get("icc_profile") or b"", cicp=cicp)
+
+
+def code_points_of(image: Image.Image) -> Cicp | None:
+    """Of a PNG or AVIF, from its file, which PIL closes once the pixels are loaded."""
+    if image.format not in ("PNG", "AVIF"):
+        return None
+    try:
+        file = image.fp  # type: ignore[attr-defined]
+        place = file.tell()
+        file.seek(0)
+        head = file.read(HEAD)
+        file.seek(place)
+    except (AttributeError, OSError, ValueError):
+        head = b""
+    if head.startswith(SIGNATURE):
+        return png_code_points(head)
+    if head[4:8] == b"ftyp":
+        return boxes.facts_of(head).cicp
+    if image.format == "PNG" or not image.info.get("icc_profile"):
+        warnings.warn(
+            f"Pillow keeps no code points (cICP, nclx) of a {image.format} that it has loaded: if it had any, they are "
+            "lost; hand over an image that is opened and not yet loaded",
+            stacklevel=2,
+        )
+    return None
+
+
+def texts_of(image: Image.Image) -> tuple[tuple[str, str], ...]:
+    """Texts of a PNG, or the comment of a JPEG, GIF or WebP."""
+    texts = getattr(image, "text", {}) if image.format == "PNG" else {}
+    pairs = [(str(key), str(text)) for key, text in texts.items() if key != XMP_KEY]
+    comment = image.info.get("comment")
+    if comment and image.format != "PNG":
+        pairs.append(("Comment", comment if isinstance(comment, str) else comment.decode("utf-8", "replace")))
+    return tuple(pairs)
+
+
+def resolution_of(image: Image.Image) -> tuple[float, float] | None:
+    """What the file itself says: of a JPEG or TIFF that has none PIL makes one up, and that of EXIF stays there."""
+    if image.format in ("JPEG", "MPO") and image.info.get("jfif_unit") not in (1, 2):
+        return None
+    if image.format == "TIFF" and X_RESOLUTION not in image.tag_v2:  # type: ignore[attr-defined]
+        return None
+    try:
+        across, down = (float(dots) for dots in image.info["dpi"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return plausible(across, down)
+
+
+def notes_of(image: Image.Image, data: boxes.Data) -> tuple[str, ...]:
     """What of a file is not in its first image. TIFF's pages are counted elsewhere."""
     try:
         count = 1 if image.format == "TIFF" else getattr(image, "n_frames", 1)

@@ -72,6 +72,8 @@ def metadata_chunks(metadata: Metadata, text: Mapping[str, str]) -> Iterator[tup
     if metadata.resolution:
         across, down = (round(dots / 0.0254) for dots in metadata.resolution)  # dots per metre
         yield b"pHYs", struct.pack(">IIB", across, down, 1)
+    if metadata.modified:
+        yield b"tIME", metadata.modified
     if metadata.exif:
         yield b"eXIf", metadata.exif
     kept = [(keyword, value) for keyword, value in metadata.text if keyword not in text]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ldm_vae.data import boxes, deep
+from ldm_vae.data import deep
 from ldm_vae.data.colour import fitting, in_srgb
 from ldm_vae.data.image_files import NUMPY, TIFF, is_heif, is_jpeg_xl
 from ldm_vae.data.images import (
@@ -22,17 +22,17 @@ from ldm_vae.data.images import (
     exact_channels,
     orient,
 )
-from ldm_vae.data.large import HEAD, head_of, large_png_metadata, read_large
-from ldm_vae.data.metadata import NO_METADATA, SIGNATURE, Metadata, cleaned, metadata_of, quiet
+from ldm_vae.data.large import HEAD, head_of, mapped, read_large
+from ldm_vae.data.metadata import NO_METADATA, Metadata, cleaned, quiet
 from ldm_vae.data.pil import (
     CONVERTED,
+    beside,
     formats,
     limits_are_ours,
-    notes_of,
+    metadata_of_opened,
     orientation_in,
     pil_pixels,
     read_pil,
-    with_facts,
 )
 from ldm_vae.errors import BadImageError, ConfigError
 
@@ -216,25 +216,19 @@ def has_end(file: bytes | Path) -> bool:
 
 
 def large_metadata(file: bytes | Path, head: bytes) -> tuple[Metadata, tuple[str, ...]]:
-    """Metadata and notes of a file that `read_large` reads, without decoding it; nothing for what cannot be read."""
+    """Metadata and notes of a file that `read_large` reads, without decoding it."""
     try:
-        if head.startswith(SIGNATURE):
-            return large_png_metadata(file), ()
-        notes: tuple[str, ...] = ()
         if head.startswith(TIFF):
-            from ldm_vae.data.tiff import count_pages
+            from ldm_vae.data.tiff import beside_pages
 
-            count = count_pages(file)
-            notes = (f"page 1 of {count}",) if count > 1 else ()
-        with (
-            quiet(),
-            limits_are_ours(),
-            Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats()) as image,
-        ):
-            metadata, notes = metadata_of(image), (*notes, *notes_of(image, head))
-            return with_facts(metadata, notes, boxes.facts_of(head)) if image.format == "AVIF" else (metadata, notes)
+            metadata, notes = beside_pages(file)
+            return cleaned(metadata), notes
+        opened = io.BytesIO(file) if isinstance(file, bytes) else file
+        with quiet(), limits_are_ours(), mapped(file) as data, Image.open(opened, formats=formats()) as image:
+            metadata, notes = beside(image, data)
+            return cleaned(metadata), notes
     except Exception:  # the pixels are what counts
-        return NO_METADATA, ()
+        return NO_METADATA, ("what its file says beside the pixels is damaged: left out",)
 
 
 # Decoders: a file as it is, in its own colours, with as many channels as it has -------------------------------------
@@ -297,7 +291,7 @@ def decode_pil(data: bytes, max_pixels: int) -> ImageFile:
 
 def from_pil(image: Image.Image, options: ReadOptions = USUAL) -> ImageFile:
     """What `read_image` gives, as the image is, of one that PIL has opened or made."""
-    metadata = metadata_of(image)
+    metadata = metadata_of_opened(image)
     if image.mode in CONVERTED:
         metadata = replace(metadata, icc=b"")
     return in_its_colours(ImageFile(pil_pixels(image), metadata), options)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-from PIL import TiffImagePlugin
+from PIL import Image, TiffImagePlugin
 from tifffile import COMPRESSION, PHOTOMETRIC
 
 from ldm_vae.data.colour import from_inks, from_lab
@@ -34,8 +34,8 @@ CONVERTED = {
 }
 SAMPLE_FORMAT, UNSIGNED = 339, 1
 """A tag, and what it says of integers without a sign."""
-PIL_COMPRESSIONS = frozenset(TiffImagePlugin.COMPRESSION_INFO) - {COMPRESSION.WEBP}
-"""The libtiff that comes with PIL has no WebP."""
+LIBTIFF_COMPRESSIONS = frozenset(TiffImagePlugin.COMPRESSION_INFO) - {COMPRESSION.WEBP}
+"""What PIL and libvips have; of others libvips makes black pixels. Their libtiff has no WebP."""
 REDUCED, MASK = 1, 4
 """Bits of NewSubfileType."""
 ASSOCIATED, UNASSOCIATED = 1, 2
@@ -139,7 +139,7 @@ def is_for_pil(page: tifffile.TiffPage) -> bool:
     )
     in_order = page.planarconfig != tifffile.PLANARCONFIG.SEPARATE or page.samplesperpixel == 1
     bands = page.samplesperpixel > COLOURS[page.photometric] and not transparency_of(page)
-    known = layout in TiffImagePlugin.OPEN_INFO and page.compression in PIL_COMPRESSIONS
+    known = layout in TiffImagePlugin.OPEN_INFO and page.compression in LIBTIFF_COMPRESSIONS
     return known and in_order and not bands and page.bitspersample <= 8 and kinds == [UNSIGNED]
 
 
@@ -216,24 +216,33 @@ def tiff_metadata(data: bytes, page: tifffile.TiffPage) -> Metadata:
     values = {name: tag.value if (tag := page.tags.get(number)) else b"" for name, number in BLOCKS.items()}
     try:
         (x, x_per), (y, y_per) = page.tags[282].value, page.tags[283].value
-        unit = TO_INCHES[int(page.tags[296].value)]
+        unit = TO_INCHES[int(page.tags.valueof(296, default=2))]
         resolution = x / x_per * unit, y / y_per * unit
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         resolution = None
     return Metadata(icc=bytes(values["icc"]), exif=data, xmp=as_bytes(values["xmp"]), resolution=resolution)
 
 
-def count_pages(image_file: bytes | Path) -> int:
-    """Raises the library's errors for a damaged one."""
+def beside_pages(image_file: bytes | Path) -> tuple[Metadata, tuple[str, ...]]:
+    """Metadata, and notes, without decoding it or reading all of it. Raises the library's errors for a damaged one."""
     with tifffile.TiffFile(io.BytesIO(image_file) if isinstance(image_file, bytes) else image_file) as tiff:
-        return len(pages_of(tiff))
+        pages, tags = pages_of(tiff), Image.Exif()
+        metadata = tiff_metadata(b"", pages[0])
+        try:
+            tiff.filehandle.seek(0)
+            tags.load_from_fp(tiff.filehandle)
+            metadata = replace(metadata, exif=tags.tobytes())
+        except Exception:  # damaged ones raise many kinds
+            pass
+        return metadata, pages_note(pages)
 
 
 def is_plain(image_file: bytes | Path) -> bool:
-    """Whether the first page of a TIFF is the image, and what it has beside colours is transparency."""
+    """Whether libvips reads it: the first page is the image, and what it has beside colours is transparency."""
     try:
         with tifffile.TiffFile(io.BytesIO(image_file) if isinstance(image_file, bytes) else image_file) as tiff:
             page = pages_of(tiff)[0]
-            return page is tiff.pages[0] and (page.samplesperpixel not in (2, 4) or UNASSOCIATED in page.extrasamples)
+            alpha = page.samplesperpixel not in (2, 4) or UNASSOCIATED in page.extrasamples
+            return page is tiff.pages[0] and alpha and page.compression in LIBTIFF_COMPRESSIONS
     except Exception:  # damaged files raise many kinds; who reads it in its place will say so
         return False

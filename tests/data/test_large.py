@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageCms
 
 from ldm_vae.data import large
 from ldm_vae.data.large import read_large
@@ -128,6 +128,49 @@ def test_of_a_tiff_bands_are_bands_and_pages_are_pages(dtype: Any, tmp_path: Pat
     assert np.array_equal(
         read_large(tmp_path / "preview.tif", tmp_path, channels=3, max_pixels=10**6), pixels[:, :, :3]
     )
+
+
+def moving(kind: str, **options: Any) -> bytes:
+    """Three images in one file."""
+    frames = [Image.fromarray(pixels_of(3)), Image.fromarray(pixels_of(4)[:, :, :3]), Image.new("RGB", (91, 53))]
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], **options)
+    return file.getvalue()
+
+
+ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+NOTED = {
+    "webp": (moving("WEBP", lossless=True), "1 of 3 frames"),
+    "apng": (moving("PNG"), "1 of 3 frames"),
+    "gif": (moving("GIF"), "1 of 3 frames"),
+    "avif": (moving("AVIF"), "1 of 3 frames"),
+    "mpo": (moving("MPO"), "image 1 of 3"),
+    "tiff": (moving("TIFF"), "page 1 of 3"),
+    "profile": (as_file(pixels_of(1), "PNG", icc_profile=ICC), "its colour profile is for RGB and the image is grey"),
+    "grey jpeg": (
+        as_file(pixels_of(1), "JPEG", icc_profile=ICC),
+        "its colour profile is for RGB and the image is grey",
+    ),
+    "gain map": (as_file(pixels_of(3), "JPEG", xmp=b"http://ns.adobe.com/hdr-gain-map/"), "its gain map (HDR)"),
+}
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_what_is_said_of_a_large_image_is_what_is_said_of_any(name: str, tmp_path: Path) -> None:
+    data, said = NOTED[name]
+    (tmp_path / "file").write_bytes(data)
+    in_memory = read_image(data, keep_alpha=True, options=ReadOptions(keep_colour=True))
+    assert in_memory.notes[0].startswith(said)
+    for given in (data, tmp_path / "file"):
+        found = read_image(given, keep_alpha=True, options=ReadOptions(keep_colour=True), scratch=tmp_path)
+        assert isinstance(found.pixels, np.memmap) or name in ("gif", "avif")
+        assert (found.notes, found.metadata) == (in_memory.notes, in_memory.metadata)
+
+
+def test_compressions_that_libvips_does_not_know_are_left_to_the_other_reader(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", pixels_of(3), photometric="rgb", compression="png")
+    found = read_image(tmp_path / "a.tif", scratch=tmp_path, options=ReadOptions(keep_colour=True))
+    assert np.array_equal(found.pixels, pixels_of(3))
 
 
 def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(small_disk: Path, tmp_path: Path) -> None:
