@@ -1,4 +1,4 @@
-"""Boxes of ISO base media files, which AVIF, HEIC and JPEG XL are made of (ISO/IEC 14496-12, 23008-12)."""
+"""Boxes of ISO base media files, which AVIF, HEIC, JPEG XL and JPEG 2000 are made of (ISO/IEC 14496-12, 23008-12)."""
 
 from __future__ import annotations
 
@@ -82,3 +82,11 @@ def properties(meta: bytes) -> list[Box]:
             if number == primary and 0 < index <= len(every):
                 found.append(every[index - 1])
     return found
+
+
+def jpeg_2000_colours(data: Data) -> tuple[bytes, int]:
+    """The ICC profile, or the number of the colour space, that a JP2 names first (ISO/IEC 15444-1, I.5.3.3)."""
+    content = inside(data, b"jp2h", b"colr")
+    if content[:1] in (b"\2", b"\3"):
+        return content[3:], 0
+    return b"", int.from_bytes(content[3:7], "big")

@@ -11,6 +11,7 @@ import imagecodecs
 import numpy as np
 import pyvips
 
+from ldm_vae.data.boxes import jpeg_2000_colours
 from ldm_vae.data.images import Pixels, check_size, check_values, full_scale
 from ldm_vae.data.large import DTYPES, open_with_vips
 from ldm_vae.data.metadata import EXIF_PREFIX, Metadata
@@ -23,6 +24,8 @@ SCAN, APP1, APP2, LOSSLESS = 0xDA, 0xE1, 0xE2, 0xC3
 ICC_NAME, XMP_NAME = b"ICC_PROFILE\0", b"http://ns.adobe.com/xap/1.0/\0"
 SIZ = b"\xff\x4f\xff\x51"
 """What the codestream of JPEG 2000 begins with (ISO/IEC 15444-1, A.5.1)."""
+JP2_SRGB, JP2_GREY = 16, 17
+"""Colour spaces of a JP2."""
 PNM = re.compile(rb"P([2356])((?:\s|#[^\n]*\n)+)(\d+)((?:\s|#[^\n]*\n)+)(\d+)((?:\s|#[^\n]*\n)+)(\d+)\s")
 Value = tuple[float, float] | None
 
@@ -145,6 +148,12 @@ def jpeg_2000_bits(data: bytes, max_pixels: int) -> int | None:
 
 
 def read_deep_jpeg_2000(data: bytes, bits: int) -> Pixels:
+    """In the colours of the file: where there is an ICC profile, the decoder would convert them, so it is not told."""
+    icc, _ = jpeg_2000_colours(data)
+    if icc:
+        place = data.index(icc) - 3
+        space = JP2_GREY if icc[16:20] == b"GRAY" else JP2_SRGB
+        data = data[:place] + struct.pack(">BBBI", 1, 0, 0, space) + data[place + 7 :]
     return full_scale(np.atleast_3d(imagecodecs.jpeg2k_decode(data, numthreads=1)), bits)
 
 

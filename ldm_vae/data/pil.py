@@ -35,6 +35,8 @@ LEVELS = {"L;2": 85, "L;4": 17}
 """By PIL's raw modes: what it multiplies grey of few bits with."""
 CONVERTED = {"CMYK": "CMYK", "LAB": "CIELAB"}
 """By PIL's modes: colours that are converted, so that a profile describes the pixels no longer."""
+JP2_SPACES = frozenset((0, 12, 16, 17, 18))
+"""Colour spaces of a JP2 that are read: none named, CMYK, sRGB, grey, and sYCC, of which decoders make sRGB."""
 GAIN_MAPS = (b"http://ns.adobe.com/hdr-gain-map/", b"urn:iso:std:iso:ts:21496:-1")
 """In the head of a JPEG that has one."""
 GAIN_MAP_NOTE = "its gain map (HDR) was left out"
@@ -76,6 +78,10 @@ def beside(image: Image.Image, data: boxes.Data) -> tuple[Metadata, tuple[str, .
     metadata = metadata_in(image)
     if image.format == "TIFF":
         return replace(metadata, exif=bytes(data)), notes
+    if image.format == "JPEG2000":
+        icc, space = boxes.jpeg_2000_colours(data)
+        strange = () if space in JP2_SPACES else (f"colours of JPEG 2000's space {space} were read as sRGB",)
+        return replace(metadata, icc=icc), notes + strange
     if image.format != "AVIF":
         return metadata, notes
     facts = boxes.facts_of(data)

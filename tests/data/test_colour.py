@@ -12,6 +12,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms
 
+from ldm_vae.data.boxes import boxes, inside
 from ldm_vae.data.conversion import images_from, to_images
 from ldm_vae.data.reader import ReadOptions, read_image, read_pixels
 from ldm_vae.errors import BadImageError
@@ -98,6 +99,36 @@ def test_a_photo_as_p3_and_as_srgb_gives_nearly_the_same_tensor(kind: str, optio
     kept = read_image(data, keep_alpha=True, options=KEPT)
     assert np.abs(kept.pixels.astype(int) - wide).max() <= off
     assert kept.metadata.icc == P3
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_profile_of_a_jpeg_2000_counts(bits: int) -> None:
+    plain = colours(np.uint8 if bits == 8 else np.uint16)
+    top = (1 << bits) - 1
+    for pixels, icc, expected in ((in_p3(plain), P3, plain), (plain[:, :, 0], GREY, None)):
+        data = imagecodecs.jpeg2k_encode(pixels, level=0, codecformat="jp2", reversible=True)
+        data = jp2_with(data, b"\2\0\0" + icc)
+        kept = read_image(data, keep_alpha=True, options=KEPT)
+        assert np.array_equal(kept.pixels.squeeze(), pixels)
+        assert kept.metadata.icc == icc
+        found = read_image(data, keep_alpha=True)
+        light = (pixels / top) ** 1.8
+        grey = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * top
+        off = np.abs(found.pixels.squeeze() - (grey if expected is None else expected.astype(float))).max()
+        assert off <= (2 if bits == 8 else 100)
+        assert (found.metadata.icc, found.notes) == (b"", ())
+        strange = read_image(jp2_with(data, b"\1\0\0" + struct.pack(">I", 20)))
+        assert strange.notes == ("colours of JPEG 2000's space 20 were read as sRGB",)
+
+
+def jp2_with(data: bytes, colr: bytes) -> bytes:
+    """A JP2 with another box of colours."""
+    header = b"".join(
+        struct.pack(">I4s", len(content) + 8, kind) + content
+        for kind, content in ((k, colr if k == b"colr" else c) for k, c in boxes(inside(data, b"jp2h")))
+    )
+    parts = [(kind, header if kind == b"jp2h" else content) for kind, content in boxes(data)]
+    return b"".join(struct.pack(">I4s", len(content) + 8, kind) + content for kind, content in parts)
 
 
 def test_sixteen_bits_keep_their_precision_in_another_colour_space() -> None:
