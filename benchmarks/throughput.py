@@ -196,7 +196,7 @@ def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[st
     with torch.no_grad():
         coder.encoder.conv_out.bias[latent_channels_of(coder) :] = -5.0  # about as narrow as a trained posterior
     codec = LatentCodec(coder, fit_tables(coder, source, num_images=4, steps=(1,)))
-    compressed = codec.compress(photos[0])
+    compressed = codec.compress(photos[0], step=1.0)
     crops = CropDataset(open_source(str(work)), seed=0, resolution=config.resolution, cache_bytes=0)
     order = MicroBatches(
         first_step=0, last_step=10**6, batch_size=config.batch_size, rank=0, num_processes=1, accumulation=1
@@ -213,7 +213,7 @@ def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[st
 
     return {
         "caching": Stage(call=cache, images=CACHED),
-        "codec: compress": Stage(call=partial(codec.compress, photos[0]), images=1),
+        "codec: compress": Stage(call=partial(codec.compress, photos[0], step=1.0), images=1),
         "codec: decompress": Stage(call=partial(codec.decompress, compressed), images=1),
         "loader, in one process": Stage(call=lambda: next(loaded), images=config.batch_size, on_device=False),
     }

@@ -154,7 +154,7 @@ FITTED_ON, MEASURED_ON = 32, 8
 
 
 def measure_files(vae: Any, source: Source, held_out: Source, step_range: tuple[float, float]) -> dict[str, float]:
-    """Mean bits per pixel and PSNR of compressed files at three steps of the quantiser: the estimate in training is far higher.
+    """Mean bits per pixel and PSNR of compressed files at three of the steps: the estimate in training is far higher.
 
     The tables are fitted to a few images of `source`; the files are those of the first of `held_out`.
     """

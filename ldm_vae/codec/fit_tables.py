@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ldm_vae.codec.fit_contexts import fit_contexts
-from ldm_vae.codec.quality import step_of
+from ldm_vae.codec.quality import step_of_quality
 from ldm_vae.codec.tables import Floats, Tables, fixed_point
 from ldm_vae.data.conversion import to_images
 from ldm_vae.data.sources import Source, shuffled, usable
@@ -19,7 +19,7 @@ from ldm_vae.errors import ConfigError, ModelError, nothing_usable
 from ldm_vae.models.interface import encode_moments, fingerprint, is_variational, stride_of
 from ldm_vae.progress import progress
 
-STEPS = tuple(step_of(100 - 16.5 * i) for i in range(7))
+STEPS = tuple(step_of_quality(100 - 16.5 * i) for i in range(7))
 """Those of the qualities 100 to 1, evenly apart: 0.21 to 4.7."""
 LARGEST = 768
 """Pixels a side: of larger images the middle is taken, so that hundreds of latents fit into memory."""

@@ -14,13 +14,13 @@ HALVING = 22.0
 """So many points of quality halve the step. benchmarks/studies/quality_scale.py measures both numbers."""
 
 
-def step_of(quality: float) -> float:
+def step_of_quality(quality: float) -> float:
     """The step of a quality. Raises ConfigError outside 1 to 100."""
     if not 1 <= quality <= 100:
         raise ConfigError(f"quality {quality:g} cannot be: it goes from 1 to 100, more is better; or give a step")
     return USUAL_STEP * 2.0 ** ((USUAL_QUALITY - quality) / HALVING)
 
 
-def quality_of(step: float) -> float:
+def quality_of_step(step: float) -> float:
     """The quality of a step above 0; of a very coarse one below 1, of a very fine one above 100."""
     return USUAL_QUALITY - HALVING * math.log2(step / USUAL_STEP)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from ldm_vae.codec.contexts import INT32, Contexts
 from ldm_vae.codec.loops import Integers
-from ldm_vae.codec.quality import quality_of, step_of
+from ldm_vae.codec.quality import quality_of_step, step_of_quality
 from ldm_vae.errors import ConfigError, ModelError
 from ldm_vae.files import write_json
 
@@ -101,13 +101,13 @@ class Tables:
         Raises:
             ConfigError: another quality.
         """
-        wanted, finest, coarsest = step_of(quality), self.steps[0] / STEP_ONE, self.steps[-1] / STEP_ONE
+        wanted, finest, coarsest = step_of_quality(quality), self.steps[0] / STEP_ONE, self.steps[-1] / STEP_ONE
         nearest = min(max(wanted, finest), coarsest)
         if nearest != wanted:
             which = "finest" if nearest == finest else "coarsest"
             notes.append(
                 f"quality {quality:g} is out of this model's reach: its {which}, step {nearest:.3g} "
-                f"(quality {quality_of(nearest):.0f}), is used"
+                f"(quality {quality_of_step(nearest):.0f}), is used"
             )
         return nearest
 

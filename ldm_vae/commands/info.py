@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from ldm_vae.codec import bitstream
 from ldm_vae.codec.bitstream import Limits
-from ldm_vae.codec.quality import quality_of
+from ldm_vae.codec.quality import quality_of_step
 from ldm_vae.codec.tables import STEP_ONE
 from ldm_vae.commands.folders import run_jobs
 from ldm_vae.commands.transfer import read
@@ -26,7 +26,7 @@ class Info:
     """As JSON: an object for one file, a list of them for several."""
 
 
-def facts_of(file: str) -> dict[str, Any]:
+def facts_in(file: str) -> dict[str, Any]:
     """What a file says of itself, in JSON's types. Raises CompressedFileError unless it is whole."""
     from ldm_vae.codec.picture import named
     from ldm_vae.codec.sections import unpack_metadata
@@ -47,7 +47,7 @@ def facts_of(file: str) -> dict[str, Any]:
         "height": header.height,
         "channels": header.colours,
         "bits": header.depth,
-        "quality": round(quality_of(header.step / STEP_ONE), 1),
+        "quality": round(quality_of_step(header.step / STEP_ONE), 1),
         "step": header.step / STEP_ONE,
         "latent_channels": header.channels,
         "stride": 1 << header.log2_stride,
@@ -84,7 +84,7 @@ def info(command: Info) -> None:
     failures: dict[str, str] = {}
 
     def look(file: str) -> None:
-        found.append(facts_of(file))
+        found.append(facts_in(file))
 
     if several:
         failures = run_jobs(look, {file: file for file in command.files}, show=False)

@@ -184,7 +184,6 @@ def sizes(done: Sequence[Transfer]) -> str:
 
 def check_output(command: Transfer) -> None:
     """Raises ConfigError for a single file's output that cannot be, or is there already."""
-    command.check_name()
     if command.output == STREAM:
         if sys.stdout.isatty():
             raise ConfigError("standard output is a terminal: name a file, or send it to one: > FILE")
@@ -194,6 +193,7 @@ def check_output(command: Transfer) -> None:
     target = Path(command.output)
     if target.is_dir():
         raise ConfigError(f"{target} is a folder: name the file")
+    command.check_name()
     if target.exists() and not command.overwrite and not is_special(target):
         raise ConfigError(f"{target} is there already: add --overwrite to replace it")
     if not target.parent.is_dir():

@@ -22,7 +22,7 @@ def test_symbols_are_timed_and_counted_with_and_without_contexts_and_commands_fr
     vae.save_pretrained(tmp_path / "run" / "vae")
     (tmp_path / "run" / "codec").mkdir()
     source = open_source("procedural:dead-leaves", resolution=64)
-    fit_tables(vae.eval(), source, num_images=4, steps=(1,)).save(tmp_path / "run" / "codec")
+    fit_tables(vae.eval(), source, num_images=4, steps=(0.25, 1)).save(tmp_path / "run" / "codec")
     monkeypatch.setattr(codec_speed, "median_seconds", lambda call: timeit.timeit(call, number=1))
     data = "procedural:dead-leaves"
     codec_speed.main(

@@ -8,7 +8,7 @@ import pytest
 from ldm_vae.codec import bitstream
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.fit_tables import STEPS
-from ldm_vae.codec.quality import HALVING, USUAL_QUALITY, USUAL_STEP, quality_of, step_of
+from ldm_vae.codec.quality import HALVING, USUAL_QUALITY, USUAL_STEP, quality_of_step, step_of_quality
 from ldm_vae.errors import ConfigError
 
 
@@ -17,11 +17,11 @@ def fixed_step_of(data: bytes) -> int:
 
 
 def test_more_quality_is_a_finer_step_and_so_many_points_halve_it() -> None:
-    steps = [step_of(quality) for quality in range(1, 101)]
+    steps = [step_of_quality(quality) for quality in range(1, 101)]
     assert steps == sorted(steps, reverse=True)
-    assert step_of(75) == USUAL_STEP
-    assert step_of(75 - HALVING) == pytest.approx(2 * USUAL_STEP)
-    assert [quality_of(step) for step in steps] == pytest.approx(list(range(1, 101)))
+    assert step_of_quality(75) == USUAL_STEP
+    assert step_of_quality(75 - HALVING) == pytest.approx(2 * USUAL_STEP)
+    assert [quality_of_step(step) for step in steps] == pytest.approx(list(range(1, 101)))
 
 
 @pytest.mark.parametrize("quality", [0, 0.99, 100.01, -1, float("nan"), float("inf")])
@@ -31,8 +31,8 @@ def test_a_quality_outside_1_to_100_is_refused(quality: float, codec: LatentCode
 
 
 def test_75_is_the_quality_unless_given(codec: LatentCodec, photo: np.ndarray) -> None:
-    assert fixed_step_of(codec.compress(photo)) == round(256 * step_of(75))
-    assert fixed_step_of(codec.compress(photo, quality=60.5)) == round(256 * step_of(60.5))
+    assert fixed_step_of(codec.compress(photo)) == round(256 * step_of_quality(75))
+    assert fixed_step_of(codec.compress(photo, quality=60.5)) == round(256 * step_of_quality(60.5))
     assert USUAL_QUALITY == 75
 
 
@@ -52,5 +52,5 @@ def test_of_a_quality_out_of_reach_the_nearest_is_taken_and_said(codec: LatentCo
 
 
 def test_tables_fitted_as_usual_serve_every_quality() -> None:
-    assert STEPS[0] == step_of(100)
-    assert STEPS[-1] == pytest.approx(step_of(1))
+    assert STEPS[0] == step_of_quality(100)
+    assert STEPS[-1] == pytest.approx(step_of_quality(1))

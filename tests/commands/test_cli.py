@@ -9,53 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from command_line import fails, run
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from ldm_vae import cli
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.picture import as_picture, encode_picture, read_picture
 from ldm_vae.codec.tables import load_tables
 from ldm_vae.data import large
 from ldm_vae.data.metadata import Metadata
 from ldm_vae.metrics import psnr
-from ldm_vae.models.autoencoder import PatchAutoencoderKL
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
-    """A run directory with a VAE, and with tables that the command made."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    vae = PatchAutoencoderKL(
-        latent_channels=4, block_out_channels=(16,), encoder_layers_per_block=(1,), decoder_layers_per_block=(1,)
-    )
-    with torch.no_grad():
-        vae.encoder.conv_out.bias[4:] = -5.0
-    vae.save_pretrained(folder / "vae")
-    cli.main(["fit-codec", "--vae", str(folder), "--data", str(photos), "--num-images", "5", "--steps", "0.4", "0.5", "1"])
-    return folder
-
-
-@pytest.fixture
-def image(photos: Path) -> Path:
-    return sorted(photos.rglob("*.png"))[0]
-
-
-def run(*words: object) -> None:
-    cli.main([str(w) for w in words])
-
-
-def fails(capsys: pytest.CaptureFixture, *words: object) -> str:
-    """The one line that a command which cannot work prints, with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        run(*words)
-    assert exit_.value.code == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(said) == 1
-    return said[0]
 
 
 def test_a_file_goes_there_and_back(model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
