@@ -12,6 +12,7 @@ import numpy as np
 import pyvips
 
 from ldm_vae.data.boxes import jpeg_2000_colours
+from ldm_vae.data.image_files import reason_of
 from ldm_vae.data.images import Pixels, check_size, check_values, full_scale
 from ldm_vae.data.large import DTYPES, open_with_vips
 from ldm_vae.data.metadata import EXIF_PREFIX, Metadata
@@ -26,6 +27,12 @@ SIZ = b"\xff\x4f\xff\x51"
 """What the codestream of JPEG 2000 begins with (ISO/IEC 15444-1, A.5.1)."""
 JP2_SRGB, JP2_GREY = 16, 17
 """Colour spaces of a JP2."""
+NPY_VERSIONS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+    (3, 0): np.lib.format.read_array_header_2_0,
+}
+"""Readers of the header; that of version 3 differs in the names of fields alone, which images do not have."""
 PNM = re.compile(rb"P([2356])((?:\s|#[^\n]*\n)+)(\d+)((?:\s|#[^\n]*\n)+)(\d+)((?:\s|#[^\n]*\n)+)(\d+)\s")
 Value = tuple[float, float] | None
 
@@ -33,8 +40,12 @@ Value = tuple[float, float] | None
 def read_npy(data: bytes, max_pixels: int, value_range: Value) -> Pixels:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, _, dtype = read_header(file)
+    if version not in NPY_VERSIONS:
+        raise BadImageError(f".npy of version {version[0]}.{version[1]} is not read")
+    try:
+        shape, _, dtype = NPY_VERSIONS[version](file)
+    except Exception:  # NumPy has it parsed as Python
+        raise BadImageError("the header of the .npy is damaged") from None
     if len(shape) not in (2, 3) or 0 in shape:
         raise BadImageError(f"an array of shape {shape}: (H, W) or (H, W, C) is needed")
     check_size(shape[1], shape[0], max_pixels)
@@ -49,8 +60,8 @@ def read_deep_png(data: bytes) -> Pixels:
     try:
         image = open_with_vips(data)
         stored = image.write_to_memory()
-    except pyvips.Error as error:
-        raise BadImageError(f"cannot be decoded: {' '.join(error.detail.split())[:200] or 'damaged'}") from None
+    except pyvips.Error:  # whose text has those of files before this one
+        raise BadImageError(reason_of(None, data)) from None
     return np.frombuffer(stored, DTYPES[image.format]).reshape(image.height, image.width, image.bands)
 
 

@@ -28,10 +28,32 @@ EXTENSIONS = frozenset(
 HEIF_EXTENSIONS = frozenset((".heic", ".heif", ".hif"))
 """Read where pillow-heif is installed."""
 HEIF_ADVICE = "pip install 'ldm-vae[heic]' to read it"
-NUMPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
-OTHERS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
-"""What files of these kinds begin with."""
+HEIC_UNNAMED = "HEIC without extension"
+NUMPY, JPEG_XL, TIFF, HEIC = ".npy", "JPEG XL", "TIFF", "HEIC"
+BEGINNINGS = {
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "JPEG": rb"\xff\xd8\xff",
+    "GIF": rb"GIF8[79]a",
+    "WebP": rb"RIFF.{4}WEBP",
+    "JPEG 2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+    "BMP": rb"BM.{12}[\x0c\x10(48@l|]\0\0\0",  # the sizes that its header can have
+    "PNM": rb"P[1-6]\s\s*[\d#]",
+    "ICO": rb"\0\0\x01\0[^\0]",
+    TIFF: rb"II[*+]\0|MM\0[*+]",
+    JPEG_XL: rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n",
+    NUMPY: rb"\x93NUMPY",
+}
+"""What files of these kinds begin with; TGA has no beginning of its own."""
+PATTERNS = {kind: re.compile(beginning, re.DOTALL) for kind, beginning in BEGINNINGS.items()}
+UNREAD = "unsupported (?!marker)|not supported|not implemented|not a known|could not import"
+CAUSES = (
+    (re.compile("MAX_TEXT|in text chunks"), "{} with a text of more than 16 MiB"),
+    (re.compile(UNREAD, re.IGNORECASE), "{} of a variety that is not read"),
+    (re.compile("truncat|EOF|MORE_INPUT|expected to read|failed to read", re.IGNORECASE), "truncated {}"),
+)
+"""By what libraries say of a file: what we say."""
+PYTHONS = (TypeError, AttributeError, LookupError)
+"""What libraries raise by mistake, on damaged files."""
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 AVIF_BRANDS = (b"avif", b"avis")
 HEAD_BYTES = 64
@@ -102,10 +124,6 @@ def heif_is_there() -> bool:
     return find_spec("pillow_heif") is not None
 
 
-def is_jpeg_xl(head: bytes) -> bool:
-    return head.startswith(JPEG_XL)
-
-
 def brands_in(head: bytes) -> set[bytes]:
     """What an ISO base media file says that it is (ISO/IEC 14496-12, 4.3); nothing for other files."""
     if head[4:8] != b"ftyp":
@@ -114,17 +132,24 @@ def brands_in(head: bytes) -> set[bytes]:
     return {head[8:12], *(head[i : i + 4] for i in range(16, size, 4))}
 
 
-def is_heif(head: bytes) -> bool:
+def kind_of(head: bytes) -> str:
+    """Of a file, by its first HEAD_BYTES bytes; empty where it is not known."""
     brands = brands_in(head)
-    return not brands.isdisjoint(HEIF_BRANDS) and brands.isdisjoint(AVIF_BRANDS)
+    if brands:
+        return "AVIF" if not brands.isdisjoint(AVIF_BRANDS) else HEIC if not brands.isdisjoint(HEIF_BRANDS) else ""
+    return next((kind for kind, pattern in PATTERNS.items() if pattern.match(head)), "")
 
 
-def begins_as_image(head: bytes) -> bool:
-    """Whether a file of no extension is an image, by its first HEAD_BYTES bytes."""
-    webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
-    heif = is_heif(head) and heif_is_there()
-    avif = not brands_in(head).isdisjoint(AVIF_BRANDS)
-    return head.startswith((NUMPY, *TIFF, *JPEG_XL, *OTHERS)) or webp or avif or heif
+def reason_of(error: Exception | None, head: bytes) -> str:
+    """One sentence, the same in every run, of an error that a library raised for a file that begins so.
+
+    None stands for one whose text says nothing of this file.
+    """
+    kind, text = kind_of(head[:HEAD_BYTES]), "" if isinstance(error, PYTHONS) else str(error)
+    if not kind and "cannot identify" in text:
+        return "cannot be decoded: cannot identify image file"
+    cause = next((words for pattern, words in CAUSES if pattern.search(text)), "damaged {}")
+    return f"cannot be decoded: {cause.format(kind or 'image')}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +163,7 @@ class Listing:
         """`not read: 3 .heic (pip install ...), 1 .psd`; empty where all are images."""
         parts = []
         for kind, count in self.not_read.most_common():
-            advice = f" ({HEIF_ADVICE})" if kind in HEIF_EXTENSIONS else ""
+            advice = f" ({HEIF_ADVICE})" if kind in (*HEIF_EXTENSIONS, HEIC_UNNAMED) else ""
             parts.append(f"{count} {kind}{advice}")
         return f"not read: {', '.join(parts)}" if parts else ""
 
@@ -151,10 +176,15 @@ def images_among(names: Iterable[str], head_of: Callable[[str], bytes]) -> Listi
     """
     images, not_read = [], Counter[str]()
     for name in names:
+        if is_hidden(name):
+            continue
         suffix = PurePosixPath(name).suffix.lower()
-        if is_image(name) or (not suffix and not is_hidden(name) and begins_as_image(head_or_nothing(name, head_of))):
+        kind = "" if suffix else kind_of(head_or_nothing(name, head_of))
+        if kind == HEIC and not heif_is_there():
+            not_read[HEIC_UNNAMED] += 1
+        elif kind or is_image(name):
             images.append(name)
-        elif not is_hidden(name):
+        else:
             not_read[suffix or "without extension"] += 1
     return Listing(images, not_read)
 

@@ -72,6 +72,7 @@ def check_values(array: np.ndarray, value_range: tuple[float, float] | None = No
         value_range: the values of black and of white, in arrays of anything but uint8: they become float32 in [0, 1],
             and what lies outside is clipped.
     """
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype == np.uint8 or (array.dtype == np.uint16 and value_range is None):
         return array
     if array.dtype.kind not in "iuf":

@@ -15,6 +15,7 @@ import numpy as np
 import pyvips
 
 from ldm_vae.data.boxes import Data
+from ldm_vae.data.image_files import HEAD_BYTES, reason_of
 from ldm_vae.data.images import Pixels, check_size, convert_channels
 from ldm_vae.errors import BadImageError
 
@@ -69,8 +70,9 @@ def read_large(image_file: bytes | Path, folder: Path, *, channels: int | None, 
     for top, bottom in strips(image.height, image.width):
         try:
             content = region.fetch(0, top, image.width, bottom - top)
-        except pyvips.Error as error:
-            raise BadImageError(f"cannot be decoded: {' '.join(str(error).split())[:200]}") from None
+        except pyvips.Error:  # whose text has those of files before this one
+            head = image_file[:HEAD_BYTES] if isinstance(image_file, bytes) else head_of(image_file)
+            raise BadImageError(reason_of(None, head)) from None
         strip = np.frombuffer(content, DTYPES[image.format]).reshape(bottom - top, image.width, image.bands)
         strip = strip if channels is None else convert_channels(strip, channels)
         if whole is None:

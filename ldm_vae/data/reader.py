@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ldm_vae.data import deep
 from ldm_vae.data.colour import fitting, in_srgb
-from ldm_vae.data.image_files import NUMPY, TIFF, is_heif, is_jpeg_xl
+from ldm_vae.data.image_files import HEAD_BYTES, HEIC, JPEG_XL, NUMPY, TIFF, kind_of, reason_of
 from ldm_vae.data.images import (
     ImageFile,
     Pixels,
@@ -105,7 +105,7 @@ def read_image(
     try:
         with quiet():
             found = decode(data, channels, max_pixels, options)
-            if data.startswith(NUMPY):
+            if kind_of(data[:HEAD_BYTES]) == NUMPY:
                 return found if keep_alpha else replace(found, pixels=exact_channels(found.pixels, channels))
             found = in_its_colours(found, options)
             if keep_alpha:
@@ -116,18 +116,12 @@ def read_image(
     except MemoryError:
         raise BadImageError("not enough memory to decode it") from None
     except Exception as error:  # decoders raise nearly anything on damaged files
-        raise BadImageError(f"cannot be decoded: {plain_reason(error)}") from None
+        raise BadImageError(reason_of(error, data)) from None
 
 
 def read_pixels(data: bytes, *, channels: int = 3, keep_alpha: bool = False, max_pixels: int = MAX_PIXELS) -> Pixels:
     """What `read_image` gives of a file's bytes, without what is said beside the pixels. Raises BadImageError."""
     return read_image(data, channels=channels, keep_alpha=keep_alpha, max_pixels=max_pixels).pixels
-
-
-def plain_reason(error: Exception) -> str:
-    """One line, the same in every run: without addresses of objects."""
-    text = re.sub(r"\s*<[^<>]*\b0x[0-9a-fA-F]+[^<>]*>", "", str(error))
-    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def in_its_colours(found: ImageFile, options: ReadOptions) -> ImageFile:
@@ -193,7 +187,7 @@ def read_large_image(
     head = file[:HEAD] if isinstance(file, bytes) else head_of(file)
     if deep.is_deep_jpeg(head) or (head.startswith(deep.START_OF_IMAGE) and not has_end(file)):
         return None
-    if head.startswith(TIFF):
+    if kind_of(head[:HEAD_BYTES]) == TIFF:
         from ldm_vae.data.tiff import is_plain
 
         if not is_plain(file):
@@ -218,7 +212,7 @@ def has_end(file: bytes | Path) -> bool:
 def large_metadata(file: bytes | Path, head: bytes) -> tuple[Metadata, tuple[str, ...]]:
     """Metadata and notes of a file that `read_large` reads, without decoding it."""
     try:
-        if head.startswith(TIFF):
+        if kind_of(head[:HEAD_BYTES]) == TIFF:
             from ldm_vae.data.tiff import beside_pages
 
             metadata, notes = beside_pages(file)
@@ -236,17 +230,18 @@ def large_metadata(file: bytes | Path, head: bytes) -> tuple[Metadata, tuple[str
 
 def decode(data: bytes, channels: int, max_pixels: int, options: ReadOptions) -> ImageFile:
     """By the content's kind; what it is called does not matter."""
-    if data.startswith(NUMPY):
+    kind = kind_of(data[:HEAD_BYTES])
+    if kind == NUMPY:
         return ImageFile(deep.read_npy(data, max_pixels, options.value_range))
-    if is_jpeg_xl(data):
+    if kind == JPEG_XL:
         from ldm_vae.data.jpeg_xl import read_jpeg_xl
 
         return ImageFile(*read_jpeg_xl(data, max_pixels))
-    if is_heif(data):
+    if kind == HEIC:
         from ldm_vae.data.heif import read_heif
 
         return ImageFile(*read_heif(data, max_pixels))
-    if data.startswith(TIFF):
+    if kind == TIFF:
         return decode_tiff(data, channels, max_pixels, options)
     if deep.is_deep_jpeg(data):
         pixels, metadata, exif = deep.read_deep_jpeg(data, max_pixels, options.value_range)

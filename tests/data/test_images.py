@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import io
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -202,6 +203,16 @@ def test_arrays_and_tiffs_of_many_channels_are_read_exactly(channels: int, dtype
         read_pixels(npy(array), channels=7)
 
 
+def test_an_array_of_any_byte_order_and_version_is_read() -> None:
+    values = np.arange(24, dtype=np.uint16).reshape(2, 4, 3)
+    for dtype in (">u2", "<u2"):
+        assert np.array_equal(read_pixels(npy(values.astype(dtype))), values)
+    file = io.BytesIO()
+    np.lib.format.write_array(file, values.astype(">u2"), version=(3, 0))
+    assert np.array_equal(read_pixels(file.getvalue()), values)
+    assert np.array_equal(read_pixels(npy((values / 24).astype(">f4"))), (values / 24).astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -209,7 +220,20 @@ def test_arrays_and_tiffs_of_many_channels_are_read_exactly(channels: int, dtype
         (b"not an image at all", "cannot be decoded"),
         (encoded(Image.fromarray(RAMP), "PNG")[:50], "cannot be decoded"),
         (encoded(Image.fromarray(np.tile(RAMP, (9, 9, 1))), "JPEG")[:400], "cannot be decoded"),
-        (npy(RAMP)[:150], "truncated"),
+        (npy(RAMP)[:150], "truncated array"),
+        (npy(RAMP)[:70], "the header of the .npy is damaged"),
+        (npy(RAMP).replace(b"'shape'", b"'shade'"), "the header of the .npy is damaged"),
+        (b"\x93NUMPY\x09\0" + npy(RAMP)[8:], r"\.npy of version 9\.0 is not read"),
+        (imagecodecs.jpegxl_encode(RAMP)[:-20], "cannot be decoded: truncated JPEG XL"),
+        (imagecodecs.jpegxl_encode(RAMP)[:4], "JPEG XL"),
+        (b"\xff\xd8\xff\xc0\0\2\xff\xd9", "cannot be decoded: damaged JPEG"),
+        (encoded(Image.fromarray(RAMP), "JPEG")[:200], "cannot be decoded: truncated JPEG"),
+        (encoded(Image.fromarray(RAMP), "BMP")[:60], "cannot be decoded: truncated BMP"),
+        (encoded(Image.fromarray(RAMP), "PNG")[:20] + bytes(90), "cannot be decoded: damaged PNG"),
+        (png16(np.zeros((9, 9, 3), np.uint16))[:50] + bytes(30), "cannot be decoded: damaged PNG"),
+        (encoded(Image.fromarray(RAMP), "TIFF")[:40] + bytes(500), "cannot be decoded: damaged TIFF"),
+        (encoded(Image.fromarray(RAMP), "WEBP")[:20] + bytes(90), "cannot be decoded: damaged WebP"),
+        (b"P6\n4 x\n255\n" + bytes(48), "cannot be decoded: damaged PNM"),
         (npy(np.full((3, 3), np.nan)), "outside"),
         (npy(np.array([{"a": 1}], dtype=object)), "shape"),
         (npy(np.zeros((3, 4, 0), np.uint8)), "shape"),

@@ -134,7 +134,8 @@ def test_a_folder_and_a_zip_name_what_they_leave_out_and_know_images_without_ext
 ) -> None:
     monkeypatch.setattr(image_files, "heif_is_there", lambda: False)
     files = {"a.png": encoded("PNG"), "b": encoded("JPEG"), "c.jxl": imagecodecs.jpegxl_encode(PIXELS, lossless=True)}
-    others = {"d.heic": b"1", "e.HEIC": b"2", "f.psd": b"3", "README": b"read me", ".hidden": b"4"}
+    heic = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic")
+    others = {"d.heic": b"1", "e.HEIC": b"2", "f.psd": b"3", "README": b"read me", ".hidden": b"4", "IMG_0001": heic}
     folder = tmp_path / "folder"
     folder.mkdir()
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
@@ -149,7 +150,8 @@ def test_a_folder_and_a_zip_name_what_they_leave_out_and_know_images_without_ext
         line = capsys.readouterr().err
         assert line.startswith(f"{path}: {said}")
         assert "1 .psd" in line
-        assert "1 without extension" in line
+        assert ", 1 without extension" in line
+        assert ", 1 HEIC without extension (pip install 'ldm-vae[heic]' to read it)" in line
     for name in files:
         (folder / name).unlink()
     with pytest.raises(DataError, match=r"no images in .*not read: 2 .heic"):
@@ -157,13 +159,20 @@ def test_a_folder_and_a_zip_name_what_they_leave_out_and_know_images_without_ext
 
 
 def test_every_kind_is_known_by_its_content(tmp_path: Path) -> None:
-    kinds = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000")
+    kinds = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "BMP", "PPM", "ICO")
     for kind in kinds:
-        (tmp_path / kind.lower()).write_bytes(encoded(kind))
+        (tmp_path / kind.lower()).write_bytes(encoded(kind, **({"sizes": [(40, 32)]} if kind == "ICO" else {})))
+    for number, body in ((1, b"1 " * 1280), (2, b"9 " * 1280), (3, b"9 " * 3840), (4, bytes(160)), (5, bytes(1280))):
+        top = b"" if number in (1, 4) else b"255\n"
+        (tmp_path / f"p{number}").write_bytes(b"P%d # a comment\n40\n32\n%s" % (number, top) + body)
     (tmp_path / "xl").write_bytes(imagecodecs.jpegxl_encode(PIXELS))
     np.save(tmp_path / "array.npy", PIXELS)
     (tmp_path / "array.npy").rename(tmp_path / "array")
-    assert len(images_below(tmp_path).names) == len(kinds) + 2
+    for name, text in (("notes", b"BM is short, P1 is not: 1"), ("more", b"P5-notes"), ("zeros", bytes(99))):
+        (tmp_path / name).write_bytes(text)
+    listing = images_below(tmp_path)
+    assert len(listing.names) == len(kinds) + 5 + 2
+    assert str(listing) == "not read: 3 without extension"
     source = open_source(str(tmp_path))
     assert all(source[i].pixels.shape == (32, 40, 3) for i in range(len(source)))
 
