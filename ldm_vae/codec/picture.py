@@ -72,10 +72,10 @@ class Picture:
 
 
 def pil_info(metadata: Metadata) -> dict[str, Any]:
-    """What PIL has a name for, as PIL names and wants it."""
+    """What PIL has a name for, as PIL names and wants it; and cICP, as `metadata_of` finds it again."""
     exif, comment = EXIF_PREFIX + metadata.exif if metadata.exif else b"", dict(metadata.text).get("Comment")
     found = {"icc_profile": metadata.icc, "exif": exif, "xmp": metadata.xmp, "dpi": metadata.resolution}
-    return {k: v for k, v in (found | {"comment": comment}).items() if v}
+    return {k: v for k, v in (found | {"comment": comment, "cicp": metadata.cicp}).items() if v}
 
 
 def named(metadata: Metadata) -> list[str]:

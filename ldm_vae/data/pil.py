@@ -11,15 +11,15 @@ from functools import cache
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
+from PIL import ImageFile as PILFile
 
 from ldm_vae.data import boxes, deep
-from ldm_vae.data.colour import Cicp, from_inks, profile_of
+from ldm_vae.data.colour import from_inks, profile_of
 from ldm_vae.data.image_files import EXTENSIONS
 from ldm_vae.data.images import ImageFile, Pixels, check_size, check_values, orient
 from ldm_vae.data.large import HEAD
 from ldm_vae.data.metadata import (
     MAX_TEXT,
-    SIGNATURE,
     XMP_KEY,
     Metadata,
     as_bytes,
@@ -27,7 +27,7 @@ from ldm_vae.data.metadata import (
     plausible,
     quiet,
 )
-from ldm_vae.data.png_metadata import png_code_points, png_metadata
+from ldm_vae.data.png_metadata import png_metadata
 from ldm_vae.errors import BadImageError
 
 ORIENTATION, X_RESOLUTION = 274, 282
@@ -89,15 +89,28 @@ def beside(image: Image.Image, data: boxes.Data) -> tuple[Metadata, tuple[str, .
     return replace(metadata, cicp=cicp), notes + (GAIN_MAP_NOTE,) * facts.gain_map
 
 
+def keep_code_points(stream: PngImagePlugin.PngStream, pos: int, length: int) -> bytes:
+    """What PIL is to do with a PNG's cICP, which it does not know: `info["cicp"]` has it, also in copies of the image."""
+    assert stream.fp is not None
+    content = PILFile._safe_read(stream.fp, length)
+    if len(content) == 4:
+        stream.im_info["cicp"] = tuple(content)
+    return content
+
+
+PngImagePlugin.PngStream.chunk_cICP = keep_code_points  # type: ignore[attr-defined]
+
+
 def metadata_in(image: Image.Image) -> Metadata:
     """What PIL keeps with an image, EXIF as it was stored."""
     info = image.info
-    icc = info.get("icc_profile") or b""
-    if not icc and "srgb" not in info and ("gamma" in info or "chromaticity" in info):
+    icc, cicp = info.get("icc_profile") or b"", info.get("cicp")
+    if not icc and not cicp and "srgb" not in info and ("gamma" in info or "chromaticity" in info):
         grey = image.mode in ("1", "L", "LA", "I;16", "I")
         icc = profile_of(gamma=info.get("gamma"), points=info.get("chromaticity"), grey=grey)
     return Metadata(
         icc=icc,
+        cicp=cicp,
         exif=info.get("exif") or b"",
         xmp=as_bytes(info.get("xmp") or info.get(XMP_KEY) or b""),
         text=texts_of(image),
@@ -117,41 +130,33 @@ def metadata_of(image: Image.Image) -> Metadata:
 
 
 def metadata_of_opened(image: Image.Image) -> Metadata:
-    """`metadata_of` an image that somebody opened with PIL, and the code points of its file while that is open.
+    """`metadata_of` an image that somebody opened with PIL, with the code points of an AVIF, which PIL does not keep.
 
-    They count before an ICC profile in a PNG, and after it in an AVIF. Once the file is closed, nobody knows them: a
-    warning says so.
+    Once its pixels are loaded and its file is closed, nobody knows them: a warning says so.
     """
-    cicp = code_points_of(image)  # before EXIF, for which PIL may load the image and close its file
     metadata = metadata_of(image)
-    if cicp is None or (metadata.icc and image.format == "AVIF"):
+    if image.format != "AVIF" or metadata.icc:
         return metadata
-    return replace(metadata, icc=image.info.get("icc_profile") or b"", cicp=cicp)
+    head = head_of_opened(image)
+    if head[4:8] != b"ftyp":
+        warnings.warn(
+            "Pillow keeps no code points (nclx) of an AVIF that it has loaded: its colours are taken for sRGB",
+            stacklevel=2,
+        )
+    return replace(metadata, cicp=boxes.facts_of(head).cicp)
 
 
-def code_points_of(image: Image.Image) -> Cicp | None:
-    """Of a PNG or AVIF, from its file, which PIL closes once the pixels are loaded."""
-    if image.format not in ("PNG", "AVIF"):
-        return None
+def head_of_opened(image: Image.Image) -> bytes:
+    """What the file of an image that is not loaded begins with; empty once it is closed."""
     try:
         file = image.fp  # type: ignore[attr-defined]
         place = file.tell()
         file.seek(0)
-        head = file.read(HEAD)
+        head: bytes = file.read(HEAD)
         file.seek(place)
     except (AttributeError, OSError, ValueError):
-        head = b""
-    if head.startswith(SIGNATURE):
-        return png_code_points(head)
-    if head[4:8] == b"ftyp":
-        return boxes.facts_of(head).cicp
-    if image.format == "PNG" or not image.info.get("icc_profile"):
-        warnings.warn(
-            f"Pillow keeps no code points (cICP, nclx) of a {image.format} that it has loaded: if it had any, they are "
-            "lost; hand over an image that is opened and not yet loaded",
-            stacklevel=2,
-        )
-    return None
+        return b""
+    return head
 
 
 def texts_of(image: Image.Image) -> tuple[tuple[str, str], ...]:

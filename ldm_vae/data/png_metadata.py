@@ -52,16 +52,6 @@ def png_metadata(data: Data) -> Metadata:
     )
 
 
-def png_code_points(data: Data) -> Cicp | None:
-    """What its cICP says."""
-    chunks = dict[bytes, bytes]()
-    for kind, content in png_chunks(data):
-        if kind == b"IDAT":
-            break
-        chunks.setdefault(kind, content)
-    return code_points(chunks)
-
-
 def code_points(chunks: dict[bytes, bytes]) -> Cicp | None:
     content = chunks.get(b"cICP", b"")
     return (content[0], content[1], content[2], content[3]) if len(content) == 4 else None

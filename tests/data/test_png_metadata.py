@@ -6,7 +6,6 @@ import io
 import struct
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,26 +120,30 @@ def test_what_is_srgb_or_cannot_be_changes_nothing(chunks: list[tuple[bytes, byt
     assert (found.metadata.icc, found.notes) == (b"", ())
 
 
-def test_an_image_that_pil_has_opened_keeps_its_code_points_and_of_a_loaded_one_it_is_said(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png_with(in_p3(colours()), (b"cICP", bytes([12, 13, 0, 1]))))
-    Image.fromarray(colours()).save(tmp_path / "a.avif")
+def test_an_image_of_pils_has_the_code_points_of_its_png() -> None:
+    data = png_with(in_p3(colours()), (b"cICP", bytes([12, 13, 0, 1])), (b"gAMA", LINEAR))
+    opened, loaded, copied = (Image.open(io.BytesIO(data)) for _ in range(3))
+    loaded.load()
+    for image in (opened, loaded, copied.convert("RGBA").crop((0, 0, 48, 36))):
+        metadata = as_picture(image).metadata
+        assert (metadata.cicp, metadata.icc) == ((12, 13, 0, 1), b"")
+        assert np.array_equal(from_pil(image).pixels[:, :, :3], read_pixels(data))
+    picture = read_picture(data)
+    assert as_picture(picture.to_pil()).metadata.cicp == (12, 13, 0, 1)
+
+
+def test_the_code_points_of_an_avif_that_pil_has_opened_are_kept_or_it_is_said() -> None:
+    plain, profiled = saved(colours(), "AVIF"), saved(in_p3(colours()), "AVIF", icc_profile=P3)
     with warnings.catch_warnings(action="error"):
-        with Image.open(tmp_path / "a.png") as opened:
-            assert as_picture(opened).metadata.cicp == (12, 13, 0, 1)
-        with Image.open(tmp_path / "a.png") as opened:
-            assert np.array_equal(from_pil(opened).pixels, read_pixels((tmp_path / "a.png").read_bytes()))
-        with Image.open(tmp_path / "a.avif") as opened:
-            assert as_picture(opened).metadata.cicp == (1, 13, 0, 1)
-        as_picture(Image.fromarray(colours()))
-    for name in ("a.png", "a.avif"):
-        with Image.open(tmp_path / name) as opened:
+        assert as_picture(Image.open(io.BytesIO(plain))).metadata.cicp == (1, 13, 0, 1)
+        with Image.open(io.BytesIO(profiled)) as opened:
             opened.load()
-            with pytest.warns(UserWarning, match=rf"Pillow keeps no code points .* {name[2:].upper()}"):
-                assert as_picture(opened).metadata.cicp is None
-    profiled = saved(in_p3(colours()), "AVIF", icc_profile=P3)
-    with warnings.catch_warnings(action="error"), Image.open(io.BytesIO(profiled)) as opened:
+            assert as_picture(opened).metadata.icc == P3
+        as_picture(Image.fromarray(colours()))
+    with Image.open(io.BytesIO(plain)) as opened:
         opened.load()
-        assert as_picture(opened).metadata.icc == P3
+        with pytest.warns(UserWarning, match="Pillow keeps no code points .* of an AVIF"):
+            assert as_picture(opened).metadata.cicp is None
 
 
 def test_a_profile_that_pil_made_is_still_one() -> None:
