@@ -20,7 +20,7 @@ from ldm_vae.models.interface import encode_moments, fingerprint, is_variational
 from ldm_vae.progress import progress
 
 STEPS = tuple(step_of_quality(100 - 16.5 * i) for i in range(7))
-"""Those of the qualities 100 to 1, evenly apart: 0.21 to 4.7."""
+"""Those of the qualities 100 to 1, evenly apart."""
 LARGEST = 768
 """Pixels a side: of larger images the middle is taken, so that hundreds of latents fit into memory."""
 RAREST = 1e-4

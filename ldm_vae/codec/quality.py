@@ -8,9 +8,9 @@ from ldm_vae.errors import ConfigError
 
 USUAL_QUALITY = 75
 """Where none is given."""
-USUAL_STEP = 0.46
+USUAL_STEP = 0.43
 """The step at the usual quality."""
-HALVING = 22.0
+HALVING = 21.0
 """So many points of quality halve the step. benchmarks/studies/quality_scale.py measures both numbers."""
 
 

@@ -25,7 +25,7 @@ class FitCodec:
     """Folder for a copy of the VAE with its tables; beside --vae unless given."""
     num_images: Annotated[int, Range(at_least=1)] = 400
     steps: tuple[float, ...] | None = None
-    """Steps of the quantiser at which tables are fitted; seven from 0.21 to 4.7, for all qualities, unless given."""
+    """Steps of the quantiser at which tables are fitted; seven, from quality 100 to 1, unless given."""
     overwrite: bool = False
     """Replace tables that are there: files that were written with them cannot be read any more."""
     device: str = "cpu"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_75_is_the_quality_unless_given(codec: LatentCodec, photo: np.ndarray) -
 
 def test_a_quality_and_a_step_together_are_refused(codec: LatentCodec, photo: np.ndarray) -> None:
     with pytest.raises(ConfigError, match="not both"):
-        codec.compress(photo, quality=75, step=0.46)
+        codec.compress(photo, quality=75, step=1.0)
 
 
 def test_of_a_quality_out_of_reach_the_nearest_is_taken_and_said(codec: LatentCodec, photo: np.ndarray) -> None:
@@ -49,6 +50,11 @@ def test_of_a_quality_out_of_reach_the_nearest_is_taken_and_said(codec: LatentCo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         codec.compress(photo, step=0.2)
+
+
+def test_the_guide_names_the_scale() -> None:
+    page = Path(__file__).parents[2] / "docs" / "compression.md"
+    assert f"75 is step {USUAL_STEP:g}, and {HALVING:g} points more halve it" in page.read_text()
 
 
 def test_tables_fitted_as_usual_serve_every_quality() -> None:
