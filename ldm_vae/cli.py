@@ -38,14 +38,14 @@ def main(args: Sequence[str] | None = None) -> None:
                 classes: dict[str, Any] = {name: command for name, (command, _) in COMMANDS.items()}
                 command = tyro.extras.subcommand_cli_from_dict(classes, args=args, prog="ldm-vae")
         except ConfigError as error:
-            raise ConfigError(f"{error}{hint_on_dashes(args)}") from None
+            raise ConfigError(f"{hint_on_dashes(args)}{error}") from None
         dict(COMMANDS.values())[type(command)](command)  # type: ignore[index]
 
 
 def hint_on_dashes(args: Sequence[str]) -> str:
     """What to write for a file whose name begins with a dash, where one of the words may be one."""
     dashed = next((word for word in args if re.match(r"-(?!o$)[^-]", word)), None)
-    return f"; {dashed} was read as a flag: if it is a file, write ./{dashed}, or -- before it" if dashed else ""
+    return f"{dashed} was read as a flag: if it is a file, write ./{dashed}, or -- before it; " if dashed else ""
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -82,7 +83,7 @@ def atomic(file: Path) -> Iterator[IO[bytes]]:
             with open(file, "wb") as out:
                 yield out
             return
-        target = Path(os.path.realpath(file))
+        target = resolved(file)
         beside = beside_of(target, f"{secrets.token_hex(4)}.part")
         try:
             with open(beside, "xb") as out:
@@ -94,6 +95,14 @@ def atomic(file: Path) -> Iterator[IO[bytes]]:
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
+
+
+def resolved(path: Path) -> Path:
+    """Where symbolic links lead, which stay as they are. Raises OSError for one that leads to itself."""
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, "a symbolic link that leads to itself")
+    return target
 
 
 def is_special(file: Path) -> bool:
@@ -111,7 +120,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
         RunError: it cannot be written; an older folder is unharmed, or restored by the next call.
     """
     with said_of(target):
-        target = Path(os.path.realpath(target))  # a symbolic link stays
+        target = resolved(target)
         staging, old = beside_of(target, "new"), beside_of(target, "old")
         if old.exists() and not target.exists():  # killed between the two renames below
             os.rename(old, target)

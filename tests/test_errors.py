@@ -6,12 +6,14 @@ import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ldm_vae.data.workers import made_ahead
-from ldm_vae.errors import DataError, one_line_errors
+from ldm_vae.errors import DataError, RunError, one_line_errors
+from ldm_vae.files import atomic, staged_directory
 
 
 def ending(how: str) -> None:
@@ -67,3 +69,12 @@ def test_what_a_worker_says_is_one_clear_line(capsys: pytest.CaptureFixture[str]
         list(made_ahead(ending, ["damaged"], num_workers=1))
 
     assert said(capsys, load) == "error: the index is damaged: build it again"
+
+
+@pytest.mark.parametrize("writer", [atomic, staged_directory])
+def test_a_link_to_itself_is_refused_as_an_output_and_stays(writer: Any, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(RunError, match=r"cannot write .*loop: a symbolic link that leads to itself"):
+        writer(tmp_path / "loop").__enter__()
+    assert [p.name for p in tmp_path.iterdir()] == ["loop"]
+    assert (tmp_path / "loop").is_symlink()

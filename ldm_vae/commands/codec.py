@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -14,9 +15,9 @@ from typing import Annotated, Any, Self
 
 from ldm_vae.codec.bitstream import EXTENSION
 from ldm_vae.codec.quality import USUAL_QUALITY
-from ldm_vae.commands.folders import in_one_line
+from ldm_vae.commands.folders import in_one_line, numbered, result_names
 from ldm_vae.commands.transfer import STREAM, Transfer, is_nameless, load_codec, read, transfer, write
-from ldm_vae.data.image_files import Listing, files_below, images_below
+from ldm_vae.data.image_files import Listing, files_below, images_below, is_hidden
 from ldm_vae.data.reader import ReadOptions
 from ldm_vae.errors import ConfigError, DataError
 from ldm_vae.files import atomic
@@ -91,6 +92,14 @@ class Decompress(Transfer):
     extension: str = ".png"
     """Of images beside their files or in a folder, and of what has no name: standard output, a pipe, a device."""
 
+    def names_of_results(self, names: Sequence[str], extension: str) -> list[str]:
+        """Those that `compress` has copied keep theirs."""
+        copies = [name for name in names if not is_compressed(name)]
+        images = result_names([name for name in names if is_compressed(name)], extension)
+        results = iter(numbered([*copies, *images]))
+        found = {name: next(results) for name in [*copies, *filter(is_compressed, names)]}
+        return [found[name] for name in names]
+
     def check_name(self) -> None:
         from ldm_vae.codec.picture import check_extension
 
@@ -137,12 +146,16 @@ def compress_file(command: Compress) -> str | None:
         )
     if command.only_if_smaller and len(data) >= Path(command.input).stat().st_size:
         target, copy = command.results()
-        with open(command.input, "rb") as original, atomic(copy) as out:
-            shutil.copyfileobj(original, out)
+        copy_file(command.input, copy)
         target.unlink(missing_ok=True)  # of another quality
     else:
         write(command.output, data)
     return note
+
+
+def copy_file(source: str, target: Path) -> None:
+    with open(source, "rb") as original, atomic(target) as out:
+        shutil.copyfileobj(original, out)
 
 
 def num_bytes(size: str | None) -> int | None:
@@ -184,13 +197,30 @@ def decompress_file(command: Decompress) -> str | None:
     return note
 
 
+def restore_file(command: Decompress) -> str | None:
+    """Of a folder: `decompress_file`, and what `compress` has copied is copied. Raises DataError as that."""
+    if is_compressed(command.input):
+        return decompress_file(command)
+    if command.region is not None:
+        raise DataError("it is no compressed file, of which --region takes a part")
+    copy_file(command.input, Path(command.output))
+    return None
+
+
+def is_compressed(name: str) -> bool:
+    """By its extension."""
+    return PurePath(name).suffix.lower() == EXTENSION
+
+
 def compressed_below(folder: Path) -> Listing:
-    """The compressed files below a folder, by their extension, but for hidden ones."""
-    kinds: dict[str, list[str]] = {}
-    for name in files_below(folder, lambda name: not PurePath(name).name.startswith(".")):
-        kinds.setdefault(PurePath(name).suffix.lower(), []).append(name)
-    names = kinds.pop(EXTENSION, [])
-    return Listing(names, Counter({kind or "without extension": len(others) for kind, others in kinds.items()}))
+    """The compressed files below a folder, by their extension, and the images beside them, which are copies."""
+    compressed = files_below(folder, lambda name: is_compressed(name) and not is_hidden(name))
+    images = images_below(folder)
+    if not compressed:
+        kinds = Counter(PurePath(name).suffix.lower() or "without extension" for name in images.names)
+        return Listing([], images.not_read + kinds)
+    del images.not_read[EXTENSION]
+    return Listing([*compressed, *images.names], images.not_read)
 
 
 def compress(command: Compress) -> None:
@@ -207,4 +237,6 @@ def decompress(command: Decompress) -> None:
     from ldm_vae.codec.picture import check_extension
 
     check_extension(command.extension)
-    transfer(decompress_file, command, inputs=compressed_below, extension=command.extension)
+    of_folder = any(Path(path).is_dir() for path in command.paths[:1])
+    act = restore_file if of_folder else decompress_file
+    transfer(act, command, inputs=compressed_below, extension=command.extension)

@@ -60,6 +60,10 @@ class Transfer:
         """What one file may become."""
         return [Path(self.output)]
 
+    def names_of_results(self, names: Sequence[str], extension: str) -> list[str]:
+        """Of a folder's files, in their order."""
+        return result_names(names, extension)
+
     def check_name(self) -> None:
         """Raises ConfigError for an output's name that says another kind than the command writes."""
 
@@ -151,15 +155,17 @@ def files_of_folder(source: Path, target: Path, inputs: Callable[[Path], Listing
     return {name: source / name for name in names}
 
 
-def transfer_files(act: Act, command: Transfer, files: Mapping[str, Path], target: Path, extension: str) -> None:
-    """Each of the named files, to a file of that name below the output folder.
+def transfer_files(
+    act: Act, command: Transfer, files: Mapping[str, Path], results: Sequence[str], *, show_sizes: bool
+) -> None:
+    """Each of the named files, to a result of that name below the output folder.
 
     Raises:
         DataError: at the end, when some could not be done.
     """
     command = command.for_model(load_codec(command.model, command.device, 1))  # what is wrong with it is said once
-    jobs = {}
-    for name, result in zip(files, result_names(list(files), extension), strict=True):
+    jobs, target = {}, Path(command.output)
+    for name, result in zip(files, results, strict=True):
         job = replace(command, paths=(str(files[name]),), output=str(target / result), workers=1)
         if command.overwrite or not any(file.exists() for file in job.results()):
             check_writable((target / result).parent)
@@ -167,7 +173,7 @@ def transfer_files(act: Act, command: Transfer, files: Mapping[str, Path], targe
     failures = run_jobs(partial(transfer_file, act), jobs, workers=min(command.workers, len(jobs)))
     said = totals(len(jobs), failures, target, skipped=len(files) - len(jobs))
     done = [job for name, job in jobs.items() if name not in failures]
-    print(said + (sizes(done) if extension == EXTENSION and done else ""), file=sys.stderr)
+    print(said + (sizes(done) if show_sizes and done else ""), file=sys.stderr)
     if failures:
         raise DataError(f"{len(failures)} of {len(jobs)} files could not be done, or not whole: see above")
 
@@ -228,13 +234,16 @@ def transfer(act: Act, command: Transfer, *, inputs: Callable[[Path], Listing], 
     paths, output = inputs_and_output(command)
     command = replace(command, paths=paths, output=output, workers=command.workers or os.cpu_count() or 1)
     if len(paths) > 1:
-        transfer_files(act, command, named_files(paths), Path(output), extension)
+        files = named_files(paths)
+        transfer_files(act, command, files, result_names(list(files), extension), show_sizes=extension == EXTENSION)
         return
     source = Path(command.input)
     if command.input != STREAM and source.is_dir():
         if output == STREAM:
             raise ConfigError("a folder cannot go to standard output")
-        transfer_files(act, command, files_of_folder(source, Path(output), inputs), Path(output), extension)
+        files = files_of_folder(source, Path(output), inputs)
+        results = command.names_of_results(list(files), extension)
+        transfer_files(act, command, files, results, show_sizes=extension == EXTENSION)
         return
     if not output:
         command = replace(command, output=str(source.with_suffix(extension)))

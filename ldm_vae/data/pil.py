@@ -90,7 +90,7 @@ def beside(image: Image.Image, data: boxes.Data) -> tuple[Metadata, tuple[str, .
 
 
 def keep_code_points(stream: PngImagePlugin.PngStream, pos: int, length: int) -> bytes:
-    """What PIL is to do with a PNG's cICP, which it does not know: `info["cicp"]` has it, also in copies of the image."""
+    """What PIL is to do with a PNG's cICP, which it does not know: `info["cicp"]` has it, in the image's copies too."""
     assert stream.fp is not None
     content = PILFile._safe_read(stream.fp, length)
     if len(content) == 4:

@@ -47,7 +47,7 @@ def png_metadata(data: Data) -> Metadata:
         exif=anywhere.get(b"eXIf", b"") or raw_exif(by_keyword.get(RAW_EXIF, "")),
         xmp=by_keyword.get(XMP_KEY, "").encode(errors="replace"),
         text=tuple((keyword, text) for keyword, text in texts if keyword != XMP_KEY),
-        resolution=resolution_in(before.get(b"pHYs", b"")),
+        resolution=dots_per_inch(before.get(b"pHYs", b"")),
         modified=modified if len(modified) == 7 else b"",
     )
 
@@ -108,7 +108,7 @@ def raw_exif(text: str) -> bytes:
         return b""
 
 
-def resolution_in(content: bytes) -> tuple[float, float] | None:
+def dots_per_inch(content: bytes) -> tuple[float, float] | None:
     """Dots per inch that pHYs says."""
     if len(content) != 9 or content[8] != 1:
         return None

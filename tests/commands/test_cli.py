@@ -150,7 +150,8 @@ def test_a_name_that_begins_with_a_dash_needs_more(
     model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "write ./-x.ldi, or -- before it" in fails(capsys, "info", "-x.ldi")
+    hint = "error: -x.ldi was read as a flag: if it is a file, write ./-x.ldi, or -- before it; "
+    assert fails(capsys, "info", "-x.ldi").startswith(hint)
     run("compress", "--model", model, "--", image, "-x.ldi")
     run("info", "--", "-x.ldi")
     run("info", "./-x.ldi")
@@ -189,6 +190,32 @@ def test_a_folder_ends_with_bytes_before_and_after_and_what_grew(
     assert "1 copied as they were" in said
     assert "0 of 0 files done, 2 were there" in said
     assert "for folders" in fails(capsys, "compress", image, tmp_path / "x.ldi", *words, "--only-if-smaller")
+
+
+def test_what_was_copied_because_it_would_have_grown_comes_out_of_its_folder_again(
+    model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source, kept, back = (tmp_path / name for name in ("in", "kept", "back"))
+    (source / "below").mkdir(parents=True)
+    (source / "below" / "small.pgm").write_bytes(b"P5 1 1 255\n\0")
+    (source / "unnamed").write_bytes(b"P5 # a comment\n1 1 255\n\0")
+    Image.open(image).convert("RGB").save(source / "below" / "small.bmp")
+    Image.open(image).convert("RGB").save(source / "large.bmp")
+    words = ("--model", model, "--workers", 1)
+    run("compress", source, kept, *words, "--only-if-smaller")
+    (kept / "notes.txt").write_text("no image")
+    capsys.readouterr()
+    for said in ("4 of 4 files done", "0 of 0 files done, 4 were there"):
+        run("decompress", kept, back, *words)
+        assert said in capsys.readouterr().err
+    names = sorted(str(p.relative_to(back)) for p in back.rglob("*") if p.is_file())
+    assert names == ["below/small.bmp.png", "below/small.pgm", "large.png", "unnamed"]
+    for name in ("below/small.pgm", "unnamed"):
+        assert (back / name).read_bytes() == (source / name).read_bytes()
+    assert Image.open(back / "below" / "small.bmp.png").size == (72, 60)
+    assert "2 of 4 files could not be done" in fails(
+        capsys, "decompress", kept, tmp_path / "part", *words, "--region", 0, 0, 9, 9
+    )
 
 
 def test_noise_that_nobody_sees_takes_no_bytes_unless_it_shall_stay_exact(model: Path, tmp_path: Path) -> None:
