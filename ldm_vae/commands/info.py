@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from ldm_vae.codec import bitstream
 from ldm_vae.codec.bitstream import Limits
@@ -21,7 +21,8 @@ from ldm_vae.errors import CompressedFileError, ConfigError, DataError
 class Info:
     """Say what .ldi files hold, and whether they are whole. Needs no model."""
 
-    files: Positional[tuple[str, ...]]
+    files: Annotated[Positional[tuple[str, ...]], arg(metavar="FILE ...")]
+    """- is standard input."""
     json: bool = False
     """As JSON: an object for one file, a list of them for several."""
 

@@ -33,7 +33,7 @@ class Transfer:
     The engine does one file at a time: of a command with one path, which is its input, and an output.
     """
 
-    paths: Positional[tuple[str, ...]]
+    paths: Annotated[Positional[tuple[str, ...]], arg(metavar="PATH ...")]
     """FILE, FILE OUTPUT, FILE FILE ... FOLDER, or FOLDER OUTPUT; - is standard input or output."""
     output: Annotated[str, arg(aliases=["-o"])] = ""
     """Instead of the last path: a file, or the folder for several. Without any output, it is beside the one input."""
