@@ -42,7 +42,7 @@ def strips(height: int, width: int) -> Iterator[tuple[int, int]]:
 def read_large(image_file: bytes | Path, folder: Path, *, channels: int | None, max_pixels: int) -> Pixels | None:
     """What `read_pixels` gives of a large image, on disk: (H, W, C) of uint8 or uint16.
 
-    None for what is not large, and for what is left to the other reader: floats, inks, what EXIF turns.
+    None for what is not large, and for what is left to the other reader: floats, inks, GIF, what EXIF turns.
 
     Args:
         image_file: a file's bytes or, so that these do not lie in memory either, its path.
@@ -64,13 +64,16 @@ def read_large(image_file: bytes | Path, folder: Path, *, channels: int | None, 
     turned = image.get_typeof("orientation") and image.get("orientation") != 1
     if image.format not in DTYPES or not plain or turned:
         return None
-    if image.format == "ushort" and image.get("vips-loader").startswith("heif"):  # its white is no white
-        return None
+    loader = image.get("vips-loader")
+    if loader.startswith("gif") or (loader.startswith("heif") and image.format == "ushort"):
+        return None  # it makes opaque animations transparent; its white is no white
     region, whole = pyvips.Region.new(image), None
     for top, bottom in strips(image.height, image.width):
         try:
             content = region.fetch(0, top, image.width, bottom - top)
         except pyvips.Error:  # whose text has those of files before this one
+            if loader.startswith("tiff"):  # of which a tag may be damaged, and no pixel
+                return None
             head = image_file[:HEAD_BYTES] if isinstance(image_file, bytes) else head_of(image_file)
             raise BadImageError(reason_of(None, head)) from None
         strip = np.frombuffer(content, DTYPES[image.format]).reshape(bottom - top, image.width, image.bands)
@@ -84,7 +87,7 @@ def read_large(image_file: bytes | Path, folder: Path, *, channels: int | None, 
 
 def open_with_vips(image_file: bytes | Path) -> Any:
     """libvips' image, to be read from top to bottom. Raises pyvips.Error, or OSError."""
-    options = {"access": "sequential", "fail_on": "truncated"}
+    options = {"access": "sequential", "fail_on": "error"}
     if isinstance(image_file, Path):
         try:
             return pyvips.Image.new_from_file(str(image_file.absolute()), **options)

@@ -67,6 +67,21 @@ def test_what_is_cut_short_or_too_large_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_damaged_pixels_of_a_large_tiff_are_refused_and_an_odd_tag_is_none(tmp_path: Path) -> None:
+    for tag, damage in (((65000, 13, 1, 8, True), 0), (None, 9)):
+        file = io.BytesIO()
+        options = {"photometric": "rgb", "compression": "zlib", "extratags": [tag] if tag else []}
+        tifffile.imwrite(file, pixels_of(3, np.uint16), **options)
+        data = bytearray(file.getvalue())
+        data[len(data) // 2 : len(data) // 2 + damage] = bytes(damage)
+        if damage:
+            with pytest.raises(BadImageError, match="cannot be decoded: damaged TIFF"):
+                read_image(bytes(data), scratch=tmp_path)
+        else:
+            assert np.array_equal(read_image(bytes(data), scratch=tmp_path).pixels, pixels_of(3, np.uint16))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint8), (2, np.uint8), (3, np.uint16), (4, np.uint16)])
 def test_strips_become_one_file(channels: int, dtype: Any, tmp_path: Path) -> None:
     pixels = pixels_of(channels, dtype)

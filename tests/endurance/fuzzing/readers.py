@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import struct
 import tarfile
 import tempfile
 import time
@@ -28,6 +29,7 @@ import tifffile
 import torch
 from diffusers.utils import logging
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.codec.tables import load_tables
@@ -127,18 +129,28 @@ def odd_images(pixels: np.ndarray) -> list[bytes]:
         (np.concatenate([twelve, twelve[:, :, :1]], axis=2), {"photometric": "separated"}),
         (np.stack([pixels[:, :, 0]] * 3), {"photometric": "minisblack"}),
         (pixels, {"photometric": "rgb", "iccprofile": bytes(p3)}),
-        (pixels.astype(np.uint32) * 16843009, {"photometric": "rgb"}),
+        (
+            np.concatenate([pixels, pixels[:, :, :2]], axis=2),
+            {"photometric": "separated", "extrasamples": ["unassalpha"]},
+        ),
+        (pixels, {"photometric": "rgb", "compression": "png"}),
     ):
         out = io.BytesIO()
         tifffile.imwrite(out, array, **options)
         files.append(out.getvalue())
     image, again = Image.fromarray(pixels), Image.fromarray(pixels[::-1])
-    exif = Image.Exif()
+    exif, texts = Image.Exif(), PngInfo()
     exif[270], exif[0x8769] = "a title", {40962: 40, 33434: 0.01}
+    texts.add(b"gAMA", struct.pack(">I", 100_000))
+    texts.add(b"cHRM", struct.pack(">8I", *(31270, 32900), *(int(v * 100_000) for v in P3_PRIMARIES if v != 1)))
+    texts.add(b"tIME", bytes(7))
+    for text in ("a cat", "a dog" * 100):
+        texts.add_text("prompt", text, zip=len(text) > 10)
     for kind, options in (
         *(("PNG", {"icc_profile": bytes(p3), "exif": exif}), ("JPEG", {"icc_profile": bytes(p3), "exif": exif})),
         *((kind, {"save_all": True, "append_images": [again]}) for kind in ("GIF", "WEBP", "PNG", "AVIF", "MPO")),
         ("PNG", {"transparency": tuple(int(v) for v in pixels[0, 0])}),
+        ("PNG", {"pnginfo": texts}),
     ):
         out = io.BytesIO()
         image.save(out, kind, **options)
