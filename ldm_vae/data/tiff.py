@@ -243,6 +243,7 @@ def is_plain(image_file: bytes | Path) -> bool:
         with tifffile.TiffFile(io.BytesIO(image_file) if isinstance(image_file, bytes) else image_file) as tiff:
             page = pages_of(tiff)[0]
             alpha = page.samplesperpixel not in (2, 4) or UNASSOCIATED in page.extrasamples
-            return page is tiff.pages[0] and alpha and page.compression in LIBTIFF_COMPRESSIONS
+            usual = page.photometric != PHOTOMETRIC.YCBCR  # of which libvips makes RGBA
+            return page is tiff.pages[0] and alpha and usual and page.compression in LIBTIFF_COMPRESSIONS
     except Exception:  # damaged files raise many kinds; who reads it in its place will say so
         return False
