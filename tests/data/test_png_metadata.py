@@ -146,6 +146,6 @@ def test_the_code_points_of_an_avif_that_pil_has_opened_are_kept_or_it_is_said()
             assert as_picture(opened).metadata.cicp is None
 
 
-def test_a_profile_that_pil_made_is_still_one() -> None:
+def test_a_profile_made_of_a_gamma_is_one_for_other_programs() -> None:
     profile = ImageCms.ImageCmsProfile(io.BytesIO(read_picture(png_with(colours(), (b"gAMA", LINEAR))).metadata.icc))
     assert ImageCms.isIntentSupported(profile, ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Direction.INPUT) == 1
