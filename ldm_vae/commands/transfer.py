@@ -19,7 +19,7 @@ from tyro.conf import Positional, arg
 from ldm_vae.codec.bitstream import DEFAULT_MODEL, EXTENSION, MODEL_VARIABLE, Limits
 from ldm_vae.commands.folders import result_names, run_jobs, totals
 from ldm_vae.data.image_files import Listing
-from ldm_vae.errors import ConfigError, DataError
+from ldm_vae.errors import CompressedFileError, ConfigError, DataError
 from ldm_vae.files import atomic, check_writable, is_special
 from ldm_vae.runs.config import Range, check_ranges
 
@@ -252,5 +252,10 @@ def transfer(act: Act, command: Transfer, *, inputs: Callable[[Path], Listing], 
         command = replace(command, output=str(Path(output) / source.with_suffix(extension).name))
     check_output(command)
     command = command.for_model(load_codec(command.model, command.device, command.workers))
-    if note := transfer_file(act, command):
-        print(f"{'standard input' if command.input == STREAM else command.input}: {note}", file=sys.stderr)
+    name = "standard input" if command.input == STREAM else command.input
+    try:
+        note = transfer_file(act, command)
+    except (DataError, CompressedFileError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    if note:
+        print(f"{name}: {note}", file=sys.stderr)

@@ -346,7 +346,11 @@ def test_what_cannot_work_is_said_in_one_line(
     assert not out.exists()
     run(*compress, *with_model)
     assert "there already" in fails(capsys, *compress, *with_model)
+    assert f"{image}: " in fails(capsys, "decompress", image, tmp_path / "y.png", *with_model)
     assert "begins otherwise" in fails(capsys, "decompress", image, tmp_path / "y.png", *with_model)
+    (tmp_path / "cut").write_bytes(image.read_bytes()[:200])
+    cut = fails(capsys, "compress", tmp_path / "cut", tmp_path / "y.ldi", *with_model)
+    assert cut == f"error: {tmp_path / 'cut'}: cannot be decoded: truncated PNG"
     assert "begins otherwise" in fails(capsys, "info", image)
     assert "not within" in fails(capsys, "decompress", out, tmp_path / "y.png", *with_model, "--region", 0, 0, 99, 9)
     assert "limit" in fails(capsys, "decompress", out, tmp_path / "y.png", *with_model, "--max-side", 10)
