@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -60,8 +60,8 @@ class Config(ImageConfig):
     """Steps of the quantiser that the model is trained for, one drawn for each image."""
     reduction: Annotated[tuple[float, float], Range(above=0, at_most=1)] = (1.0, 1.0)
     """Reduce images by a factor drawn from this range before each crop, which hides the artefacts of their JPEGs."""
-    coarse_weight: Annotated[float, Range(at_least=0)] = 0.0
-    """Times the squared error of images 1/4 and 1/8 as large, four and eight times: for a second run with --init."""
+    tune: Literal["psnr", "visual"] = "psnr"
+    """The distortion: the squared error, or that as it is seen, which the eye and SSIMULACRA2 prefer at equal bytes."""
 
     def check(self, num_processes: int) -> None:
         super().check(num_processes)
@@ -71,9 +71,9 @@ class Config(ImageConfig):
             raise ConfigError(f"--reduction is {self.reduction}: the lower number comes first")
         if self.init is not None and self.latent_channels is not None:
             raise ConfigError("--latent-channels makes a new network: leave out --init")
-        if self.coarse_weight > 0 and self.resolution < max(losses.COARSE):
-            least = max(losses.COARSE)
-            raise ConfigError(f"--coarse-weight needs crops of {least} pixels, --resolution is {self.resolution}")
+        if self.tune == "visual" and self.resolution < max(losses.SCALES):
+            least = max(losses.SCALES)
+            raise ConfigError(f"--tune visual needs crops of {least} pixels, --resolution is {self.resolution}")
 
 
 def preset(architecture: str, *, target_bpp: float) -> Config:
@@ -114,11 +114,12 @@ def codec_terms(
     A step q times as wide makes q^2 times the error and has q^2 times the price of a bit (for squared errors at high
     rates). Both terms are divided by q, so that no step outweighs the others.
     """
-    terms = {"l2": losses.weighted_squared_error(reconstruction, images, 1 / steps)}
-    if config.coarse_weight > 0:
-        terms["coarse"] = config.coarse_weight * losses.coarse_loss(reconstruction, images, 1 / steps)
-    terms["rate"] = rate_weight * (steps * nats).mean()
-    return terms
+    distortion = losses.masked_error if config.tune == "visual" else losses.weighted_squared_error
+    name = "masked" if config.tune == "visual" else "l2"
+    return {
+        name: distortion(reconstruction, images, 1 / steps),
+        "rate": rate_weight * (steps * nats).mean(),
+    }
 
 
 def codec_step(

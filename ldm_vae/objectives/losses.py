@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -39,20 +40,35 @@ def weighted_squared_error(reconstruction: Tensor, images: Tensor, weights: Tens
     return (weights[:, None, None, None] * (reconstruction.float() - images.float()).square()).mean()
 
 
-COARSE = (4, 8)
-"""The scales of SSIMULACRA2 with the largest weights."""
+SCALES = {1: 1.0, 2: 1.0, 4: 2.0, 8: 4.0}
+"""By how much images are reduced, and the weight of their errors then: those of low frequencies are seen most."""
+WINDOW, LEAST_DEVIATION, USUAL_DEVIATION = 9, 0.04, 0.1
+"""Pixels each way, and standard deviations on [-1, 1]: below the least all errors count alike, at the usual one once."""
 
 
-def coarse_loss(reconstruction: Tensor, images: Tensor, weights: Tensor) -> Tensor:
-    """The same of the means over 4 x 4 and 8 x 8 pixels, times 4 and 8.
+def masked_error(reconstruction: Tensor, images: Tensor, weights: Tensor) -> Tensor:
+    """The squared error as it is seen: at several scales, and the less of it, the livelier the image is there.
 
-    Errors of low frequencies are the most visible ones, and in smooth places the only ones.
+    Each value's error is divided by the standard deviation of the channels' mean around it (contrast masking, as in
+    the denominator of SSIM: Wang et al. 2004). Smooth areas, where a pattern of a single level is seen, count most.
+
+    Args:
+        reconstruction, images: (B, C, H, W) in [-1, 1], H and W at least 8.
+        weights: (B,) times each image's errors.
     """
-    total = torch.zeros((), device=images.device)
-    for scale in COARSE:
-        small, other = (functional.avg_pool2d(x.float(), scale) for x in (reconstruction, images))
-        total = total + scale * weighted_squared_error(small, other, weights)
-    return total
+    reconstruction, images = reconstruction.float(), images.float()
+    luma = images.mean(dim=1, keepdim=True)
+    around = partial(functional.avg_pool2d, kernel_size=WINDOW, stride=1, padding=WINDOW // 2, count_include_pad=False)
+    variance = (around(luma.square()) - around(luma).square()).clamp(min=0)
+    visibility = weights[:, None, None, None] * USUAL_DEVIATION / (variance + LEAST_DEVIATION**2).sqrt()
+    errors = reconstruction - images
+    return sum(
+        (
+            weight * (functional.avg_pool2d(visibility, scale) * functional.avg_pool2d(errors, scale).square()).mean()
+            for scale, weight in SCALES.items()
+        ),
+        start=torch.zeros((), device=images.device),
+    )
 
 
 def kl_per_pixel(posterior: DiagonalGaussianDistribution, num_pixels: int) -> Tensor:

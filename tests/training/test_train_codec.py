@@ -60,16 +60,16 @@ def test_the_deviation_is_that_of_a_step_of_one_whatever_the_image_and_stays_so(
 
 
 def test_errors_are_divided_by_the_step_and_rates_multiplied_with_it() -> None:
-    config = replace(CONFIG, coarse_weight=0.3)
-    state = make_state(config)
+    state = make_state(CONFIG)
     reconstruction, _, nats = state.bare(IMAGES, NOISE, STEPS)
-    terms = codec_terms(IMAGES, reconstruction, nats, STEPS, torch.tensor(0.01), config)
+    terms = codec_terms(IMAGES, reconstruction, nats, STEPS, torch.tensor(0.01), CONFIG)
     errors = (reconstruction - IMAGES).square().mean(dim=(1, 2, 3))
     assert terms["l2"].item() == pytest.approx((errors / STEPS).mean().item(), rel=1e-5)
     assert terms["rate"].item() == pytest.approx(0.01 * (nats * STEPS).mean().item(), rel=1e-5)
-    assert torch.allclose(terms["coarse"], 0.3 * losses.coarse_loss(reconstruction, IMAGES, 1 / STEPS))
     assert state.bare.vae.encoder.conv_out.weight.grad is None
-    terms["coarse"].backward()
+    terms = codec_terms(IMAGES, reconstruction, nats, STEPS, torch.tensor(0.01), replace(CONFIG, tune="visual"))
+    assert torch.allclose(terms["masked"], losses.masked_error(reconstruction, IMAGES, 1 / STEPS))
+    terms["masked"].backward()
     assert float(state.bare.vae.encoder.conv_out.weight.grad[:4].abs().sum()) > 0
 
 
@@ -109,7 +109,7 @@ def killed_in_the_third_step(config: Config) -> None:
     main(config)
 
 
-def test_a_run_logs_its_rate_resumes_and_is_where_a_run_with_coarse_errors_starts(tmp_path: Path) -> None:
+def test_a_run_logs_its_rate_resumes_and_is_where_another_tuning_starts(tmp_path: Path) -> None:
     config = config_for("f8c32", tmp_path / "first", latent_channels=8, sample_every=3)
     main(replace(config, output=tmp_path / "whole"))
     run_until_killed(killed_in_the_third_step, config)
@@ -131,9 +131,9 @@ def test_a_run_logs_its_rate_resumes_and_is_where_a_run_with_coarse_errors_start
     rates, psnrs = ([files[f"file_{name}_{q}"] for q in ("0.5", "1.4", "4")] for name in ("bits_per_pixel", "psnr"))
     assert rates == sorted(rates, reverse=True)
     assert psnrs == sorted(psnrs, reverse=True)
-    again = config_for("f8c32", tmp_path / "again", init=str(config.output), coarse_weight=2.0, steps=1)
+    again = config_for("f8c32", tmp_path / "again", init=str(config.output), tune="visual", steps=1)
     main(again)
-    assert metrics(again.output)[0]["coarse"] > 0
+    assert metrics(again.output)[0]["masked"] > 0
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,7 @@ def test_a_run_logs_its_rate_resumes_and_is_where_a_run_with_coarse_errors_start
         (["--rate-weight", "0"], "--rate-weight is 0.0: it must be more than 0"),
         (["--step-range", "4", "0.5"], "the lower number comes first"),
         (["--step-range", "0", "4"], "--step-range is"),
-        (["--coarse-weight", "-1"], "--coarse-weight is -1"),
-        (["--coarse-weight", "1", "--resolution", "4"], "--coarse-weight needs crops of 8 pixels"),
+        (["--tune", "visual", "--resolution", "4"], "--tune visual needs crops of 8 pixels"),
         (["--init", "{tmp}/tiny"], "tiny is not a PatchAutoencoderKL with a posterior"),
         (["--init", "{tmp}/tiny", "--latent-channels", "4"], "--latent-channels makes a new network"),
         (["--perceptual", "none"], "perceptual"),
