@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile
 
-from ldm_vae.codec.bitstream import ALPHA, DEFAULT_MODEL, EXTENSION, MAGIC, METADATA, MODEL_VARIABLE, unpack
+from ldm_vae.codec.bitstream import ALPHA, DEFAULT_MODEL, EXTENSION, MAGIC, METADATA, MODEL_VARIABLE, TUNINGS, unpack
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.picture import as_picture, pil_info
 from ldm_vae.codec.sections import unpack_metadata
@@ -32,12 +32,12 @@ def register(model: str | None = None) -> None:
     state["model"] = model
 
 
-def codec() -> Any:
+def codec(tune: str = TUNINGS[0]) -> Any:
     """The codec, loaded when it is needed."""
-    if "codec" not in state:
+    if tune not in state:
         model = state.get("model") or os.environ.get(MODEL_VARIABLE, DEFAULT_MODEL)
-        state["codec"] = LatentCodec.from_pretrained(model)
-    return state["codec"]
+        state[tune] = LatentCodec.from_pretrained(model, tune=tune)
+    return state[tune]
 
 
 class LdiImageFile(ImageFile.ImageFile):
@@ -72,13 +72,14 @@ class LdiImageFile(ImageFile.ImageFile):
 
 
 def save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
-    """`image.save(file, quality=75, strip=False, exact=False, icc_profile=..., exif=...)`.
+    """`image.save(file, quality=75, strip=False, exact=False, tune="visual", icc_profile=..., exif=...)`.
 
-    `quality` is 1 to 100, as in `LatentCodec.compress`, and `step=1.0` takes its place; with `exact`, the colours of fully
-    transparent pixels are kept, too.
+    `quality` is 1 to 100, as in `LatentCodec.compress`, and `step=1.0` takes its place; with `exact`, the colours of
+    fully transparent pixels are kept, too.
     """
     flags = image.encoderinfo
-    picture = as_picture(image, channels=codec().network.channels)
+    encoder = codec(flags.get("tune", TUNINGS[0]))
+    picture = as_picture(image, channels=encoder.network.channels)
     metadata = picture.metadata
     if "icc_profile" in flags:
         metadata = replace(metadata, icc=flags["icc_profile"] or b"")
@@ -89,7 +90,7 @@ def save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     if not flags.get("exact", False):
         picture = smooth_transparent(picture)
     given = {name: flags[name] for name in ("quality", "step", "strip") if name in flags}
-    file.write(codec().compress(picture, **given))
+    file.write(encoder.compress(picture, **given))
 
 
 Image.register_open(FORMAT, LdiImageFile, lambda prefix: prefix.startswith(MAGIC))

@@ -26,10 +26,12 @@ DEFAULT_MODEL = "box:codec"
 MAGIC = b"\x89LDI"
 VERSION = 2
 FIXED = struct.Struct("<4sBBB4s")
-"""What begins a file: magic, version, depth and number of sections, stride and tile, model. Varints follow."""
+"""What begins a file: magic, version, flags, stride and tile, model. Varints follow."""
 MODEL_BYTES = 4
 MAX_SECTIONS = 7
 CRC = struct.Struct("<I")
+TUNINGS = ("visual", "psnr")
+"""The networks that one model may hold, by the number that files have: the model's own, and another for the PSNR."""
 ALPHA, METADATA = 1, 2
 SECTIONS = {ALPHA: "alpha", METADATA: "metadata"}
 Box = tuple[int, int, int, int]
@@ -61,6 +63,7 @@ class Header:
         channels: latent channels that are coded.
         step: fixed point, 256 is 1.
         model: the first bytes of `Tables.digest`.
+        tuning: which of `TUNINGS` wrote it.
     """
 
     colours: int
@@ -72,6 +75,7 @@ class Header:
     log2_tile: int
     step: int
     model: bytes
+    tuning: int = 0
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -140,7 +144,8 @@ def pack(header: Header, sections: dict[int, bytes], tiles: list[bytes]) -> byte
     """A whole file. `tiles` are in the order of `Header.tile_boxes`, sections keyed by ALPHA or METADATA."""
     ordered = sorted(sections.items())
     shape = header.log2_stride | header.log2_tile << 4
-    head = FIXED.pack(MAGIC, VERSION, int(header.depth == 16) | len(ordered) << 1, shape, header.model)
+    flags = int(header.depth == 16) | len(ordered) << 1 | header.tuning << 4
+    head = FIXED.pack(MAGIC, VERSION, flags, shape, header.model)
     numbers = (header.colours, header.width, header.height, header.channels, header.step)
     head += b"".join(varint(n) for n in numbers)
     contents = b"".join(bytes([kind]) + varint(len(d)) + CRC.pack(crc32(d)) for kind, d in ordered)
@@ -198,9 +203,10 @@ def read_header(entries: Varints) -> tuple[Header, int]:
         log2_tile=shape >> 4,
         step=step,
         model=model,
+        tuning=flags >> 4,
     )
     wrong = {
-        "flags": flags > 1 + 2 * MAX_SECTIONS,
+        "tuning": header.tuning >= len(TUNINGS),
         "colours": not 1 <= colours < 1 << 8,
         "size": min(width, height) < 1,
         "stride": header.log2_stride > 8,
@@ -211,7 +217,7 @@ def read_header(entries: Varints) -> tuple[Header, int]:
     for name, is_wrong in wrong.items():
         if is_wrong:
             raise CorruptError(f"the header is damaged: its {name} cannot be")
-    return header, flags >> 1
+    return header, flags >> 1 & MAX_SECTIONS
 
 
 def read_contents(entries: Varints, num_sections: int, num_tiles: int) -> tuple[dict[int, Part], list[Part], int]:

@@ -7,14 +7,16 @@ Floats end at `Tables.quantise`: the bytes of given symbols, and the symbols of 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from PIL import Image
 
 from ldm_vae.codec import bitstream
-from ldm_vae.codec.bitstream import MODEL_BYTES, Box, Contents, Header, Limits
+from ldm_vae.codec.bitstream import MODEL_BYTES, TUNINGS, Box, Contents, Header, Limits
 from ldm_vae.codec.network import Network
 from ldm_vae.codec.picture import Picture, as_picture, fill
 from ldm_vae.codec.quality import USUAL_QUALITY
@@ -39,6 +41,8 @@ class LatentCodec:
         workers: threads for the tiles of one large picture (1024 x 1024 pixels each, at stride 8).
         dtype: in which the network computes (autocast). Rounding moves a symbol now and then; any reads all files.
             Torch's float32 unless given.
+        tuning: what files say of it, an index of TUNINGS.
+        other: gives the codec of another tuning of the same model, or None; for the files that it wrote.
 
     Raises:
         ModelMismatchError: the tables were fitted for another autoencoder.
@@ -47,7 +51,16 @@ class LatentCodec:
     log2_tile = 7
     """Tiles of 128 x 128 latents: each is coded by itself."""
 
-    def __init__(self, vae: Any, tables: Tables, *, workers: int = 1, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        vae: Any,
+        tables: Tables,
+        *,
+        workers: int = 1,
+        dtype: torch.dtype | None = None,
+        tuning: int = 0,
+        other: Callable[[int], LatentCodec | None] = lambda tuning: None,
+    ) -> None:
         autoencoder = vae if isinstance(vae, SeparableAutoencoder) else in_torch(vae, dtype)
         digest = autoencoder.fingerprint
         if digest != tables.vae:
@@ -55,7 +68,7 @@ class LatentCodec:
                 f"the tables were fitted for the autoencoder {tables.vae[:16]}, this one is {digest[:16]}: "
                 "fit them anew with `ldm-vae fit-codec`"
             )
-        self.vae, self.tables, self.workers = vae, tables, workers
+        self.vae, self.tables, self.workers, self.tuning, self.other = vae, tables, workers, tuning, other
         self.network = Network(autoencoder)
         self.digest = tables.digest[:MODEL_BYTES]
 
@@ -64,21 +77,41 @@ class LatentCodec:
         cls,
         path: str,
         *,
+        tune: str = TUNINGS[0],
         device: str | torch.device = "cpu",
         workers: int = 1,
         dtype: torch.dtype | None = None,
     ) -> Self:
         """The codec of a run directory, a model folder or a hub id: its VAE, and its tables in `codec/`.
 
+        A model may hold a second network with tables of its own in `psnr/`: the tuning of that name. Whichever is
+        loaded decodes the files of both.
+
         Raises:
             ModelError: there is no such model, or it has no tables.
-            ConfigError: a device that is not there.
+            ConfigError: a tuning that the model does not have, or a device that is not there.
         """
-        vae = load_separable(path) if str(device) == "cpu" and dtype is None else None
-        if vae is None:
-            check_device(str(device))
-            vae = load_for_inference(path).to(device)
-        return cls(vae, load_tables(local_folder(path, ["codec/*"]) / "codec"), workers=workers, dtype=dtype)
+
+        @cache
+        def tuned(tuning: int) -> Self | None:
+            folder = path
+            if tuning > 0:
+                folder = str(local_folder(path, [f"{TUNINGS[tuning]}/*"]) / TUNINGS[tuning])
+                if not Path(folder).is_dir():
+                    return None
+            vae = load_separable(folder) if str(device) == "cpu" and dtype is None else None
+            if vae is None:
+                check_device(str(device))
+                vae = load_for_inference(folder).to(device)
+            tables = load_tables(local_folder(folder, ["codec/*"]) / "codec")
+            return cls(vae, tables, workers=workers, dtype=dtype, tuning=tuning, other=tuned)
+
+        if tune not in TUNINGS:
+            raise ConfigError(f"tuning {tune} cannot be: try {' or '.join(TUNINGS)}")
+        codec = tuned(TUNINGS.index(tune))
+        if codec is None:
+            raise ConfigError(f"{path} has a single tuning: leave out {tune}")
+        return codec
 
     def compress(
         self,
@@ -134,6 +167,7 @@ class LatentCodec:
             log2_tile=self.log2_tile,
             step=step,
             model=self.digest,
+            tuning=self.tuning,
         )
 
     def decompress(self, data: bytes, *, limits: Limits | None = None) -> Image.Image:
@@ -177,6 +211,9 @@ class LatentCodec:
         """
         contents = bitstream.unpack(data, limits=limits, salvage=damage is not None)
         header = contents.header
+        wrote = self.other(header.tuning) if header.tuning != self.tuning else None
+        if wrote is not None:
+            return wrote.decompress_bands(data, region=region, limits=limits, damage=damage)
         self.check(header)
         left, top, width, height = region or (0, 0, header.width, header.height)
         if min(left, top) < 0 or min(width, height) < 1 or left + width > header.width or top + height > header.height:

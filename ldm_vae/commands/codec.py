@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from ldm_vae.codec.bitstream import EXTENSION
 from ldm_vae.codec.quality import USUAL_QUALITY
@@ -32,6 +32,8 @@ class Compress(Transfer):
     """1 to 100, more is better; 75 unless given, which looks like AVIF's and WebP's 75."""
     step: Annotated[float | None, Range(above=0)] = None
     """Step of the quantiser, instead of --quality: 0.25 is fine, 4 is coarse."""
+    tune: Literal["visual", "psnr"] = "visual"
+    """For the eye, or for the least squared error, where the model has a second network for it, as box:codec has."""
     target_bpp: float | None = None
     """The best quality with at most so many bits per pixel, instead of --quality."""
     target_psnr: float | None = None
@@ -70,6 +72,9 @@ class Compress(Transfer):
                 f"{target} is not named {EXTENSION}: do so, or add --force to write it all the same; several images go "
                 "into a folder, named last or with -o"
             )
+
+    def codec(self, workers: int) -> Any:
+        return load_codec(self.model, self.device, workers, self.tune)
 
     def for_model(self, codec: Any) -> Self:
         if self.step is not None or any(target is not None for target in self.targets()):
@@ -119,7 +124,7 @@ def compress_file(command: Compress) -> str | None:
     from ldm_vae.codec.search import compress_to
     from ldm_vae.codec.transparency import smooth_transparent
 
-    codec = load_codec(command.model, command.device, command.workers)
+    codec = command.codec(command.workers)
     scratch = None
     if codec.network.finite:  # then large images need not lie in memory: they are kept where the output goes
         scratch = Path(tempfile.gettempdir()) if is_nameless(command.output) else Path(command.output).parent
@@ -176,7 +181,7 @@ def decompress_file(command: Decompress) -> str | None:
 
     target = Path(command.output)
     extension = command.extension if is_nameless(command.output) else target.suffix.lower()
-    codec = load_codec(command.model, command.device, command.workers)
+    codec = command.codec(command.workers)
     damage: list[str] | None = [] if command.salvage else None
     picture, bands = codec.decompress_bands(
         read(command.input), region=command.region, limits=command.limits(), damage=damage

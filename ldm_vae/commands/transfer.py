@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self
 
 from tyro.conf import Positional, arg
 
-from ldm_vae.codec.bitstream import DEFAULT_MODEL, EXTENSION, MODEL_VARIABLE, Limits
+from ldm_vae.codec.bitstream import DEFAULT_MODEL, EXTENSION, MODEL_VARIABLE, TUNINGS, Limits
 from ldm_vae.commands.folders import result_names, run_jobs, totals
 from ldm_vae.data.image_files import Listing
 from ldm_vae.errors import CompressedFileError, ConfigError, DataError
@@ -67,6 +67,10 @@ class Transfer:
     def check_name(self) -> None:
         """Raises ConfigError for an output's name that says another kind than the command writes."""
 
+    def codec(self, workers: int) -> Any:
+        """That of the model, loaded once."""
+        return load_codec(self.model, self.device, workers)
+
     def for_model(self, codec: Any) -> Self:
         """With what depends on the model settled; what is to be said of it is said."""
         return self
@@ -80,14 +84,14 @@ Act = Callable[[Any], str | None]
 
 
 @cache
-def load_codec(model: str, device: str, workers: int) -> Any:
+def load_codec(model: str, device: str, workers: int, tune: str = TUNINGS[0]) -> Any:
     from ldm_vae.codec.codec import LatentCodec
 
     if device != "cpu":
         from ldm_vae.models.reconstruction import exact_float32
 
         exact_float32()
-    return LatentCodec.from_pretrained(model, device=device, workers=workers)
+    return LatentCodec.from_pretrained(model, tune=tune, device=device, workers=workers)
 
 
 def is_nameless(output: str) -> bool:
@@ -163,7 +167,7 @@ def transfer_files(
     Raises:
         DataError: at the end, when some could not be done.
     """
-    command = command.for_model(load_codec(command.model, command.device, 1))  # what is wrong with it is said once
+    command = command.for_model(command.codec(1))  # what is wrong with it is said once
     jobs, target = {}, Path(command.output)
     for name, result in zip(files, results, strict=True):
         job = replace(command, paths=(str(files[name]),), output=str(target / result), workers=1)
@@ -251,7 +255,7 @@ def transfer(act: Act, command: Transfer, *, inputs: Callable[[Path], Listing], 
         check_writable(Path(output))
         command = replace(command, output=str(Path(output) / source.with_suffix(extension).name))
     check_output(command)
-    command = command.for_model(load_codec(command.model, command.device, command.workers))
+    command = command.for_model(command.codec(command.workers))
     name = "standard input" if command.input == STREAM else command.input
     try:
         note = transfer_file(act, command)

@@ -42,8 +42,10 @@ def weighted_squared_error(reconstruction: Tensor, images: Tensor, weights: Tens
 
 SCALES = {1: 1.0, 2: 1.0, 4: 2.0, 8: 4.0}
 """By how much images are reduced, and the weight of their errors then: those of low frequencies are seen most."""
-WINDOW, LEAST_DEVIATION, USUAL_DEVIATION = 9, 0.04, 0.1
-"""Pixels each way, and standard deviations on [-1, 1]: below the least all errors count alike, at the usual one once."""
+WINDOW = 9
+"""Pixels each way."""
+LEAST_DEVIATION, USUAL_DEVIATION = 0.04, 0.1
+"""On [-1, 1]: where an image's deviation is below the least, errors count alike; at the usual one, as they are."""
 
 
 def masked_error(reconstruction: Tensor, images: Tensor, weights: Tensor) -> Tensor:

@@ -96,14 +96,10 @@ def test_our_codec_is_measured_beside_others_and_an_exact_copy_does_not_hide_the
     vae.save_pretrained(run / "vae")
     (run / "codec").mkdir()
     steps = (0.5, 1.0)
-    fit_tables(vae, open_source("procedural:dead-leaves", resolution=64), num_images=2, steps=steps).save(
-        run / "codec"
-    )
+    fit_tables(vae, open_source("procedural:dead-leaves", resolution=64), num_images=2, steps=steps).save(run / "codec")
     Image.fromarray(pixels_of()).save(images / "a.png")
     Image.fromarray(np.full((64, 96, 3), 128, np.uint8)).save(images / "flat.png")  # JPEG gives it back as it is
-    config = Config(
-        codec=(str(run),), data=str(images), output=tmp_path / "out", steps=steps, others=("jpeg-420",)
-    )
+    config = Config(codec=(str(run),), data=str(images), output=tmp_path / "out", steps=steps, others=("jpeg-420",))
     main(config)
     assert "PSNR" in capsys.readouterr().out.split("1 of 2 images have none")[0]
     rows = list(csv.DictReader((tmp_path / "out" / "per_image.csv").open()))

@@ -147,6 +147,7 @@ def test_info_says_the_quality_and_everything_as_json(model: Path, two: Path, ca
         "bits": 8,
         "quality": 70.0,
         "step": step,
+        "tuning": "visual",
         "latent_channels": facts["latent_channels"],
         "stride": facts["stride"],
         "tiles": 1,

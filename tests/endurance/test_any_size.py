@@ -42,9 +42,7 @@ def test_commands_are_measured_and_stay_in_bounds(tmp_path: Path) -> None:
     vae.save_pretrained(tmp_path / "model" / "vae")
     tables = tmp_path / "model" / "codec"
     tables.mkdir()
-    fit_tables(vae.eval(), open_source("procedural:dead-leaves", resolution=64), num_images=4, steps=(1,)).save(
-        tables
-    )
+    fit_tables(vae.eval(), open_source("procedural:dead-leaves", resolution=64), num_images=4, steps=(1,)).save(tables)
     main(Config(model=str(tmp_path / "model"), output=tmp_path / "out", sides=(1024, 6144)))
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     for found in results.values():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.objectives.rate import TrainableCodec, steps_at, steering
+from ldm_vae.objectives.rate import TrainableCodec, steering, steps_at
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 NOISE = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(1))
