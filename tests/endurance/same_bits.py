@@ -47,10 +47,6 @@ TRAINERS = {
     "train_codec-f8c8": ("train_codec.py f8c32 --latent-channels 8 --target-bpp 0.2", "train_vae.py f8c8-codec"),
     "train_codec-f16c64": ("train_codec.py f16c64", "train_vae.py f16c64-codec"),
     "train_codec-f8c64": ("train_codec.py f8c64", "train_vae.py f8c64-codec"),
-    "train_codec-coarse": (
-        "train_codec.py f8c64 --init OUT/train_codec-f8c64 --coarse-weight 2",
-        "train_vae.py f8c64-codec --init OUT/train_codec-f8c64 --coarse-weight 2",
-    ),
     "train_autoencoder-plain": ("train_autoencoder.py plain", "train_vae.py plain"),
     "train_autoencoder-vector": (
         "train_autoencoder.py plain --global-latent 16 --posterior gaussian --kl-weight 0.001",
