@@ -14,6 +14,7 @@ from ldm_vae.commands.codec import Compress, Decompress, compress, decompress
 from ldm_vae.commands.embed import Embed, embed_images
 from ldm_vae.commands.fit_codec import FitCodec, fit_codec
 from ldm_vae.commands.info import Info, info
+from ldm_vae.commands.models import Models, models
 from ldm_vae.commands.shards import Shards, work_on_shards
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.runs.config import tyro_errors
@@ -22,6 +23,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "compress": (Compress, compress),
     "decompress": (Decompress, decompress),
     "info": (Info, info),
+    "models": (Models, models),
     "fit-codec": (FitCodec, fit_codec),
     "embed": (Embed, embed_images),
     "anomaly": (Anomaly, find_anomalies),
