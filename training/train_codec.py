@@ -71,8 +71,8 @@ class Config(ImageConfig):
             raise ConfigError(f"--reduction is {self.reduction}: the lower number comes first")
         if self.init is not None and self.latent_channels is not None:
             raise ConfigError("--latent-channels makes a new network: leave out --init")
-        if self.tune == "visual" and self.resolution < max(losses.SCALES):
-            least = max(losses.SCALES)
+        least = 2 ** (len(losses.SCALE_WEIGHTS) - 1)
+        if self.tune == "visual" and self.resolution < least:
             raise ConfigError(f"--tune visual needs crops of {least} pixels, --resolution is {self.resolution}")
 
 
