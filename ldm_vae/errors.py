@@ -90,7 +90,9 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what is left is not printed at the exit
         raise SystemExit(141) from None
-    except (LdmVaeError, ValueError, OSError) as error:
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if isinstance(error.filename, str) else str(error))
+    except (LdmVaeError, ValueError) as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):

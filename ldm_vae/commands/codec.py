@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -167,10 +166,10 @@ def num_bytes(size: str | None) -> int | None:
     """100k -> 100,000. Raises ConfigError."""
     if size is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)B?", size)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKM]?)B?", size)
     if not match:
         raise ConfigError(f"--target-size {size} is no number of bytes: try 100k")
-    return int(float(match[1]) * {"": 1, "k": 1000, "M": 1_000_000}[match[2]])
+    return int(float(match[1]) * {"": 1, "k": 1000, "K": 1000, "M": 1_000_000}[match[2]])
 
 
 def decompress_file(command: Decompress) -> str | None:
@@ -218,12 +217,9 @@ def is_compressed(name: str) -> bool:
 
 
 def compressed_below(folder: Path) -> Listing:
-    """The compressed files below a folder, by their extension, and the images beside them, which are copies."""
+    """The compressed files below a folder, by their extension, and its images, which are copies."""
     compressed = files_below(folder, lambda name: is_compressed(name) and not is_hidden(name))
     images = images_below(folder)
-    if not compressed:
-        kinds = Counter(PurePath(name).suffix.lower() or "without extension" for name in images.names)
-        return Listing([], images.not_read + kinds)
     del images.not_read[EXTENSION]
     return Listing([*compressed, *images.names], images.not_read)
 

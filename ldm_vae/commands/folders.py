@@ -112,7 +112,7 @@ def outcome(call: Callable[[], str | None], errors: Errors) -> tuple[str | None,
     try:
         return call(), None
     except errors as error:
-        text = " ".join(str(error).split())
+        text = " ".join(((isinstance(error, OSError) and error.strerror) or str(error)).split())
         plain = isinstance(error, (LdmVaeError, ValueError, OSError))
         return None, text if plain else f"{type(error).__name__}: {text}"
 

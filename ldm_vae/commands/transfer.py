@@ -153,7 +153,7 @@ def files_of_folder(source: Path, target: Path, inputs: Callable[[Path], Listing
     listing = inputs(source)
     names = sorted(name for name in listing.names if (source / name).is_file())
     if not names:
-        raise DataError(f"{source} has no such files{f' ({listing})' if listing.not_read else ''}")
+        raise DataError(f"{source} holds no images{f' ({listing})' if listing.not_read else ''}")
     if listing.not_read:
         print(f"{source}: {listing}", file=sys.stderr)
     return {name: source / name for name in names}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 Data = bytes | mmap.mmap
 Box = tuple[bytes, bytes]
 """Kind and content."""
+EXIF_UUID, XMP_UUID = b"JpgTiffExif->JP2", bytes.fromhex("BE7ACFCB97A942E89C71999491E3AFAC")
 HDR_MARKS = (b"tmap", b"urn:com:apple:photo:2020:aux:hdrgainmap")
 """Somewhere in `meta` of a file with a gain map."""
 
@@ -82,6 +83,15 @@ def properties(meta: bytes) -> list[Box]:
             if number == primary and 0 < index <= len(every):
                 found.append(every[index - 1])
     return found
+
+
+def jpeg_2000_blocks(data: Data) -> tuple[bytes, bytes]:
+    """EXIF and XMP that others put into a JP2, each in a box `uuid`; empty without one."""
+    found = dict.fromkeys((EXIF_UUID, XMP_UUID), b"")
+    for kind, content in boxes(data):
+        if kind == b"uuid" and content[:16] in found:
+            found[content[:16]] = content[16:]
+    return found[EXIF_UUID], found[XMP_UUID]
 
 
 def jpeg_2000_colours(data: Data) -> tuple[bytes, int]:

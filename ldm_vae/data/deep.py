@@ -15,14 +15,16 @@ from ldm_vae.data.boxes import jpeg_2000_colours
 from ldm_vae.data.image_files import reason_of
 from ldm_vae.data.images import Pixels, check_size, check_values, full_scale
 from ldm_vae.data.large import DTYPES, open_with_vips
-from ldm_vae.data.metadata import EXIF_PREFIX, Metadata
+from ldm_vae.data.metadata import EXIF_PREFIX, Metadata, plausible
 from ldm_vae.errors import BadImageError
 
 START_OF_IMAGE, END_OF_IMAGE = b"\xff\xd8\xff", b"\xff\xd9"
 FRAMES = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
 """Markers of a JPEG's start of frame: its process (ISO/IEC 10918-1, table B.1)."""
-SCAN, APP1, APP2, LOSSLESS = 0xDA, 0xE1, 0xE2, 0xC3
-ICC_NAME, XMP_NAME = b"ICC_PROFILE\0", b"http://ns.adobe.com/xap/1.0/\0"
+SCAN, APP0, APP1, APP2, COMMENT, LOSSLESS = 0xDA, 0xE0, 0xE1, 0xE2, 0xFE, 0xC3
+JFIF_NAME, ICC_NAME, XMP_NAME = b"JFIF\0", b"ICC_PROFILE\0", b"http://ns.adobe.com/xap/1.0/\0"
+TO_INCHES = {b"\1": 1.0, b"\2": 2.54}
+"""By the unit of JFIF's density."""
 SIZ = b"\xff\x4f\xff\x51"
 """What the codestream of JPEG 2000 begins with (ISO/IEC 15444-1, A.5.1)."""
 JP2_SRGB, JP2_GREY = 16, 17
@@ -116,9 +118,9 @@ def is_deep_jpeg(data: bytes) -> bool:
     return False
 
 
-def read_deep_jpeg(data: bytes, max_pixels: int, value_range: Value) -> tuple[Pixels, Metadata, bytes]:
-    """Pixels, metadata, and EXIF with its orientation."""
-    bits, icc, exif, xmp = 8, b"", b"", b""
+def read_deep_jpeg(data: bytes, max_pixels: int, value_range: Value) -> tuple[Pixels, Metadata]:
+    """Pixels, not turned, and metadata. Raises BadImageError, also for one without its end: the decoder fills it up."""
+    bits, icc, exif, xmp, comment, resolution = 8, b"", b"", b"", b"", None
     for marker, content in segments(data):
         if marker in FRAMES:
             bits, height, width = struct.unpack_from(">BHH", content)
@@ -129,9 +131,17 @@ def read_deep_jpeg(data: bytes, max_pixels: int, value_range: Value) -> tuple[Pi
             exif = content
         elif marker == APP1 and content.startswith(XMP_NAME):
             xmp = content[len(XMP_NAME) :]
+        elif marker == COMMENT:
+            comment = content
+        elif marker == APP0 and content.startswith(JFIF_NAME) and content[7:8] in TO_INCHES:
+            across, down = struct.unpack_from(">HH", content, 8)
+            resolution = plausible(*(dots * TO_INCHES[content[7:8]] for dots in (across, down)))
+    if data.rfind(END_OF_IMAGE) < data.rfind(bytes((0xFF, SCAN))):
+        raise BadImageError("cannot be decoded: truncated JPEG")
     stored = np.atleast_3d(imagecodecs.jpeg8_decode(data))
     pixels = check_values(stored, value_range) if value_range and bits > 8 else full_scale(stored, bits)
-    return pixels, Metadata(icc=icc, exif=exif, xmp=xmp), exif
+    text = (("Comment", comment.decode("utf-8", "replace")),) if comment else ()
+    return pixels, Metadata(icc=icc, exif=exif, xmp=xmp, text=text, resolution=resolution)
 
 
 def is_whole_jpeg(data: bytes) -> bool:

@@ -44,6 +44,20 @@ BEGINNINGS = {
     NUMPY: rb"\x93NUMPY",
 }
 """What files of these kinds begin with; TGA has no beginning of its own."""
+NOT_READ = {
+    "PAM": rb"P7\s",
+    "PFM in colour": rb"PF\s",
+    "PSD": rb"8BPS",
+    "OpenEXR": rb"v/1\x01",
+    "Radiance HDR": rb"#\?R",
+    "QOI": rb"qoif",
+    "DDS": rb"DDS ",
+    "PDF": rb"%PDF",
+    "PostScript": rb"%!PS",
+    "SVG": rb"\s*(<\?xml[^>]*>\s*)?<svg",
+    "a compressed file (.ldi)": rb"\x89LDI",
+}
+"""What files of other kinds begin with, which are refused by name."""
 PATTERNS = {kind: re.compile(beginning, re.DOTALL) for kind, beginning in BEGINNINGS.items()}
 UNREAD = "unsupported (?!marker)|not supported|not implemented|not a known|could not import"
 CAUSES = (
@@ -147,7 +161,8 @@ def reason_of(error: Exception | None, head: bytes) -> str:
     """
     kind, text = kind_of(head[:HEAD_BYTES]), "" if isinstance(error, PYTHONS) else str(error)
     if not kind and "cannot identify" in text:
-        return "cannot be decoded: cannot identify image file"
+        other = next((other for other, pattern in NOT_READ.items() if re.match(pattern, head)), "")
+        return f"{other} is not read" if other else "cannot be decoded: cannot identify image file"
     cause = next((words for pattern, words in CAUSES if pattern.search(text)), "damaged {}")
     return f"cannot be decoded: {cause.format(kind or 'image')}"
 

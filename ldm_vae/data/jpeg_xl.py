@@ -10,7 +10,7 @@ import numpy as np
 
 from ldm_vae.data.boxes import boxes
 from ldm_vae.data.images import Pixels, check_size, check_values, full_scale
-from ldm_vae.data.metadata import Metadata
+from ldm_vae.data.metadata import MAX_TEXT, Metadata
 from ldm_vae.errors import BadImageError
 
 CODESTREAM, CONTAINER = b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"
@@ -46,9 +46,22 @@ def read_jpeg_xl(data: bytes, max_pixels: int) -> tuple[Pixels, Metadata, tuple[
     notes = ["the first of its frames"] if header.animated else []
     if header.others:
         notes.append("its colour profile is not read: taken as sRGB")
-    parts = dict(boxes(data)) if data.startswith(CONTAINER) else {}
+    parts = boxes_of(data) if data.startswith(CONTAINER) else {}
     metadata = Metadata(cicp=header.cicp, exif=parts.get(b"Exif", b"")[4:], xmp=parts.get(b"xml ", b""))
     return pixels, metadata, tuple(notes)
+
+
+def boxes_of(data: bytes) -> dict[bytes, bytes]:
+    """By kind; those in Brotli's compression (18181-2, `brob`) as they were before, but for damaged ones."""
+    found = {}
+    for kind, content in boxes(data):
+        try:
+            if kind == b"brob":
+                kind, content = content[:4], bytes(imagecodecs.brotli_decode(content[4:], out=MAX_TEXT))
+        except imagecodecs.BrotliError:
+            continue
+        found[kind] = content
+    return found
 
 
 def codestream_of(data: bytes) -> bytes:

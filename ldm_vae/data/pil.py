@@ -81,7 +81,8 @@ def beside(image: Image.Image, data: boxes.Data) -> tuple[Metadata, tuple[str, .
     if image.format == "JPEG2000":
         icc, space = boxes.jpeg_2000_colours(data)
         strange = () if space in JP2_SPACES else (f"colours of JPEG 2000's space {space} were read as sRGB",)
-        return replace(metadata, icc=icc), notes + strange
+        exif, xmp = boxes.jpeg_2000_blocks(data)
+        return replace(metadata, icc=icc, exif=exif, xmp=xmp), notes + strange
     if image.format != "AVIF":
         return metadata, notes
     facts = boxes.facts_of(data)

@@ -244,8 +244,8 @@ def decode(data: bytes, channels: int, max_pixels: int, options: ReadOptions) ->
     if kind == TIFF:
         return decode_tiff(data, channels, max_pixels, options)
     if deep.is_deep_jpeg(data):
-        pixels, metadata, exif = deep.read_deep_jpeg(data, max_pixels, options.value_range)
-        return ImageFile(orient(pixels, orientation_in(exif)), metadata)
+        pixels, metadata = deep.read_deep_jpeg(data, max_pixels, options.value_range)
+        return ImageFile(orient(pixels, orientation_in(metadata.exif)), metadata)
     pnm = deep.read_pnm(data, max_pixels, options.value_range)
     return decode_pil(data, max_pixels) if pnm is None else ImageFile(pnm)
 

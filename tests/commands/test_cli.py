@@ -216,6 +216,8 @@ def test_what_was_copied_because_it_would_have_grown_comes_out_of_its_folder_aga
     assert "2 of 4 files could not be done" in fails(
         capsys, "decompress", kept, tmp_path / "part", *words, "--region", 0, 0, 9, 9
     )
+    run("decompress", source / "below", tmp_path / "copies", *words)  # no compressed file among them
+    assert (tmp_path / "copies" / "small.pgm").read_bytes() == (source / "below" / "small.pgm").read_bytes()
 
 
 def test_noise_that_nobody_sees_takes_no_bytes_unless_it_shall_stay_exact(model: Path, tmp_path: Path) -> None:
@@ -330,7 +332,8 @@ def test_what_cannot_work_is_said_in_one_line(
     shutil.copytree(model / "vae", bare)
     assert "fit-codec" in fails(capsys, *compress, "--model", bare)
     with_model = ("--model", model)
-    assert "No such file" in fails(capsys, "compress", tmp_path / "no.png", out, *with_model)
+    nowhere = fails(capsys, "compress", tmp_path / "no.png", out, *with_model)
+    assert nowhere == f"error: {tmp_path / 'no.png'}: No such file or directory"
     assert "give one of" in fails(capsys, *compress, *with_model, "--target-bpp", 1, "--target-psnr", 30)
     assert "cannot be reached" in fails(capsys, *compress, *with_model, "--target-psnr", 99)
     assert "try 100k" in fails(capsys, *compress, *with_model, "--target-size", "100 kilos")
@@ -355,7 +358,9 @@ def test_what_cannot_work_is_said_in_one_line(
     assert "not within" in fails(capsys, "decompress", out, tmp_path / "y.png", *with_model, "--region", 0, 0, 99, 9)
     assert "limit" in fails(capsys, "decompress", out, tmp_path / "y.png", *with_model, "--max-side", 10)
     assert "name an image file" in fails(capsys, "decompress", out, tmp_path / "y", *with_model)
-    assert "no such files" in fails(capsys, "decompress", image.parent, tmp_path / "z", *with_model)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").touch()
+    assert "no images (not read: 1 .txt)" in fails(capsys, "decompress", tmp_path / "texts", tmp_path / "z")
     assert "inside the input" in fails(capsys, "compress", image.parent, image.parent / "z", *with_model)
     assert "standard output" in fails(capsys, "compress", image.parent, "-", *with_model)
     fit = ("fit-codec", "--vae", model, "--data", image.parent)

@@ -203,6 +203,9 @@ def test_a_jpeg_of_12_bits_keeps_them(channels: int) -> None:
     pixels = read_pixels(data, channels=channels)
     assert pixels.dtype == np.uint16
     assert np.abs(pixels - scaled(values, 12)).mean() < 40  # of 65,535: a quarter of a level of 10 bits
+    for cut in (data[:-12], data[:-2]):
+        with pytest.raises(BadImageError, match="truncated JPEG"):
+            read_pixels(cut)
     with pytest.raises(BadImageError, match="16x12 is more than the limit of 100 pixels"):
         read_pixels(data, max_pixels=100)
 

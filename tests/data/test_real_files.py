@@ -129,6 +129,19 @@ def test_a_reason_is_plain_and_the_same_in_every_run(data: bytes) -> None:
 # Kinds ----------------------------------------------------------------------------------------------------------------
 
 
+def test_kinds_that_are_not_read_have_a_name() -> None:
+    known = {
+        "PAM": b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 1\nMAXVAL 255\nTUPLTYPE GRAYSCALE\nENDHDR\n0",
+        "PSD": b"8BPS\0\1" + bytes(30),
+        "PDF": b"%PDF-1.7\n",
+        "a compressed file (.ldi)": b"\x89LDI\r\n\x1a\n" + bytes(30),
+    }
+    for name, data in known.items():
+        with pytest.raises(BadImageError) as caught:
+            read_pixels(data)
+        assert str(caught.value) == f"{name} is not read"
+
+
 def test_a_folder_and_a_zip_name_what_they_leave_out_and_know_images_without_extension(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

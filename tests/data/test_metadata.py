@@ -1,0 +1,81 @@
+"""What files of each kind say beside their pixels, wherever they put it."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_vae.data.metadata import EXIF_PREFIX, Metadata
+from ldm_vae.data.reader import read_image
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+XMP = b"<x:xmpmeta/>"
+
+
+def exif_block() -> bytes:
+    exif = Image.Exif()
+    exif[270] = "a title"
+    return exif.tobytes().removeprefix(EXIF_PREFIX)
+
+
+def box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I4s", len(content) + 8, kind) + content
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+def encoded(kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, kind, **options)
+    return file.getvalue()
+
+
+def metadata_in(data: bytes) -> Metadata:
+    return read_image(data, keep_alpha=True).metadata
+
+
+def title_in(metadata: Metadata) -> str:
+    exif = Image.Exif()
+    exif.load(metadata.exif)
+    return str(exif[270])
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_exif_and_xmp_of_a_jpeg_xl_are_kept_also_in_brotlis_compression(compressed: bool) -> None:
+    parts = [(b"Exif", bytes(4) + exif_block()), (b"xml ", XMP)]
+    if compressed:
+        parts = [(b"brob", kind + bytes(imagecodecs.brotli_encode(content))) for kind, content in parts]
+    head = b"\0\0\0\x0cJXL \r\n\x87\n" + box(b"ftyp", b"jxl \0\0\0\0jxl ")
+    pixels = box(b"jxlc", imagecodecs.jpegxl_encode(PIXELS, lossless=True, usecontainer=False))
+    found = metadata_in(head + b"".join(box(*part) for part in parts) + pixels)
+    assert found.xmp == XMP
+    assert title_in(found) == "a title"
+    damaged = read_image(head + box(b"brob", b"Exif no Brotli") + pixels, keep_alpha=True)
+    assert np.array_equal(damaged.pixels, PIXELS)
+    assert damaged.metadata == Metadata()
+
+
+def test_exif_and_xmp_that_others_put_into_a_jpeg_2000_are_kept() -> None:
+    data = imagecodecs.jpeg2k_encode(PIXELS, level=0, codecformat="jp2")
+    place = data.index(b"jp2c") - 4
+    xmp = box(b"uuid", bytes.fromhex("BE7ACFCB97A942E89C71999491E3AFAC") + XMP)
+    exif = box(b"uuid", b"JpgTiffExif->JP2" + exif_block())
+    found = metadata_in(data[:place] + xmp + exif + data[place:])
+    assert found.xmp == XMP
+    assert title_in(found) == "a title"
+
+
+def test_a_jpeg_of_12_bits_keeps_what_one_of_8_bits_does() -> None:
+    data = imagecodecs.jpeg8_encode(PIXELS.astype(np.uint16) * 16, bitspersample=12)
+    jfif = segment(0xE0, b"JFIF\0\1\2\2" + struct.pack(">HH", 100, 200) + bytes(2))
+    found = metadata_in(data[:2] + jfif + segment(0xFE, b"a comment") + data[2:])
+    assert found.text == (("Comment", "a comment"),)
+    assert found.resolution == pytest.approx((254, 508))
