@@ -93,7 +93,7 @@ class LatentCodec:
         """
 
         @cache
-        def tuned(tuning: int) -> Self | None:
+        def tuned(tuning: int) -> Any:  # of this class, or None
             folder = path
             if tuning > 0:
                 folder = str(local_folder(path, [f"{TUNINGS[tuning]}/*"]) / TUNINGS[tuning])
@@ -108,7 +108,7 @@ class LatentCodec:
 
         if tune not in TUNINGS:
             raise ConfigError(f"tuning {tune} cannot be: try {' or '.join(TUNINGS)}")
-        codec = tuned(TUNINGS.index(tune))
+        codec: Self | None = tuned(TUNINGS.index(tune))
         if codec is None:
             raise ConfigError(f"{path} has a single tuning: leave out {tune}")
         return codec
