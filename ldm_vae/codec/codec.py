@@ -38,7 +38,7 @@ class LatentCodec:
     Args:
         vae: any diffusers autoencoder with a posterior, or a SeparableAutoencoder, which needs no torch.
         tables: fitted for it, see `fit_tables`.
-        workers: threads for the tiles of one large picture (1024 x 1024 pixels each, at stride 8).
+        workers: threads for one picture, of a large one for its tiles (1024 x 1024 pixels each, at stride 8).
         dtype: in which the network computes (autocast). Rounding moves a symbol now and then; any reads all files.
             Torch's float32 unless given.
         tuning: what files say of it, an index of TUNINGS.
@@ -99,7 +99,7 @@ class LatentCodec:
                 folder = str(local_folder(path, [f"{TUNINGS[tuning]}/*"]) / TUNINGS[tuning])
                 if not Path(folder).is_dir():
                     return None
-            vae = load_separable(folder) if str(device) == "cpu" and dtype is None else None
+            vae = load_separable(folder, workers) if str(device) == "cpu" and dtype is None else None
             if vae is None:
                 check_device(str(device))
                 vae = load_for_inference(folder).to(device)

@@ -6,6 +6,8 @@ It computes what `PatchNetwork` does, to rounding, and needs no torch, whose imp
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from ldm_vae.models.digest import digest_of
 from ldm_vae.models.loading import find_saved
 
 Floats = np.ndarray[Any, Any]
+Matrix = tuple[Floats, Floats]
+"""A 1x1 convolution: a matrix (in, out) and a bias (out,)."""
 
 DEFAULTS = {
     "in_channels": 3,
@@ -45,11 +49,13 @@ class SeparableAutoencoder:
     Args:
         config: of the PatchAutoencoderKL.
         weights: float32 tensors by name.
+        workers: threads for one image.
     """
 
     finite, tile = True, 128
 
-    def __init__(self, config: dict[str, Any], weights: dict[str, Floats]) -> None:
+    def __init__(self, config: dict[str, Any], weights: dict[str, Floats], workers: int = 1) -> None:
+        self.workers = workers
         self.config = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS}
         self.channels, self.latent_channels = self.config["in_channels"], self.config["latent_channels"]
         self.stride = self.config["patch_size"]
@@ -65,18 +71,20 @@ class SeparableAutoencoder:
         """An image (C, H, W) in [-1, 1] -> the posterior's mean (c, h, w), float32."""
         f, (channels, height, width) = self.stride, values.shape
         patches = values.reshape(channels, height // f, f, width // f, f).transpose(1, 3, 0, 2, 4)
-        mean = self.encoder(np.ascontiguousarray(patches).reshape(height // f, width // f, -1), self.latent_channels)
+        mean = self.encoder(
+            np.ascontiguousarray(patches).reshape(height // f, width // f, -1), self.latent_channels, self.workers
+        )
         return np.moveaxis(mean, 2, 0)
 
     def decode(self, latents: Floats) -> Floats:
         """Latents (c, h, w) -> an image (C, H, W), about [-1, 1] and not clamped, float32."""
         f, (_, height, width) = self.stride, latents.shape
-        patches = self.decoder(np.ascontiguousarray(np.moveaxis(latents, 0, 2)), self.channels * f**2)
+        patches = self.decoder(np.ascontiguousarray(np.moveaxis(latents, 0, 2)), self.channels * f**2, self.workers)
         image = patches.reshape(height, width, self.channels, f, f).transpose(2, 0, 3, 1, 4)
         return image.reshape(self.channels, height * f, width * f)
 
 
-def load_separable(name: str) -> SeparableAutoencoder | None:
+def load_separable(name: str, workers: int = 1) -> SeparableAutoencoder | None:
     """The autoencoder at RUN_OR_MODEL; None for one of another kind.
 
     Raises:
@@ -93,7 +101,9 @@ def load_separable(name: str) -> SeparableAutoencoder | None:
         if not blocks_at_one_resolution or not usual or config["finds_blemishes"]:
             return None
         weights = load_file(file)
-        return SeparableAutoencoder(config, {n: np.ascontiguousarray(a, np.float32) for n, a in weights.items()})
+        return SeparableAutoencoder(
+            config, {n: np.ascontiguousarray(a, np.float32) for n, a in weights.items()}, workers
+        )
     except Exception as error:  # damaged files raise many kinds
         raise ModelError(f"cannot load {class_name} from {name}: {type(error).__name__}: {error}") from None
 
@@ -102,45 +112,67 @@ class Half:
     """The encoder on patches or the decoder of latents: (h, w, C) -> (h, w, channels), both float32."""
 
     def __init__(self, name: str, weights: dict[str, Floats]) -> None:
-        def convolution(part: str) -> tuple[Floats, Floats]:
-            """A 1x1 convolution as a matrix (in, out), and its bias (out,)."""
+        def convolution(part: str) -> Matrix:
             matrix = weights[f"{name}{part}.weight"][:, :, 0, 0].T
             return np.ascontiguousarray(matrix), weights[f"{name}{part}.bias"]
 
         self.first, self.last = convolution("conv_in"), convolution("conv_out")
         self.linear = convolution("linear.conv") if f"{name}linear.conv.weight" in weights else None
-        self.blocks: list[tuple[Floats, Floats, tuple[Floats, Floats], tuple[Floats, Floats]]] = []
+        self.blocks: list[tuple[Floats, Floats, Matrix, Matrix]] = []
         while (block := f"stages.0.blocks.{len(self.blocks)}") and f"{name}{block}.depthwise.weight" in weights:
             kernel = np.ascontiguousarray(weights[f"{name}{block}.depthwise.weight"][:, 0].transpose(1, 2, 0))
             bias = weights[f"{name}{block}.depthwise.bias"]
             self.blocks.append((kernel, bias, convolution(f"{block}.expand"), convolution(f"{block}.project")))
 
-    def __call__(self, values: Floats, channels: int) -> Floats:
-        (height, width), flat = values.shape[:2], values.reshape(-1, values.shape[2])
-        h = flat @ self.first[0]
-        h += self.first[1]
-        spread = np.empty_like(h).reshape(height, width, -1)
-        for kernel, bias, (expand, expand_bias), (project, project_bias) in self.blocks:
-            depthwise(h.reshape(spread.shape), kernel, bias, spread)
-            rows = spread.reshape(h.shape)
-            for top in range(0, len(h), ROWS):
-                wide = rows[top : top + ROWS] @ expand
-                add_and_rectify(wide, expand_bias)
-                add_both(h[top : top + ROWS], wide @ project, project_bias)
-        np.maximum(h, 0, out=h)
-        output = h @ self.last[0][:, :channels]
-        output += self.last[1][:channels]
-        if self.linear is not None:
-            output += flat @ self.linear[0][:, :channels]
-            output += self.linear[1][:channels]
-        return output.reshape(height, width, channels)
+    def __call__(self, values: Floats, channels: int, workers: int) -> Floats:
+        """`workers` threads share the rows; each waits for the others before a convolution that sees its neighbours."""
+        height, width, inputs = values.shape
+        h = np.empty((height, width, len(self.first[1])), np.float32)
+        spread, output = np.empty_like(h), np.empty((height, width, channels), np.float32)
+        rows = [slice(height * i // workers, height * (i + 1) // workers) for i in range(workers)]
+
+        def begin(band: slice) -> None:
+            np.matmul(values[band].reshape(-1, inputs), self.first[0], out=flat(h[band]))
+            h[band] += self.first[1]
+
+        def convolve(band: slice, kernel: Floats, bias: Floats) -> None:
+            depthwise(h, kernel, bias, spread, band.start, band.stop)
+
+        def mix(band: slice, expand: Matrix, project: Matrix) -> None:
+            mixed, seen = flat(h[band]), flat(spread[band])
+            for top in range(0, len(mixed), ROWS):
+                wide = seen[top : top + ROWS] @ expand[0]
+                add_and_rectify(wide, expand[1])
+                add_both(mixed[top : top + ROWS], wide @ project[0], project[1])
+
+        def finish(band: slice) -> None:
+            np.maximum(h[band], 0, out=h[band])
+            np.matmul(flat(h[band]), self.last[0][:, :channels], out=flat(output[band]))
+            output[band] += self.last[1][:channels]
+            if self.linear is not None:
+                flat(output[band])[:] += values[band].reshape(-1, inputs) @ self.linear[0][:, :channels]
+                output[band] += self.linear[1][:channels]
+
+        with ThreadPoolExecutor(workers) as pool:
+            each = pool.map if workers > 1 else map
+            list(each(begin, rows))
+            for kernel, bias, expand, project in self.blocks:
+                list(each(partial(convolve, kernel=kernel, bias=bias), rows))
+                list(each(partial(mix, expand=expand, project=project), rows))
+            list(each(finish, rows))
+        return output
+
+
+def flat(x: Floats) -> Floats:
+    """(h, w, C) -> (h * w, C): a view."""
+    return x.reshape(-1, x.shape[2])
 
 
 @compiled
-def depthwise(x: Floats, kernel: Floats, bias: Floats, out: Floats) -> None:
-    """A 3x3 convolution of each channel by itself, zeros around: (h, w, C) with (3, 3, C) -> (h, w, C)."""
+def depthwise(x: Floats, kernel: Floats, bias: Floats, out: Floats, top: int, bottom: int) -> None:
+    """A 3x3 convolution of each channel by itself, zeros around: (h, w, C) with (3, 3, C) -> rows of (h, w, C)."""
     height, width, channels = x.shape
-    for i in range(height):
+    for i in range(top, bottom):
         for j in range(width):
             row = out[i, j]
             for c in range(channels):

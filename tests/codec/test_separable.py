@@ -62,6 +62,19 @@ def test_it_computes_what_torch_does(linear_path: bool, tmp_path: Path) -> None:
         assert np.abs(network.decode(mean.numpy()) - vae.decode(mean[None]).sample[0].numpy()).max() < 1e-5
 
 
+@pytest.mark.parametrize("workers", [2, 7])
+def test_threads_share_an_image_and_compute_the_same(workers: int, tmp_path: Path) -> None:
+    saved(tmp_path, linear_path=True)
+    one, several = load_separable(str(tmp_path)), load_separable(str(tmp_path), workers)
+    assert one is not None
+    assert several is not None
+    image = np.random.default_rng(0).uniform(-1, 1, (3, 20, 52)).astype(np.float32)  # five rows of patches
+    latents = one.encode(image)
+    assert np.allclose(several.encode(image), latents, atol=1e-6)
+    assert np.allclose(several.decode(latents), one.decode(latents), atol=1e-6)
+
+
+
 @pytest.mark.parametrize("change", [{"block": "residual"}, {"noise_level": 50.0}, {"block_out_channels": (16, 16)}])
 def test_a_model_of_another_kind_is_left_to_torch(change: dict[str, object], tmp_path: Path) -> None:
     layers = (1,) * len(change.get("block_out_channels", (16,)))  # type: ignore[arg-type]
