@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
+from threadpoolctl import ThreadpoolController
 
 from ldm_vae.codec.loops import compiled
 from ldm_vae.errors import ModelError
@@ -153,7 +154,7 @@ class Half:
                 flat(output[band])[:] += values[band].reshape(-1, inputs) @ self.linear[0][:, :channels]
                 output[band] += self.linear[1][:channels]
 
-        with ThreadPoolExecutor(workers) as pool:
+        with blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
             each = pool.map if workers > 1 else map
             list(each(begin, rows))
             for kernel, bias, expand, project in self.blocks:
@@ -161,6 +162,12 @@ class Half:
                 list(each(partial(mix, expand=expand, project=project), rows))
             list(each(finish, rows))
         return output
+
+
+@cache
+def blas() -> ThreadpoolController:
+    """Limits the threads of matrix products: those would wait for each other, and for ever where a core is taken."""
+    return ThreadpoolController()
 
 
 def flat(x: Floats) -> Floats:
