@@ -17,7 +17,7 @@ from ldm_vae.codec.bitstream import EXTENSION
 from ldm_vae.data import large
 from ldm_vae.data.colour import fitting
 from ldm_vae.data.images import Pixels, check_values
-from ldm_vae.data.metadata import EXIF_PREFIX, NO_METADATA, Metadata
+from ldm_vae.data.metadata import EXIF_PREFIX, IPTC_RESOURCE, IPTC_TAG, NO_METADATA, Metadata, iptc_segment
 from ldm_vae.data.pil import limits_are_ours, metadata_of, metadata_of_opened, pil_pixels
 from ldm_vae.data.png import stream_png
 from ldm_vae.data.reader import MAX_PIXELS, ReadOptions, read_image
@@ -31,8 +31,8 @@ FINEST: dict[str, dict[str, Any]] = {
 """Options of PIL's writers whose defaults lose what can be seen."""
 OWN_COLOURS = ReadOptions(keep_colour=True)
 BLOCKS = {
-    **{"icc": "ICC profile", "cicp": "cICP", "exif": "EXIF", "xmp": "XMP", "resolution": "resolution"},
-    **{"modified": "time of the last change"},
+    **{"icc": "ICC profile", "cicp": "cICP", "exif": "EXIF", "xmp": "XMP", "iptc": "IPTC"},
+    **{"resolution": "resolution", "modified": "time of the last change"},
 }
 """What people call the fields of `Metadata`."""
 
@@ -75,7 +75,8 @@ def pil_info(metadata: Metadata) -> dict[str, Any]:
     """What PIL has a name for, as PIL names and wants it; and cICP, as `metadata_of` finds it again."""
     exif, comment = EXIF_PREFIX + metadata.exif if metadata.exif else b"", dict(metadata.text).get("Comment")
     found = {"icc_profile": metadata.icc, "exif": exif, "xmp": metadata.xmp, "dpi": metadata.resolution}
-    return {k: v for k, v in (found | {"comment": comment, "cicp": metadata.cicp}).items() if v}
+    photoshop = {IPTC_RESOURCE: metadata.iptc} if metadata.iptc else {}
+    return {k: v for k, v in (found | {"comment": comment, "cicp": metadata.cicp, "photoshop": photoshop}).items() if v}
 
 
 def named(metadata: Metadata) -> list[str]:
@@ -199,7 +200,7 @@ def save_by_pil(picture: Picture, file: io.BytesIO, extension: str) -> Metadata:
     kind = Image.registered_extensions()[extension]
     try:
         with limits_are_ours(), warnings.catch_warnings(action="ignore"):  # of PIL, about odd metadata
-            image.save(file, kind, **FINEST.get(kind, {}), **pil_info(picture.metadata))
+            image.save(file, kind, **FINEST.get(kind, {}), **pil_info(picture.metadata), **iptc_for(kind, picture))
             with Image.open(file) as again:
                 size, mode, kept = again.size, again.mode, metadata_of(again)
     except Exception as error:  # writers raise many kinds, for metadata that they cannot read, too
@@ -207,6 +208,13 @@ def save_by_pil(picture: Picture, file: io.BytesIO, extension: str) -> Metadata:
     if (size, mode) != (image.size, image.mode):
         raise ConfigError(f"{extension} cannot hold this picture ({image.mode} became {mode}): write .png")
     return kept
+
+
+def iptc_for(kind: str, picture: Picture) -> dict[str, Any]:
+    """What PIL's writers of JPEG and TIFF are told, so that they write IPTC; of others none does."""
+    iptc = picture.metadata.iptc
+    options: dict[str, dict[str, Any]] = {"JPEG": {"extra": iptc_segment(iptc)}, "TIFF": {"tiffinfo": {IPTC_TAG: iptc}}}
+    return options.get(kind, {}) if iptc else {}
 
 
 def check_extension(extension: str) -> None:

@@ -18,7 +18,7 @@ MAX_METADATA = 1 << 24
 """Bytes of all metadata of a file, before they are deflated."""
 MAX_ITEMS = 1 << 12
 """In the section of metadata."""
-ICC, EXIF, XMP, CICP, RESOLUTION, TEXT, MODIFIED = 1, 2, 3, 4, 5, 6, 7
+ICC, EXIF, XMP, CICP, RESOLUTION, TEXT, MODIFIED, IPTC = 1, 2, 3, 4, 5, 6, 7, 8
 """Kinds of items in the section of metadata."""
 RAW = -15
 """zlib's name for a deflate stream without header and checksum: the section has its own."""
@@ -55,7 +55,7 @@ def pack_metadata(metadata: Metadata) -> bytes:
     items = [
         *((ICC, metadata.icc), (EXIF, metadata.exif), (XMP, metadata.xmp), (CICP, bytes(metadata.cicp or ()))),
         (RESOLUTION, b"".join(varint(max(round(1000 * dots), 1)) for dots in metadata.resolution or ())),
-        (MODIFIED, metadata.modified),
+        *((MODIFIED, metadata.modified), (IPTC, metadata.iptc)),
         *((TEXT, f"{keyword}\0{text}".encode(errors="backslashreplace")) for keyword, text in metadata.text),
     ]
     content = b"".join(bytes([kind]) + varint(len(data)) + data for kind, data in items if data)
@@ -84,6 +84,7 @@ def unpack_metadata(data: bytes) -> Metadata:
         cicp=cicp_in(blocks[CICP]) if CICP in blocks else None,
         exif=blocks.get(EXIF, b""),
         xmp=blocks.get(XMP, b""),
+        iptc=blocks.get(IPTC, b""),
         text=tuple(texts),
         resolution=resolution_in(blocks[RESOLUTION]) if RESOLUTION in blocks else None,
         modified=time_in(blocks[MODIFIED]) if MODIFIED in blocks else b"",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,12 @@ LAYOUT_TAGS = frozenset(
 DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop)
 SIZE_TAGS = frozenset((4097, 4098, 40962, 40963))
 """Width and height within EXIF: of the file that was, before it was turned or resized."""
+XMP_ORIENTATION = re.compile(
+    rb"""tiff:Orientation\s*=\s*["'][0-9]["']|<tiff:Orientation>\s*[0-9]\s*</tiff:Orientation>"""
+)
+"""The orientation as XMP has it, of the file that was before it was turned."""
+IPTC_TAG, IPTC_RESOURCE = 33723, 0x0404
+"""Where IPTC is: in a TIFF, and among the resources of Photoshop that a JPEG holds."""
 RAW_EXIF = "Raw profile type exif"
 """The text in which ImageMagick writes EXIF into a PNG."""
 XMP_KEY = "XML:com.adobe.xmp"
@@ -40,6 +48,9 @@ class Metadata:
     exif: bytes = b""
     """Without prefix, and without what described how the file was stored."""
     xmp: bytes = b""
+    """Without the orientation."""
+    iptc: bytes = b""
+    """Caption, keywords, copyright and more, as agencies write them (IPTC-IIM)."""
     text: tuple[tuple[str, str], ...] = ()
     """Keys and texts of a PNG; the comment of a JPEG or GIF has the key "Comment"."""
     resolution: tuple[float, float] | None = None
@@ -60,8 +71,15 @@ def quiet() -> Iterator[None]:
 
 
 def cleaned(metadata: Metadata) -> Metadata:
-    """With EXIF as `Metadata` has it, of one whose EXIF is as it was stored."""
-    return replace(metadata, exif=without_layout(metadata.exif))
+    """As `Metadata` has it, of one whose EXIF and XMP are as they were stored."""
+    return replace(metadata, exif=without_layout(metadata.exif), xmp=XMP_ORIENTATION.sub(b"", metadata.xmp))
+
+
+def iptc_segment(iptc: bytes) -> bytes:
+    """IPTC as a JPEG holds it (APP13, with one of Photoshop's resources); empty if it is too long for one segment."""
+    resource = struct.pack(">4sHHI", b"8BIM", IPTC_RESOURCE, 0, len(iptc)) + iptc + bytes(len(iptc) % 2)
+    content = b"Photoshop 3.0\0" + resource
+    return struct.pack(">BBH", 0xFF, 0xED, len(content) + 2) + content if iptc and len(content) < 65534 else b""
 
 
 def plausible(across: float, down: float) -> tuple[float, float] | None:

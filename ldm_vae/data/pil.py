@@ -19,6 +19,8 @@ from ldm_vae.data.image_files import EXTENSIONS
 from ldm_vae.data.images import ImageFile, Pixels, check_size, check_values, orient
 from ldm_vae.data.large import HEAD
 from ldm_vae.data.metadata import (
+    IPTC_RESOURCE,
+    IPTC_TAG,
     MAX_TEXT,
     XMP_KEY,
     Metadata,
@@ -114,6 +116,7 @@ def metadata_in(image: Image.Image) -> Metadata:
         cicp=cicp,
         exif=info.get("exif") or b"",
         xmp=as_bytes(info.get("xmp") or info.get(XMP_KEY) or b""),
+        iptc=iptc_of(image),
         text=texts_of(image),
         resolution=resolution_of(image),
     )
@@ -168,6 +171,13 @@ def texts_of(image: Image.Image) -> tuple[tuple[str, str], ...]:
     if comment and image.format != "PNG":
         pairs.append(("Comment", comment if isinstance(comment, str) else comment.decode("utf-8", "replace")))
     return tuple(pairs)
+
+
+def iptc_of(image: Image.Image) -> bytes:
+    found = image.info.get("photoshop", {}).get(IPTC_RESOURCE)
+    if image.format == "TIFF":
+        found = image.tag_v2.get(IPTC_TAG)  # type: ignore[attr-defined]
+    return found if isinstance(found, bytes) else b""
 
 
 def resolution_of(image: Image.Image) -> tuple[float, float] | None:

@@ -14,6 +14,8 @@ from ldm_vae.data.images import Pixels
 from ldm_vae.data.large import strips
 from ldm_vae.data.metadata import NO_METADATA, SIGNATURE, XMP_KEY, Metadata
 
+RAW_IPTC = "Raw profile type iptc"
+"""The text in which ImageMagick and ExifTool write IPTC into a PNG."""
 COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 """By the number of channels: grey, grey with alpha, RGB, RGBA."""
 FILTER_UP = 2
@@ -76,6 +78,11 @@ def metadata_chunks(metadata: Metadata, text: Mapping[str, str]) -> Iterator[tup
         yield b"tIME", metadata.modified
     if metadata.exif:
         yield b"eXIf", metadata.exif
+    if metadata.iptc:
+        yield (
+            b"tEXt",
+            RAW_IPTC.encode() + b"\0\niptc\n%8d\n" % len(metadata.iptc) + metadata.iptc.hex("\n", 36).encode(),
+        )
     kept = [(keyword, value) for keyword, value in metadata.text if keyword not in text]
     for keyword, value in [*kept, *text.items()]:
         yield b"iTXt", international_text(keyword, value.encode(errors="backslashreplace"))  # names can be no text

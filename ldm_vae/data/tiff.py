@@ -15,7 +15,7 @@ from tifffile import COMPRESSION, PHOTOMETRIC
 
 from ldm_vae.data.colour import from_inks, from_lab
 from ldm_vae.data.images import Pixels, check_size, check_values, full_scale, orient, rounded, white
-from ldm_vae.data.metadata import Metadata, as_bytes
+from ldm_vae.data.metadata import IPTC_TAG, Metadata, as_bytes
 from ldm_vae.errors import BadImageError
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of a damaged file it says a line for every tag
@@ -41,7 +41,7 @@ REDUCED, MASK = 1, 4
 ASSOCIATED, UNASSOCIATED = 1, 2
 """Kinds of ExtraSamples that are transparency: colours are multiplied with it, or not."""
 ICC_TAG = 34675
-BLOCKS = {"icc": ICC_TAG, "xmp": 700}
+BLOCKS = {"icc": ICC_TAG, "xmp": 700, "iptc": IPTC_TAG}
 TO_INCHES = {2: 1.0, 3: 2.54}
 """By ResolutionUnit."""
 
@@ -220,7 +220,8 @@ def tiff_metadata(data: bytes, page: tifffile.TiffPage) -> Metadata:
         resolution = x / x_per * unit, y / y_per * unit
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         resolution = None
-    return Metadata(icc=bytes(values["icc"]), exif=data, xmp=as_bytes(values["xmp"]), resolution=resolution)
+    xmp, iptc = as_bytes(values["xmp"]), as_bytes(values["iptc"])
+    return Metadata(icc=bytes(values["icc"]), exif=data, xmp=xmp, iptc=iptc, resolution=resolution)
 
 
 def beside_pages(image_file: bytes | Path) -> tuple[Metadata, tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from dataclasses import replace
 from typing import Any
 
 import imagecodecs
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_vae.data.metadata import EXIF_PREFIX, Metadata
+from ldm_vae.codec.picture import Picture, as_picture, encode_picture
+from ldm_vae.codec.sections import pack_metadata, unpack_metadata
+from ldm_vae.data.metadata import EXIF_PREFIX, IPTC_TAG, Metadata, iptc_segment
 from ldm_vae.data.reader import read_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
@@ -79,3 +82,39 @@ def test_a_jpeg_of_12_bits_keeps_what_one_of_8_bits_does() -> None:
     found = metadata_in(data[:2] + jfif + segment(0xFE, b"a comment") + data[2:])
     assert found.text == (("Comment", "a comment"),)
     assert found.resolution == pytest.approx((254, 508))
+
+
+@pytest.mark.parametrize("words", [b'<d tiff:Orientation="6"/>', b"<d><tiff:Orientation>6</tiff:Orientation></d>"])
+def test_the_orientation_in_xmp_goes_with_that_in_exif(words: bytes) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    found = read_image(encoded("WEBP", lossless=True, exif=exif, xmp=words), keep_alpha=True)
+    assert np.array_equal(found.pixels, np.rot90(PIXELS, -1))
+    assert found.metadata.xmp in (b"<d />", b"<d></d>")
+    assert np.array_equal(read_image(encoded("WEBP", lossless=True, xmp=found.metadata.xmp)).pixels, PIXELS)
+
+
+def test_iptc_of_a_jpeg_or_tiff_is_kept_in_the_formats_that_have_a_place_for_it() -> None:
+    iptc = b"\x1c\x02\x78\0\x09a caption"
+    jpeg = encoded("JPEG")
+    for data in (jpeg[:2] + iptc_segment(iptc) + jpeg[2:], encoded("TIFF", tiffinfo={IPTC_TAG: iptc})):
+        assert metadata_in(data).iptc == iptc
+    picture = as_picture(Image.open(io.BytesIO(data)))
+    kept = unpack_metadata(pack_metadata(picture.metadata))
+    assert kept.iptc == iptc
+    picture = replace(picture, metadata=kept)
+    for extension in (".jpg", ".tif"):
+        assert metadata_in(encode_picture(picture, extension)).iptc == iptc
+    ((keyword, text),) = metadata_in(encode_picture(picture, ".png")).text
+    assert keyword == "Raw profile type iptc"
+    assert bytes.fromhex("".join(text.split("\n")[3:])) == iptc
+    notes: list[str] = []
+    encode_picture(picture, ".webp", notes)
+    assert "IPTC" in notes[0]
+
+
+def test_iptc_too_long_for_a_segment_is_left_out_of_a_jpeg_and_named() -> None:
+    picture = Picture(pixels=PIXELS, metadata=Metadata(iptc=bytes(70_000)))
+    notes: list[str] = []
+    assert metadata_in(encode_picture(picture, ".jpg", notes)).iptc == b""
+    assert notes == [".jpg holds no IPTC: left out"]
