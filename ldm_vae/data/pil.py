@@ -174,7 +174,9 @@ def texts_of(image: Image.Image) -> tuple[tuple[str, str], ...]:
 
 
 def iptc_of(image: Image.Image) -> bytes:
-    found = image.info.get("photoshop", {}).get(IPTC_RESOURCE)
+    """By a TIFF's tag, or by the resources of Photoshop; a PNG may have a text of that name."""
+    resources = image.info.get("photoshop")
+    found = resources.get(IPTC_RESOURCE) if isinstance(resources, dict) else None
     if image.format == "TIFF":
         found = image.tag_v2.get(IPTC_TAG)  # type: ignore[attr-defined]
     return found if isinstance(found, bytes) else b""

@@ -260,7 +260,7 @@ def test_how_a_tiff_is_stored_is_not_kept_as_exif() -> None:
 def test_pillow_saves_and_opens_with_metadata_and_smooth_colours_where_nothing_is_seen(
     codec: LatentCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(pillow_plugin.state, "codec", codec)
+    monkeypatch.setitem(pillow_plugin.state, "visual", codec)
     values = np.random.default_rng(0).integers(0, 256, (40, 40, 4), np.uint8)
     values[:, :, 3] = 0
     values[:16, :16] = 100

@@ -10,7 +10,7 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ldm_vae.codec.picture import Picture, as_picture, encode_picture
 from ldm_vae.codec.sections import pack_metadata, unpack_metadata
@@ -111,6 +111,12 @@ def test_iptc_of_a_jpeg_or_tiff_is_kept_in_the_formats_that_have_a_place_for_it(
     notes: list[str] = []
     encode_picture(picture, ".webp", notes)
     assert "IPTC" in notes[0]
+
+
+def test_a_png_with_a_text_called_photoshop_is_read() -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("photoshop", "a name")
+    assert as_picture(Image.open(io.BytesIO(encoded("PNG", pnginfo=text)))).metadata.text == (("photoshop", "a name"),)
 
 
 def test_iptc_too_long_for_a_segment_is_left_out_of_a_jpeg_and_named() -> None:
