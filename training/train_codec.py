@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.distortion import DISTORTIONS, SCALE_WEIGHTS
 from ldm_vae.codec.fit_tables import fit_tables
 from ldm_vae.codec.search import bits_per_pixel
 from ldm_vae.data.conversion import as_uint8
@@ -28,7 +29,6 @@ from ldm_vae.metrics import psnr
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.interface import is_variational
 from ldm_vae.models.loading import load_autoencoder
-from ldm_vae.objectives import losses
 from ldm_vae.objectives.autoencoding import (
     AutoencoderState,
     StepSummary,
@@ -71,7 +71,7 @@ class Config(ImageConfig):
             raise ConfigError(f"--reduction is {self.reduction}: the lower number comes first")
         if self.init is not None and self.latent_channels is not None:
             raise ConfigError("--latent-channels makes a new network: leave out --init")
-        least = 2 ** (len(losses.SCALE_WEIGHTS) - 1)
+        least = 2 ** (len(SCALE_WEIGHTS) - 1)
         if self.tune == "visual" and self.resolution < least:
             raise ConfigError(f"--tune visual needs crops of {least} pixels, --resolution is {self.resolution}")
 
@@ -114,10 +114,9 @@ def codec_terms(
     A step q times as wide makes q^2 times the error and has q^2 times the price of a bit (for squared errors at high
     rates). Both terms are divided by q, so that no step outweighs the others.
     """
-    distortion = losses.masked_error if config.tune == "visual" else losses.weighted_squared_error
     name = "masked" if config.tune == "visual" else "l2"
     return {
-        name: distortion(reconstruction, images, 1 / steps),
+        name: DISTORTIONS[config.tune](reconstruction, images, 1 / steps),
         "rate": rate_weight * (steps * nats).mean(),
     }
 

@@ -31,6 +31,8 @@ from ldm_vae.models.loading import check_device, load_for_inference, local_folde
 if TYPE_CHECKING:
     import torch
 
+EFFORTS = range(4)
+
 
 class LatentCodec:
     """Compresses pictures with an autoencoder and its tables.
@@ -119,6 +121,7 @@ class LatentCodec:
         *,
         quality: float | None = None,
         step: float | None = None,
+        effort: int = 0,
         strip: bool = False,
         limits: Limits | None = None,
     ) -> bytes:
@@ -128,11 +131,12 @@ class LatentCodec:
             image: PIL's, a `Picture`, or uint8 or uint16 (H, W) or (H, W, C), where the last of 2 or 4 is alpha.
             quality: 1 to 100, more is better, 75 unless given; a warning says when the model does not reach it.
             step: instead, the quantiser's step in posterior deviations * sqrt(12): more is coarser and smaller.
+            effort: 0 to 3: more seconds for fewer bytes of the same look (needs torch, and its decoder's gradients).
             strip: leave out all metadata.
             limits: on the picture's size; Limits() unless given, as in `decompress`.
 
         Raises:
-            ConfigError: a quality or a step that cannot be, or both.
+            ConfigError: a quality, step or effort that cannot be, or both of the former.
             LimitExceededError: a picture that the same limits would not let anybody decompress.
             BadImageError, ModelError: an image that cannot be compressed, or not with this model.
         """
@@ -146,7 +150,19 @@ class LatentCodec:
         elif quality is not None:
             raise ConfigError("give a quality or a step, not both")
         header = self.header_of(picture, self.tables.fixed_step(step))
-        return self.file_of(picture, header, self.network.latents(picture.pixels, header.tile_boxes), strip)
+        return self.file_of(picture, header, self.latents(picture.pixels, header, effort), strip)
+
+    def latents(self, pixels: Pixels, header: Header, effort: int) -> Iterator[Floats]:
+        """Of each tile of a picture, float32 (c, h, w). Raises ConfigError for an effort that cannot be."""
+        if effort == 0:
+            return self.network.latents(pixels, header.tile_boxes)
+        if effort not in EFFORTS:
+            raise ConfigError(
+                f"effort {effort} cannot be: it goes from {EFFORTS[0]} to {EFFORTS[-1]}, more takes longer"
+            )
+        from ldm_vae.codec.effort import refined_latents  # it needs torch
+
+        return refined_latents(self, pixels, header, effort)
 
     def file_of(self, picture: Picture, header: Header, latents: Iterable[Floats], strip: bool) -> bytes:
         """A file's bytes, from the latents of each tile, float32 (c, h, w)."""

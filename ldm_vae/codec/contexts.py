@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ldm_vae.codec import loops
-from ldm_vae.codec.loops import BORDER, LOW, MAGNITUDE, MAX_TOKENS, NUM_FEATURES, TOTAL, Integers
+from ldm_vae.codec.loops import BORDER, LN2, LOW, MAGNITUDE, MAX_TOKENS, NUM_FEATURES, TOTAL, Integers
 from ldm_vae.errors import CorruptError
 
 MAX_WEIGHTS = 1 << 17
 """The sum of a channel's weights, either kind: no feature outgrows 32 bits."""
 MAX_DEPTH = 32
 INT32 = (-(1 << 31), (1 << 31) - 1)
+Floats = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,14 @@ class Contexts:
     def starts(self) -> Integers:
         """(T, S + 1) cumulated frequencies."""
         return np.pad(np.cumsum(self.frequencies, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
+
+    @cached_property
+    def nats(self) -> Floats:
+        """(T, S) float32: what each token costs; one that its table does not have costs an escape."""
+        escapes = np.log(TOTAL / self.frequencies[:, -1:]) + 32 * LN2
+        nats = np.log(TOTAL / np.maximum(self.frequencies, 1))
+        nats[:, -1:] = escapes
+        return np.where(self.frequencies == 0, escapes, nats).astype(np.float32)
 
 
 def check_taps(taps: Integers, weights: Integers) -> None:
@@ -123,6 +133,23 @@ def slots_of(symbols: Integers, contexts: Contexts) -> Integers:
     c = contexts
     count = loops.encode(symbols, padded(symbols), c.taps, c.weights, c.roots, c.nodes, c.starts, slots)
     return slots[:count]
+
+
+def nats_of(symbols: Integers, contexts: Contexts) -> float:
+    """The length of the code of int32 symbols (C, h, w)."""
+    return float(np.log(TOTAL / (slots_of(symbols, contexts) & 0xFFFF)).sum())
+
+
+def rate_slopes(values: Floats, contexts: Contexts) -> Floats:
+    """By how many nats the code of values (C, h, w), once rounded, grows with each of them: float32, as their shape.
+
+    In the contexts of the rounded values: what a value does to the contexts of later ones is left out.
+    """
+    symbols = np.clip(np.rint(values.astype(np.float64)), *INT32).astype(np.int32)
+    slopes, c = np.empty(values.shape, np.float32), contexts
+    near = padded(symbols)
+    loops.rate_slopes(values, symbols, near, c.taps, c.weights, c.roots, c.nodes, c.nats, slopes)
+    return slopes
 
 
 def encode_symbols(symbols: Integers, contexts: Contexts) -> bytes:

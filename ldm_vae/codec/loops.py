@@ -1,7 +1,8 @@
-"""The loops over symbols, compiled by numba: what a symbol's neighbours say of it, and rANS. Integers only.
+"""The loops over symbols, compiled by numba: what a symbol's neighbours say of it, and rANS.
 
-docs/file-format.md specifies them. Whatever is compiled is in this file, with the constants that it uses: numba's cache
-on disk notices a change in a function's own file alone. Nothing here imports torch.
+docs/file-format.md specifies them, in integers only; `rate_slopes`, which serves encoders, has floats. Whatever is
+compiled is in this file, with the constants that it uses: numba's cache on disk notices a change in a function's own
+file alone. Nothing here imports torch.
 
 rANS is Duda 2014 ("Asymmetric numeral systems", arXiv:1311.2540, section 3) with one 32-bit state and 16-bit words.
 The trees are meta-adaptive ones, as in FLIF (Sneyers & Wuille 2016) and JPEG XL's modular mode.
@@ -33,6 +34,7 @@ NUM_FEATURES = 10
 DIRECT = 32
 """Tokens below stand for one value each; each other for a range, and the place in it follows in plain bits."""
 MAX_TOKENS = 52
+LN2 = 0.6931471805599453
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -214,6 +216,48 @@ def encode(
                     slots[count] = rest << (PRECISION - bits + 16) | TOTAL >> bits
                     count += 1
     return count
+
+
+@compiled
+def nats_of(nats: Integers, rest: int) -> float:
+    """What a rest costs by a table's `nats` (S,), of which the last is the escape's."""
+    token, bits, _ = tokenise(rest)
+    return nats[token] + bits * LN2 if token < len(nats) - 1 else nats[-1]
+
+
+@compiled
+def rate_slopes(
+    values: Integers,
+    symbols: Integers,
+    near: Integers,
+    taps: Integers,
+    weights: Integers,
+    roots: Integers,
+    nodes: Integers,
+    nats: Integers,
+    slopes: Integers,
+) -> None:
+    """Fills slopes (C, h, w): nats that each value costs more, the larger it is; in the contexts of the symbols.
+
+    Between the differences to the symbols below and above, by where the value lies around its own.
+    """
+    channels, height, width = symbols.shape
+    mean, activity = np.empty(width, np.int64), np.empty(width, np.int64)
+    features = np.empty(NUM_FEATURES, np.int32)
+    for c in range(channels):
+        errors = np.zeros((height + 2 * BORDER, width + 2 * BORDER), np.int32)
+        own = own_taps(taps[c], weights[0, c]), own_taps(taps[c], weights[1, c])
+        for y in range(height):
+            add_taps(near, c, y, taps, weights, mean, activity)
+            for x in range(width):
+                prediction, sign = context(features, near[c], errors, (y, x), (mean[x], activity[x]), own)
+                error = symbols[c, y, x] - prediction
+                errors[y + BORDER, x + BORDER] = clipped(error)
+                table = nats[table_of(features, nodes, roots[c])]
+                here = nats_of(table, sign * error)
+                below, above = nats_of(table, sign * (error - 1)), nats_of(table, sign * (error + 1))
+                share = values[c, y, x] - symbols[c, y, x] + 0.5
+                slopes[c, y, x] = (here - below) * (1 - share) + (above - here) * share
 
 
 @compiled

@@ -56,7 +56,7 @@ class SeparableAutoencoder:
     finite, tile = True, 128
 
     def __init__(self, config: dict[str, Any], weights: dict[str, Floats], workers: int = 1) -> None:
-        self.workers = workers
+        self.workers, self.weights = workers, weights
         self.config = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS}
         self.channels, self.latent_channels = self.config["in_channels"], self.config["latent_channels"]
         self.stride = self.config["patch_size"]

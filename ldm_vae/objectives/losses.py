@@ -34,49 +34,6 @@ def reconstruction_loss(
             return functional.binary_cross_entropy_with_logits(reconstruction, truth, reduction="none").mean()
 
 
-def weighted_squared_error(reconstruction: Tensor, images: Tensor, weights: Tensor) -> Tensor:
-    """Mean over all values of images (B, C, H, W) in [-1, 1], each image's errors times its weight (B,)."""
-    return (weights[:, None, None, None] * (reconstruction.float() - images.float()).square()).mean()
-
-
-SCALE_WEIGHTS = (1.0, 1.0, 2.0, 4.0)
-"""Of the errors of whole images, and of those 1/2, 1/4 and 1/8 as large: low frequencies are seen most."""
-WINDOW = 9
-"""Pixels each way."""
-LEAST_DEVIATION, USUAL_DEVIATION = 0.04, 0.1
-"""On [-1, 1]: where an image's deviation is below the least, errors count alike; at the usual one, as they are."""
-
-
-def masked_error(reconstruction: Tensor, images: Tensor, weights: Tensor) -> Tensor:
-    """The squared error as it is seen: at several scales, and the less of it, the livelier the image is there.
-
-    Each value's error is divided by the standard deviation of the channels' mean around it (contrast masking, as in
-    the denominator of SSIM: Wang et al. 2004). Smooth areas, where a pattern of a single level is seen, count most.
-
-    Args:
-        reconstruction, images: (B, C, H, W) in [-1, 1], H and W at least 8.
-        weights: (B,) times each image's errors.
-    """
-    reconstruction, images = reconstruction.float(), images.float()
-    luma = images.mean(dim=1, keepdim=True)
-    variance = (around(luma.square()) - around(luma).square()).clamp(min=0)
-    visibility = weights[:, None, None, None] * USUAL_DEVIATION / (variance + LEAST_DEVIATION**2).sqrt()
-    errors = reconstruction - images
-    total = torch.zeros((), device=images.device)
-    for weight in SCALE_WEIGHTS:
-        total = total + weight * (visibility * errors.square()).mean()
-        visibility, errors = functional.avg_pool2d(visibility, 2), functional.avg_pool2d(errors, 2)
-    return total
-
-
-def around(x: Tensor) -> Tensor:
-    """Means over WINDOW x WINDOW pixels of x (B, C, H, W), of those that there are: (B, C, H, W)."""
-    for shape in ((WINDOW, 1), (1, WINDOW)):  # one after the other is several times as fast
-        padding = tuple(n // 2 for n in shape)
-        x = functional.avg_pool2d(x, shape, stride=1, padding=padding, count_include_pad=False)
-    return x
-
-
 def kl_per_pixel(posterior: DiagonalGaussianDistribution, num_pixels: int) -> Tensor:
     r"""KL(posterior || N(0, 1)) in nats per pixel, of each image: (B,) (Kingma & Welling 2014, appendix B).
 

@@ -15,11 +15,12 @@ from accelerate import Accelerator
 from accelerate.state import GradientState
 from diffusers.training_utils import EMAModel
 
+from ldm_vae.codec.distortion import masked_error
 from ldm_vae.data.loader import Batch
 from ldm_vae.errors import ConfigError
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.loading import load_autoencoder
-from ldm_vae.objectives import autoencoding, losses
+from ldm_vae.objectives import autoencoding
 from ldm_vae.objectives.rate import STEERING, TrainableCodec, steering
 from ldm_vae.runs.config import parse_config
 from tests.processes import flags, kill_at, metrics, run_until_killed, state
@@ -68,7 +69,7 @@ def test_errors_are_divided_by_the_step_and_rates_multiplied_with_it() -> None:
     assert terms["rate"].item() == pytest.approx(0.01 * (nats * STEPS).mean().item(), rel=1e-5)
     assert state.bare.vae.encoder.conv_out.weight.grad is None
     terms = codec_terms(IMAGES, reconstruction, nats, STEPS, torch.tensor(0.01), replace(CONFIG, tune="visual"))
-    assert torch.allclose(terms["masked"], losses.masked_error(reconstruction, IMAGES, 1 / STEPS))
+    assert torch.allclose(terms["masked"], masked_error(reconstruction, IMAGES, 1 / STEPS))
     terms["masked"].backward()
     assert float(state.bare.vae.encoder.conv_out.weight.grad[:4].abs().sum()) > 0
 
