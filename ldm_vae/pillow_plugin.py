@@ -72,7 +72,7 @@ class LdiImageFile(ImageFile.ImageFile):
 
 
 def save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
-    """`image.save(file, quality=75, strip=False, exact=False, tune="visual", icc_profile=..., exif=...)`.
+    """`image.save(file, quality=75, effort=0, strip=False, exact=False, tune="visual", icc_profile=..., exif=...)`.
 
     `quality` is 1 to 100, as in `LatentCodec.compress`, and `step=1.0` takes its place; with `exact`, the colours of
     fully transparent pixels are kept, too.
@@ -89,7 +89,7 @@ def save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     picture = replace(picture, metadata=metadata)
     if not flags.get("exact", False):
         picture = smooth_transparent(picture)
-    given = {name: flags[name] for name in ("quality", "step", "strip") if name in flags}
+    given = {name: flags[name] for name in ("quality", "step", "effort", "strip") if name in flags}
     file.write(encoder.compress(picture, **given))
 
 

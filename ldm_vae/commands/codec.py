@@ -33,6 +33,8 @@ class Compress(Transfer):
     """Step of the quantiser, instead of --quality: 0.25 is fine, 4 is coarse."""
     tune: Literal["visual", "psnr"] = "visual"
     """For the eye, or for the least squared error, where the model has a second network for it, as box:codec has."""
+    effort: Annotated[int, Range(at_least=0, at_most=3)] = 0
+    """0 to 3: takes seconds or tens of them, for fewer bytes of the same look."""
     target_bpp: float | None = None
     """The best quality with at most so many bits per pixel, instead of --quality."""
     target_psnr: float | None = None
@@ -142,7 +144,9 @@ def compress_file(command: Compress) -> str | None:
     if not command.exact:
         picture = smooth_transparent(picture)
     if command.step is not None:
-        data = codec.compress(picture, step=command.step, strip=command.strip, limits=command.limits())
+        data = codec.compress(
+            picture, step=command.step, effort=command.effort, strip=command.strip, limits=command.limits()
+        )
     else:
         bpp, psnr, size = command.targets()
         data = compress_to(
@@ -228,6 +232,8 @@ def compress(command: Compress) -> None:
     given = command.quality, command.step, *command.targets()
     if sum(number is not None for number in given) > 1:
         raise ConfigError("give one of --quality, --step, --target-bpp, --target-psnr and --target-size")
+    if command.effort and any(target is not None for target in command.targets()):
+        raise ConfigError("--effort is for --quality and --step: a target is found by many files")
     command.options()  # what is wrong with a flag is said once
     if command.only_if_smaller and not any(Path(path).is_dir() for path in command.paths[:1]):
         raise ConfigError("--only-if-smaller is for folders")

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from ldm_vae.codec import bitstream
+from ldm_vae.codec.bitstream import TUNINGS
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.contexts import nats_of, rate_slopes
 from ldm_vae.codec.effort import Refiner, rounded_softly
+from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError
+from ldm_vae.metrics import psnr
 
 
 def symbols_of(codec: LatentCodec, pixels: np.ndarray, step: int) -> np.ndarray:
@@ -72,6 +75,21 @@ def test_effort_lowers_distortion_and_rate_together(tuning: str, photo: np.ndarr
         return distortion / exchange + nats_of(symbols, refiner.contexts)
 
     assert cost(refiner.refine(guess, target[0].numpy(), effort=1)) < 0.98 * cost(guess)
+
+
+def test_tiles_are_refined_with_what_lies_around_them() -> None:
+    codec = LatentCodec.from_pretrained("box:codec")
+    codec.tuning = TUNINGS.index("psnr")
+    pixels = open_source("procedural:dead-leaves", channels=3, resolution=192)[0].pixels
+
+    def psnr_at(effort: int) -> float:
+        decoded = codec.decompress_picture(codec.compress(pixels, step=0.5, effort=effort)).pixels
+        return float(psnr(pixels[None], decoded[None])[0])
+
+    plain, whole = psnr_at(0), psnr_at(1)
+    codec.log2_tile = 4
+    assert whole > plain + 0.1
+    assert psnr_at(1) == pytest.approx(whole, abs=0.05)
 
 
 def test_files_of_any_effort_are_read_as_any_other_and_an_unknown_effort_is_refused(

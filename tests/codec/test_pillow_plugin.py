@@ -26,6 +26,8 @@ def test_pillow_opens_and_saves(codec: LatentCodec, photo, tmp_path: Path, monke
     with Image.open(file) as image:
         assert (image.format, image.size, image.mode) == ("LDI", (120, 80), "RGB")
         assert np.array_equal(np.asarray(image), np.asarray(codec.decompress(codec.compress(photo, quality=60))))
+    Image.fromarray(photo).save(file, quality=60, effort=1)
+    assert file.read_bytes() == codec.compress(photo, quality=60, effort=1)
     alpha = Image.fromarray(np.dstack([photo, photo[:, :, :1]]))
     exif = Image.Exif()
     exif[0x010E] = "a description"

@@ -118,6 +118,20 @@ def test_quality_is_75_unless_given_and_more_is_better(model: Path, two: Path, c
     assert Path("60.ldi").stat().st_size < Path("75.ldi").stat().st_size
 
 
+def test_effort_is_made_where_asked_and_refused_with_a_target(
+    model: Path, two: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ("compress", "a.png", "--model", model, "-o")
+    run(*words, "better.ldi", "--effort", 1)
+    codec = LatentCodec.from_pretrained(str(model))
+    with Image.open("a.png") as image:
+        assert Path("better.ldi").read_bytes() == codec.compress(image, effort=1)
+        assert Path("better.ldi").read_bytes() != codec.compress(image)
+    assert "--effort is for --quality and --step" in fails(capsys, *words, "b.ldi", "--effort", 1, "--target-bpp", 1)
+    assert "--effort is 4: it must be at least 0 and at most 3" in fails(capsys, *words, "b.ldi", "--effort", 4)
+    assert not Path("b.ldi").exists()
+
+
 def test_a_quality_out_of_reach_is_said_once_for_all_files(
     model: Path, two: Path, capsys: pytest.CaptureFixture
 ) -> None:
