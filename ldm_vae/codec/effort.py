@@ -25,11 +25,11 @@ from ldm_vae.data.images import Pixels, values_of
 from ldm_vae.data.large import let_go
 from ldm_vae.models.patch_network import PatchNetwork
 
-ITERATIONS = (0, 6, 20, 60)
+ITERATIONS = (0, 3, 10, 50)
 """Of each effort."""
-LEARNING_RATES = (0.0, 0.04, 0.03, 0.015)
+LEARNING_RATES = (0.0, 0.04, 0.02, 0.005)
 """In steps of the quantiser, at the beginning of each effort; they fall to 0."""
-SOFTEST, HARDEST = 2.0, 12.0
+SOFTEST, HARDEST = 3.0, 20.0
 """What the slope of soft rounding comes from, see `rounded_softly`: at the beginning, and at the end."""
 COARSER = 1.25
 """Times the step: what a coarser file loses and saves gives lambda."""
