@@ -86,11 +86,11 @@ def main(config: Config) -> None:
         for step in config.steps
         for effort in EFFORTS
     ]
-    figures = []
+    figures: list[Row] = []
     for effort in EFFORTS:
         seconds = float(np.median([row["seconds"] for row in rows if row["effort"] == effort]))
         gains = {metric: gain(rows, effort, metric) for metric in METRICS} if effort else {}
-        figures.append({"effort": effort, "seconds": seconds, **gains})
+        figures.append({"effort": effort, "seconds": seconds} | gains)
     table = [
         {"effort": str(f["effort"]), "seconds": f"{f['seconds']:.2g}"}
         | {f"bytes at equal {t}, %": with_interval(f[metric], "+.1f") for metric, t in METRICS.items() if metric in f}
