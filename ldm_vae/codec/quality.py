@@ -8,9 +8,9 @@ from ldm_vae.errors import ConfigError
 
 USUAL_QUALITY = 75
 """Where none is given."""
-USUAL_STEP = 0.43
+USUAL_STEP = 0.38
 """The step at the usual quality."""
-HALVING = 21.0
+HALVING = 22.0
 """So many points of quality halve the step. benchmarks/studies/quality_scale.py measures both numbers."""
 
 

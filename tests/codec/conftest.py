@@ -13,7 +13,7 @@ from ldm_vae.data.sources import open_source
 def codec() -> LatentCodec:
     vae = make_vae()
     source = open_source("procedural:dead-leaves", channels=3, resolution=96)
-    return LatentCodec(vae, fit_tables(vae, source, num_images=6, steps=(0.4, 1, 2)))
+    return LatentCodec(vae, fit_tables(vae, source, num_images=6, steps=(0.375, 1, 2)))
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,6 @@ def test_threads_share_an_image_and_compute_the_same(workers: int, tmp_path: Pat
     assert np.allclose(several.decode(latents), one.decode(latents), atol=1e-6)
 
 
-
 @pytest.mark.parametrize("change", [{"block": "residual"}, {"noise_level": 50.0}, {"block_out_channels": (16, 16)}])
 def test_a_model_of_another_kind_is_left_to_torch(change: dict[str, object], tmp_path: Path) -> None:
     layers = (1,) * len(change.get("block_out_channels", (16,)))  # type: ignore[arg-type]

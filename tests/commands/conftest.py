@@ -20,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     with torch.no_grad():
         vae.encoder.conv_out.bias[4:] = -5.0
     vae.save_pretrained(folder / "vae")
-    run("fit-codec", "--vae", folder, "--data", photos, "--num-images", 5, "--steps", 0.4, 0.5, 1)
+    run("fit-codec", "--vae", folder, "--data", photos, "--num-images", 5, "--steps", 0.375, 0.5, 1)
     return folder
 
 
