@@ -323,7 +323,8 @@ class ShardSource:
         begin = self.begin + index * ROW.itemsize
         row = np.fromfile(self.rows_file, ROW, 1, offset=begin)[0]
         number, offset, size, label = (int(row[name]) for name in ("shard", "offset", "size", "label"))
-        if not 0 <= number < len(self.shards) or not -1 <= label < len(self.classes) or offset < HEADER or size < 0:
+        known = 0 <= number < len(self.shards) and -1 <= label < len(self.classes)
+        if not known or not HEADER <= offset < 1 << 62 or size < 0:
             raise DataError(
                 f"the index of {self.shards[0]} is damaged at row {index}: run `ldm-vae shards index` again"
             )

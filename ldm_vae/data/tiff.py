@@ -122,6 +122,8 @@ def check_colours(page: tifffile.TiffPage) -> None:
     name = getattr(page.photometric, "name", page.photometric)
     if page.photometric not in COLOURS:
         raise BadImageError(f"TIFF of {name} colours is not read")
+    if page.samplesperpixel < COLOURS[page.photometric]:
+        raise BadImageError(f"TIFF of {name} colours in {page.samplesperpixel} channels is not read")
     if isinstance(page.bitspersample, tuple):
         raise BadImageError(f"TIFF whose samples have {', '.join(map(str, page.bitspersample))} bits is not read")
     if page.photometric in ONLY_8_BITS and page.bitspersample > 8:
@@ -154,7 +156,7 @@ def read_page(page: tifffile.TiffPage, channels: int, value_range: tuple[float, 
     Of CIELAB the colours alone.
     """
     array = page.asarray()
-    planar = array.ndim == 3 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
+    planar = array.ndim == 3 and page.axes.startswith("S")
     stored = np.moveaxis(array, 0, 2) if planar else np.atleast_3d(array)
     if page.photometric in (PHOTOMETRIC.CIELAB, PHOTOMETRIC.ICCLAB):
         return full_scale_lab(stored[:, :, :3], page.photometric)

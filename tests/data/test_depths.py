@@ -257,3 +257,20 @@ def test_a_range_below_zero_is_that_of_signed_values() -> None:
     for data in files_of(values).values():
         found = read_image(data, channels=1, options=ReadOptions(value_range=(-1000, 1000)))
         assert np.allclose(found.pixels.ravel(), [0, 0.5, 1])
+
+
+def test_a_tiff_of_fewer_channels_than_its_colours_need_is_refused_and_one_of_planes_is_read_by_its_shape() -> None:
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((8, 9), np.uint16), photometric="minisblack")
+    data = bytearray(file.getvalue())
+    tag = data.index(np.array([262, 3], "<u2").tobytes())  # the colours
+    data[tag + 8] = 5
+    with pytest.raises(BadImageError, match="SEPARATED colours in 1 channels is not read"):
+        read_image(bytes(data), channels=3)
+    planes = np.arange(3 * 8 * 9, dtype=np.uint16).reshape(3, 8, 9)
+    file = io.BytesIO()
+    tifffile.imwrite(file, planes, photometric="rgb", planarconfig="separate")
+    data = bytearray(file.getvalue())
+    tag = data.index(np.array([284, 3], "<u2").tobytes())
+    data[tag + 8] = 3  # no layout of planes that there is
+    assert np.array_equal(read_image(bytes(data), channels=3).pixels, np.moveaxis(planes, 0, 2))

@@ -368,3 +368,9 @@ def test_a_hundred_million_rows_cost_no_memory(tmp_path: Path) -> None:
     assert peak < count * ROW.itemsize / 100
     with pytest.raises(DataError, match="damaged at row 0"):
         source[0]
+    row["offset"] = np.iinfo(row["offset"].dtype).max  # past what a file may have
+    with open(index / ROWS, "r+b") as out:
+        out.seek(begin + (count - 1) * ROW.itemsize)
+        out.write(row.tobytes())
+    with pytest.raises(DataError, match=f"damaged at row {count - 1}"):
+        open_source(str(file)).name(count - 1)
