@@ -52,6 +52,8 @@ class Config:
     quality: Annotated[float, Range(at_least=1, at_most=100)] = USUAL_QUALITY
     num_fit: Annotated[int, Range(at_least=1)] = 400
     num_images: Annotated[int | None, Range(at_least=1)] = None
+    workers: Annotated[int, Range(at_least=1)] = 1
+    """Threads for one picture, as `compress --workers`."""
 
 
 def median_seconds(call: Callable[[], Any]) -> float:
@@ -86,7 +88,7 @@ def main(config: Config) -> None:
     check_ranges(config)
     check_writable(config.output)
     torch.set_num_threads(1)
-    codec = LatentCodec.from_pretrained(config.codec)
+    codec = LatentCodec.from_pretrained(config.codec, workers=config.workers)
     fit_source, source = open_source(config.fit_data), open_source(config.data)
     check_finite(source, config.data, config.num_images)
     notes: list[str] = []
