@@ -2,8 +2,8 @@
 # box:codec from photos: benchmarks/recipes/codec.sh DATA RUNS
 #
 # DATA holds the folders photos-clean and photos-train/cid22 of clean photos, RUNS gets three runs and the model. The
-# same command goes on where it was interrupted; it takes about two hours of one core and five minutes of two. The model
-# in the tree was made by these commands in pieces; its card says what differs.
+# same command goes on where it was interrupted; on one core the trainings take about two hours and the tables eight minutes.
+# The model in the tree was made in pieces, and the whole has not been run in one go; its card says what differs.
 set -euo pipefail
 data=$1 runs=$2 python=${PYTHON:-python}
 here=$(cd "$(dirname "$0")/../.." && pwd)
