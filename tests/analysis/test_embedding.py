@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_vae import cli
 from ldm_vae.analysis.embedding import embed
 from ldm_vae.data.conversion import to_images
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.loading import load_autoencoder
+from tests.command_line import fails, run
 
 ONE_RESOLUTION = {
     "block_out_channels": (8,),
@@ -31,19 +31,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PatchAutoencoderKL(latent_channels=5, **ONE_RESOLUTION).save_pretrained(folder / "map" / "vae")
     PatchAutoencoderKL(latent_channels=6, pool=8, **ONE_RESOLUTION).save_pretrained(folder / "vector" / "vae")
     return folder
-
-
-def run(*words: object) -> None:
-    cli.main([str(w) for w in words])
-
-
-def fails(capsys: pytest.CaptureFixture, *words: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        run(*words)
-    assert exit_.value.code == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
-    return line
 
 
 def test_a_vector_is_the_mean_over_places_or_all_of_them(models: Path) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run
 
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
+from tests.command_line import run
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import fails, run
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
@@ -19,6 +18,7 @@ from ldm_vae.codec.tables import load_tables
 from ldm_vae.data import large
 from ldm_vae.data.metadata import Metadata
 from ldm_vae.metrics import psnr
+from tests.command_line import fails, run
 
 
 def test_a_file_goes_there_and_back(model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

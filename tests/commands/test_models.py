@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from command_line import run
 
 from ldm_vae.models.loading import BOX
+from tests.command_line import run
 
 LIMITS = {"codec": 10e6}
 """Bytes that a model may take."""

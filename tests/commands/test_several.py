@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import fails, run
 from PIL import Image
 
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.quality import step_of_quality
+from tests.command_line import fails, run
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import fails, run
 from PIL import Image
 
 from ldm_vae import pillow_plugin
@@ -17,6 +16,7 @@ from ldm_vae.codec import bitstream
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.errors import CorruptError
 from ldm_vae.models.loading import load_autoencoder
+from tests.command_line import fails, run
 
 
 @pytest.fixture(scope="module")
