@@ -60,7 +60,8 @@ class Config:
     real: str | None = None
     """Other real images, for real against real; by default the reference is halved."""
     features: str | None = None
-    """A classifier's folder, an exported module (.pt2) or a TorchScript one; by default Inception."""
+    """efficientnet-lite0 (pip install 'ldm-vae[features]'), a classifier's folder, an exported module (.pt2) or a
+    TorchScript one; by default Inception."""
     features_input: NetworkInput = "images"
     """What a module of --features takes: float32 in -1..1 (images) or uint8 (pixels), both (B, C, R, R)."""
     num_images: Annotated[int | None, Range(at_least=1)] = None

@@ -39,7 +39,7 @@ from ldm_vae.errors import ConfigError, LdmVaeError, one_line_errors
 from ldm_vae.files import check_writable, write_csv
 from ldm_vae.grids import labelled_rows, middle
 from ldm_vae.metrics import bjontegaard_rate, mean_with_interval, ms_ssim, psnr, ssimulacra2
-from ldm_vae.objectives.perceptual import PerceptualLoss
+from ldm_vae.objectives.perceptual import LPIPSLoss
 from ldm_vae.progress import progress
 from ldm_vae.report import markdown_table, provenance, write_report
 from ldm_vae.runs.config import Range, Reading, check_ranges, parse_flags
@@ -196,10 +196,10 @@ def fidelities(pixels: Pixels, decoded: Pixels) -> Row:
 
 
 @cache
-def find_lpips() -> PerceptualLoss | None:
+def find_lpips() -> LPIPSLoss | None:
     """LPIPS with its pretrained backbone, if that is available."""
     try:
-        return PerceptualLoss("alex", pretrained=True)
+        return LPIPSLoss("alex", pretrained=True)
     except LdmVaeError as error:
         if parent_process() is None:
             print(f"without LPIPS: {' '.join(str(error).split())}")

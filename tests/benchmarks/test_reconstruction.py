@@ -13,9 +13,10 @@ from PIL import Image, ImageOps
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from benchmarks.reconstruction import Config, main
-from ldm_vae.errors import one_line_errors
+from ldm_vae.errors import DataError, one_line_errors
+from ldm_vae.metrics import frechet_distance, kernel_distance, precision_recall
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
-from ldm_vae.objectives.perceptual import PerceptualLoss
+from ldm_vae.objectives.perceptual import FeatureDistance, LPIPSLoss
 from ldm_vae.runs.config import parse_flags
 from tests.processes import launch
 
@@ -83,7 +84,7 @@ def test_figures_depend_on_neither_company_nor_processes_and_are_scikit_images(
 
         pair = [torch.from_numpy(p.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1 for p in (pixels, other)]
         with torch.no_grad():
-            distance = PerceptualLoss("squeeze", pretrained=False).lpips(*pair)
+            distance = LPIPSLoss("squeeze", pretrained=False).lpips(*pair)
         assert float(row["lpips_squeeze_random"]) == pytest.approx(distance.item(), rel=0.02, abs=1e-4)
 
     results = json.loads((tmp_path / "12" / "results.json").read_text())
@@ -160,3 +161,41 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_distances_in_pretrained_features_of_each_image_and_of_the_sets(
+    photos: Path, vae: Path, tmp_path: Path
+) -> None:
+    main(
+        Config(
+            vae=(str(vae),),
+            data=str(photos),
+            output=tmp_path,
+            resolution=48,
+            num_images=6,
+            perceptual="features",
+            features="efficientnet-lite0",
+            gallery=0,
+        )
+    )
+    model, network = PatchAutoencoderKL.from_pretrained(vae).eval(), FeatureDistance()
+    pairs = []
+    for row in rows(tmp_path):
+        square = ImageOps.fit(Image.open(photos / row["image"]), (48, 48), Image.Resampling.BICUBIC)
+        image = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.no_grad():
+            reconstruction = ((model(image).sample.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+            assert float(row["features"]) == pytest.approx(network(reconstruction, image).item(), rel=0.02, abs=1e-4)
+            pairs.append(torch.cat([network.features.pooled(x) for x in (image, reconstruction)]).double())
+    originals, reconstructions = torch.stack(pairs).unbind(dim=1)
+    sets = json.loads((tmp_path / "results.json").read_text())["results"][str(vae)]["sets"]
+    assert sets["frechet"] == pytest.approx(frechet_distance(originals, reconstructions), rel=0.02)
+    assert sets["kernel"] == pytest.approx(kernel_distance(originals, reconstructions), rel=0.05)
+    assert (sets["precision"], sets["recall"]) == precision_recall(originals, reconstructions)
+    assert "frechet" in (tmp_path / "table.md").read_text()
+
+
+def test_sets_of_too_few_images_are_refused(photos: Path, vae: Path, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"vae": (str(vae),), "data": str(photos), "resolution": 48, "perceptual": "none"}
+    with pytest.raises(DataError, match="3 images are too few for --features: at least 4"):
+        main(Config(output=tmp_path, num_images=3, features="efficientnet-lite0", **shared))

@@ -18,7 +18,7 @@ from ldm_vae.models.discriminator import PatchDiscriminator
 from ldm_vae.models.interface import last_layer
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.autoencoding import TrainableVAE
-from ldm_vae.objectives.perceptual import PerceptualLoss
+from ldm_vae.objectives.perceptual import LPIPSLoss
 from ldm_vae.objectives.vae import VAEConfig, VAEState, discriminator_step, generator_step, vae_step
 
 RATES = {"vae": 1e-4, "discriminator": 1e-4}
@@ -30,7 +30,7 @@ def make_state(config: VAEConfig, spectral_norm: bool = False) -> VAEState:
     torch.manual_seed(0)
     bare = TrainableVAE(PatchAutoencoderKL(block_out_channels=(8, 16)))
     discriminator = PatchDiscriminator(base_channels=8, spectral_norm=spectral_norm)
-    lpips = PerceptualLoss("squeeze", pretrained=False) if config.perceptual != "none" else None
+    lpips = LPIPSLoss("squeeze", pretrained=False) if config.perceptual != "none" else None
     trained = [p for p in bare.parameters() if p.requires_grad]
     optimizers = {
         "vae": torch.optim.AdamW(trained, weight_decay=0.0),
@@ -39,7 +39,7 @@ def make_state(config: VAEConfig, spectral_norm: bool = False) -> VAEState:
     return VAEState(
         network=bare,
         discriminator=discriminator,
-        lpips=lpips,
+        perceptual=lpips,
         ema=EMAModel(bare.vae.parameters(), decay=0.9),
         optimizers=optimizers,
         adaptive_weight=torch.tensor(0.7),
@@ -66,13 +66,13 @@ def test_lpips_alone_gives_the_decoder_a_gradient() -> None:
 
 
 def test_each_term_is_weighed() -> None:
-    config = VAEConfig(perceptual="random", lpips_weight=0.3, kl_weight=0.02)
+    config = VAEConfig(perceptual="random", perceptual_weight=0.3, kl_weight=0.02)
     state = make_state(config)
     done = generator_step(IMAGES, NOISE, state, config, adversarial=False, first=True, accelerator=Accelerator())
-    assert state.lpips is not None
+    assert state.perceptual is not None
     expected = {
         "l1": (done.reconstruction - IMAGES).abs().mean(),
-        "lpips_random": 0.3 * state.lpips(done.reconstruction, IMAGES),
+        "lpips_random": 0.3 * state.perceptual(done.reconstruction, IMAGES),
         "kl": 0.02 * done.nats_per_pixel,
     }
     assert done.terms.keys() == expected.keys()
