@@ -11,10 +11,13 @@ import tyro
 
 from ldm_vae.commands.anomaly import Anomaly, find_anomalies
 from ldm_vae.commands.codec import Compress, Decompress, compress, decompress
+from ldm_vae.commands.denoise import Denoise, denoise_files
 from ldm_vae.commands.embed import Embed, embed_images
 from ldm_vae.commands.fit_codec import FitCodec, fit_codec
+from ldm_vae.commands.generate import Generate, generate_images
 from ldm_vae.commands.info import Info, info
 from ldm_vae.commands.models import Models, models
+from ldm_vae.commands.reconstruct import Reconstruct, reconstruct_files
 from ldm_vae.commands.shards import Shards, work_on_shards
 from ldm_vae.errors import ConfigError, one_line_errors
 from ldm_vae.runs.config import tyro_errors
@@ -22,6 +25,9 @@ from ldm_vae.runs.config import tyro_errors
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "compress": (Compress, compress),
     "decompress": (Decompress, decompress),
+    "denoise": (Denoise, denoise_files),
+    "generate": (Generate, generate_images),
+    "reconstruct": (Reconstruct, reconstruct_files),
     "info": (Info, info),
     "models": (Models, models),
     "fit-codec": (FitCodec, fit_codec),

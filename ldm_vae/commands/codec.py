@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -74,14 +73,14 @@ class Compress(Transfer):
                 "into a folder, named last or with -o"
             )
 
-    def codec(self, workers: int) -> Any:
+    def loaded(self, workers: int) -> Any:
         return load_codec(self.model, self.device, workers, self.tune)
 
-    def for_model(self, codec: Any) -> Self:
+    def for_model(self, model: Any) -> Self:
         if self.step is not None or any(target is not None for target in self.targets()):
             return self
         notes: list[str] = []
-        step = codec.tables.step_at(USUAL_QUALITY if self.quality is None else self.quality, notes)
+        step = model.tables.step_at(USUAL_QUALITY if self.quality is None else self.quality, notes)
         for note in notes:
             print(note, file=sys.stderr)
         return replace(self, quality=None, step=step)
@@ -125,10 +124,8 @@ def compress_file(command: Compress) -> str | None:
     from ldm_vae.codec.search import compress_to
     from ldm_vae.codec.transparency import smooth_transparent
 
-    codec = command.codec(command.workers)
-    scratch = None
-    if codec.network.finite:  # then large images need not lie in memory: they are kept where the output goes
-        scratch = Path(tempfile.gettempdir()) if is_nameless(command.output) else Path(command.output).parent
+    codec = command.loaded(command.workers)
+    scratch = command.scratch if codec.network.finite else None  # then large images need not lie in memory
     file = read(STREAM) if command.input == STREAM else Path(command.input)
     notes: list[str] = []
     picture = read_picture(
@@ -184,7 +181,7 @@ def decompress_file(command: Decompress) -> str | None:
 
     target = Path(command.output)
     extension = command.extension if is_nameless(command.output) else target.suffix.lower()
-    codec = command.codec(command.workers)
+    codec = command.loaded(command.workers)
     damage: list[str] | None = [] if command.salvage else None
     picture, bands = codec.decompress_bands(
         read(command.input), region=command.region, limits=command.limits(), damage=damage

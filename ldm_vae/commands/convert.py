@@ -1,6 +1,7 @@
-"""Every image of a source through an autoencoder, as PNG files of the same names: on all processes of a launch.
+"""One image through an autoencoder; and every image of a source, as PNG files of the same names, on all processes of a
+launch, where the same command makes what is missing.
 
-Run again, a command makes what is missing.
+Accelerate and diffusers are imported for the sources alone: they take seconds.
 """
 
 from __future__ import annotations
@@ -9,22 +10,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from diffusers.utils import logging
 from torch import Tensor
 
 from ldm_vae.codec.picture import from_pixels, with_alpha
 from ldm_vae.commands.folders import in_one_line, numbered, result_names, run_jobs, stays_inside, totals
-from ldm_vae.commands.resumable import share_work
 from ldm_vae.data.colour import fitting
 from ldm_vae.data.conversion import check_viewable, to_images, to_pixels
-from ldm_vae.data.images import Pixels, Sample, convert_channels
+from ldm_vae.data.images import ImageFile, Pixels, Sample, convert_channels
 from ldm_vae.data.large import MAX_LARGE_PIXELS, let_go
+from ldm_vae.data.metadata import Metadata
 from ldm_vae.data.png import stream_png
 from ldm_vae.data.reader import ReadOptions
 from ldm_vae.data.sources import Source, check_finite, check_outside, open_source
@@ -35,7 +33,9 @@ from ldm_vae.models.loading import load_autoencoder
 from ldm_vae.models.reconstruction import exact_float32, reach_of, turn_on_tiling
 from ldm_vae.models.tiles import spans
 from ldm_vae.runs.config import Range, check_ranges
-from ldm_vae.runs.processes import PATIENCE
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 SIDE = 1024
 """Of the tiles in which a large image goes through an autoencoder that sees only so far, in pixels."""
@@ -68,6 +68,11 @@ class ConvertConfig:
 
 def prepare(config: ConvertConfig) -> tuple[Any, Accelerator, dict[str, str]]:
     """The autoencoder on this process's device, and the settings that results depend on."""
+    from accelerate import Accelerator
+    from diffusers.utils import logging
+
+    from ldm_vae.runs.processes import PATIENCE
+
     check_ranges(config)
     logging.disable_progress_bar()
     exact_float32()
@@ -116,6 +121,10 @@ def convert_images(
         DataError: nothing that can be used.
         RunError: files of other settings are there.
     """
+    from accelerate.utils import gather_object
+
+    from ldm_vae.commands.resumable import share_work
+
     channels, reach = channels_of(vae), reach_of(vae)
     check_viewable(channels)
     source = open_images(config, channels, scratch=None if reach is None else config.output)
@@ -132,9 +141,13 @@ def convert_images(
         target = config.output / files[index]
         if target.is_symlink():
             check_outside(target, config.input, flag="--input")
-        way = partial(through, function, channels=channels, device=accelerator.device)
+        image = convert_image(source[index], function, vae, accelerator.device)
+        note = in_one_line(image.notes, strict=config.strict)
         text = {"image": names[index], **settings}
-        return convert_image(source[index], target, way, channels, reach, text, config.strict)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(target) as out:
+            stream_png(out, image.strips, image.shape, metadata=image.metadata, text=text)
+        return note
 
     jobs = {names[index_of[file]]: index_of[file] for file in own_files}
     failures = run_jobs(convert, jobs, errors=(BadImageError,), show=accelerator.is_main_process)
@@ -148,41 +161,45 @@ def convert_images(
     accelerator.end_training()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What a file of the result is made of: its pixels and transparency in strips, each made when it is asked for."""
+
+    strips: Iterator[Pixels]
+    shape: tuple[int, ...]
+    """(H, W, C) of the whole."""
+    metadata: Metadata
+    notes: tuple[str, ...]
+
+
 def convert_image(
-    sample: Sample,
-    target: Path,
-    way: Callable[[Pixels], Pixels],
-    channels: int,
-    reach: tuple[int, int] | None,
-    text: Mapping[str, str],
-    strict: bool,
-) -> str | None:
-    """Writes the PNG of one image, and returns what is to be said of it.
+    found: Sample | ImageFile, function: Callable[[Tensor], Tensor], vae: Any, device: torch.device
+) -> Converted:
+    """An image as it was stored -> function(image), with as many bits, its transparency and metadata.
 
     Args:
-        way: `through` the autoencoder.
-        channels: of the autoencoder; if they are 4, it takes the transparency, too.
-        reach: the arguments of `strips_through`, where large images can go through in parts.
-        text: keyword -> text, for the PNG.
+        function: as `convert_images` takes it. If `vae` has four channels, it takes the transparency, too.
 
     Raises:
-        BadImageError: channels that do not fit; or something to say, if `strict`.
+        BadImageError: channels that do not fit.
     """
-    pixels = convert_channels(sample.pixels, 4) if channels == 4 else sample.pixels
-    picture = from_pixels(pixels, channels=channels, metadata=sample.metadata)
+    channels, reach = channels_of(vae), reach_of(vae)
+    pixels = convert_channels(found.pixels, 4) if channels == 4 else found.pixels
+    picture = from_pixels(pixels, channels=channels, metadata=found.metadata)
     pixels, alpha = picture.pixels, picture.alpha
     colours = channels_of_result(pixels.shape[2], channels)
     metadata, dropped = fitting(picture.metadata, colours)
-    note = in_one_line([*sample.notes, *dropped], strict=strict)
+    way = partial(through, function, channels=channels, device=device)
     if reach is None or pixels[:, :, 0].size <= IN_ONE:
-        strips = iter([way(pixels)])
+        strips: Iterator[Pixels] = map(way, [pixels])
     else:
         strips = strips_through(way, pixels, *reach, colours=colours)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(target) as out:
-        shape = (*pixels.shape[:2], colours + (alpha is not None))
-        stream_png(out, with_alpha(strips, alpha), shape, metadata=metadata, text=text)
-    return note
+    return Converted(
+        strips=with_alpha(strips, alpha),
+        shape=(*pixels.shape[:2], colours + (alpha is not None)),
+        metadata=metadata,
+        notes=(*found.notes, *dropped),
+    )
 
 
 def channels_of_result(have: int, channels: int) -> int:

@@ -1,12 +1,14 @@
-"""From files, a folder of files or standard input to the same kind: what `compress` and `decompress` share.
+"""From files, a folder of files or standard input to the same kind: what `compress`, `decompress`, `reconstruct` and
+`denoise` share.
 
-No torch here: it is imported with the codec, once the command line is known to be right.
+No torch here: it is imported with the model, once the command line is known to be right.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -67,13 +69,18 @@ class Transfer:
     def check_name(self) -> None:
         """Raises ConfigError for an output's name that says another kind than the command writes."""
 
-    def codec(self, workers: int) -> Any:
-        """That of the model, loaded once."""
+    def loaded(self, workers: int) -> Any:
+        """The codec of the model, or whatever a command needs of it; loaded once."""
         return load_codec(self.model, self.device, workers)
 
-    def for_model(self, codec: Any) -> Self:
+    def for_model(self, model: Any) -> Self:
         """With what depends on the model settled; what is to be said of it is said."""
         return self
+
+    @property
+    def scratch(self) -> Path:
+        """Where large images are kept: where the output goes."""
+        return Path(tempfile.gettempdir()) if is_nameless(self.output) else Path(self.output).parent
 
     def limits(self) -> Limits:
         return Limits(max_pixels=self.max_pixels, max_side=self.max_side)
@@ -119,14 +126,18 @@ def transfer_file(act: Act, command: Transfer) -> str | None:
         ConfigError: the output is the input, under whatever name.
     """
     before = os.fstat(0) if command.input == STREAM else os.stat(command.input)
-    there = command.output != STREAM and os.path.exists(command.output)
-    if there and os.path.samestat(before, os.stat(command.output)):
+    if command.output != STREAM and is_input(command.output, 0 if command.input == STREAM else command.input):
         raise ConfigError(f"{command.output} is the input itself: name another output")
     note = act(command)
     for result in command.results() if command.keep_times else ():
         if result.exists():
             os.utime(result, ns=(before.st_atime_ns, before.st_mtime_ns))
     return note
+
+
+def is_input(output: str, source: str | int) -> bool:
+    """Whether an output that is there is a command's input (a path, or 0), under whatever name."""
+    return os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source)
 
 
 def named_files(files: Sequence[str]) -> dict[str, Path]:
@@ -167,11 +178,11 @@ def transfer_files(
     Raises:
         DataError: at the end, when some could not be done.
     """
-    command = command.for_model(command.codec(1))  # what is wrong with it is said once
+    command = command.for_model(command.loaded(1))  # what is wrong with it is said once
     jobs, target = {}, Path(command.output)
     for name, result in zip(files, results, strict=True):
         job = replace(command, paths=(str(files[name]),), output=str(target / result), workers=1)
-        if command.overwrite or not any(file.exists() for file in job.results()):
+        if command.overwrite or is_input(job.output, job.input) or not any(file.exists() for file in job.results()):
             check_writable((target / result).parent)
             jobs[name] = job
     failures = run_jobs(partial(transfer_file, act), jobs, workers=min(command.workers, len(jobs)))
@@ -232,8 +243,16 @@ def inputs_and_output(command: Transfer) -> tuple[tuple[str, ...], str]:
     return paths, output
 
 
-def transfer(act: Act, command: Transfer, *, inputs: Callable[[Path], Listing], extension: str) -> None:
-    """A folder or several files by `transfer_files`; a file, or standard input, by `transfer_file`."""
+def transfer(
+    act: Act, command: Transfer, *, inputs: Callable[[Path], Listing], extension: str, beside: str | None = None
+) -> None:
+    """A folder or several files by `transfer_files`; a file, or standard input, by `transfer_file`.
+
+    Args:
+        inputs: the files below a folder that the command takes.
+        extension: of results in a folder.
+        beside: of the result beside its input; as in a folder unless given.
+    """
     check_ranges(command)
     paths, output = inputs_and_output(command)
     command = replace(command, paths=paths, output=output, workers=command.workers or os.cpu_count() or 1)
@@ -250,12 +269,12 @@ def transfer(act: Act, command: Transfer, *, inputs: Callable[[Path], Listing], 
         transfer_files(act, command, files, results, show_sizes=extension == EXTENSION)
         return
     if not output:
-        command = replace(command, output=str(source.with_suffix(extension)))
+        command = replace(command, output=str(source.with_suffix(beside or extension)))
     elif is_folder(output) and command.input != STREAM:
         check_writable(Path(output))
         command = replace(command, output=str(Path(output) / source.with_suffix(extension).name))
     check_output(command)
-    command = command.for_model(command.codec(command.workers))
+    command = command.for_model(command.loaded(command.workers))
     name = "standard input" if command.input == STREAM else command.input
     try:
         note = transfer_file(act, command)

@@ -326,9 +326,9 @@ class PatchNetwork(nn.Module):
         stride = self.spatial_compression_ratio
         return in_tiles(self.decoder, z, tile=self.tile, halo=self.decoder_halo, unit_in=1, unit_out=stride)
 
-    def encode(self, x: Tensor) -> Any:
+    def encode(self, x: Tensor, noise_level: Tensor | None = None) -> Any:
         """As `PatchAutoencoderKL.encode`, whose posterior is one of diffusers'."""
-        return SimpleNamespace(latent_dist=SimpleNamespace(parameters=self.moments(x)))
+        return SimpleNamespace(latent_dist=SimpleNamespace(parameters=self.moments(x, noise_level)))
 
     def decode(self, z: Tensor) -> Any:
         return SimpleNamespace(sample=self.images(z))

@@ -11,6 +11,9 @@ from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 from PIL import Image
 
+from ldm_vae.commands import seeds
+from ldm_vae.commands.jobs import GenerateConfig as Config
+from ldm_vae.commands.jobs import folder_of
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import RunError, one_line_errors
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
@@ -18,8 +21,7 @@ from ldm_vae.models.reconstruction import reconstruct
 from ldm_vae.pipeline import LatentDiffusionPipeline, fingerprint_of, load_pipeline
 from ldm_vae.runs.config import parse_flags
 from ldm_vae.sampling import make_scheduler
-from pipelines import generate
-from pipelines.generate import Config, folder_of, main
+from pipelines.generate import main
 from tests.processes import launch, run_script
 
 ROOT = Path(__file__).parent.parent.parent
@@ -291,7 +293,7 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
 
 
 def test_many_channels_are_no_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "channels_of", lambda vae: 13)
+    monkeypatch.setattr(seeds, "channels_of", lambda vae: 13)
     with pytest.raises(ValueError, match="13 channels cannot be PIL images or PNG"):
         main(config_for(save_pipeline(tmp_path / "run"), tmp_path / "out"))
 
