@@ -31,3 +31,5 @@ PYTHON
 }
 pack "$runs/visual" "$runs/codec"
 pack "$runs/psnr" "$runs/codec/psnr"
+# What is loaded is checked by its digest: after any change of a model's files in ldm_vae/box/NAME, run this line there.
+(cd "$runs/codec" && find * -name '*.json' -o -name '*.safetensors' | LC_ALL=C sort | xargs sha256sum > SHA256SUMS)

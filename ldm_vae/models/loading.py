@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 from ldm_vae.errors import ConfigError, ModelError
+from ldm_vae.files import sha256
 from ldm_vae.hub import is_hub_id
 
 WEIGHTS = (
@@ -27,19 +29,22 @@ PARTS = {
 """What is needed of a hub's repository (patterns), and the file that names the class."""
 BOX = Path(__file__).parents[1] / "box"
 """Models that come with the package, a folder each."""
+DIGESTS = "SHA256SUMS"
+"""In a model's folder of the box: the digests of what is loaded, as `sha256sum -c` reads them."""
 
 
 def local_folder(name: str, files: Sequence[str]) -> Path:
     """The folder that RUN_OR_MODEL names; of a hub id, the snapshot with its `files` (patterns), downloaded.
 
     Raises:
-        ModelError: there is no such folder, or the hub does not give it.
+        ModelError: there is no such folder, the hub does not give it, or a model of the box is damaged.
     """
     if name.startswith("box:"):
         folder = BOX / name.removeprefix("box:")
         if folder.parent != BOX or not folder.is_dir():
             known = ", ".join(sorted(f"box:{place.name}" for place in BOX.iterdir() if place.is_dir()))
             raise ModelError(f"no such model: {name} (the box has {known})")
+        check_digests(folder, files)
         return folder
     if Path(name).is_dir():
         return Path(name)
@@ -51,6 +56,18 @@ def local_folder(name: str, files: Sequence[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # no network, no such repository, no permission
         raise ModelError(f"{name} could not be had from the hub: {first_line(error)}") from None
+
+
+def check_digests(folder: Path, files: Sequence[str]) -> None:
+    """Raises ModelError where the files of a box model that match `files` (patterns) are not as they were packed."""
+    name, advice = f"box:{folder.name}", "install the package again"
+    try:
+        lines = [line.split("  ", 1) for line in (folder / DIGESTS).read_text().splitlines()]
+        for digest, file in lines:
+            if any(fnmatch(file, pattern) for pattern in files) and sha256(folder / file) != digest:
+                raise ModelError(f"{name} is damaged: {file} has another digest: {advice}")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name} is damaged: {first_line(error)}: {advice}") from None
 
 
 def find_saved(name: str, part: Literal["vae", "pipeline"]) -> tuple[Path, str]:
