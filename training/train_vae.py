@@ -43,6 +43,8 @@ class Config(VAEConfig):
     train: Literal["all", "decoder"] = "all"
     """decoder leaves the encoder, and so the latents, as they are."""
     disc_learning_rate: tyro.conf.Suppress[Annotated[float, Range(above=0)]] = 2e-4
+    disc_channels: tyro.conf.Suppress[Annotated[int, Range(at_least=1)]] = 32
+    """Of the discriminator's first layer."""
     spectral_norm: tyro.conf.Suppress[bool] = False
     """Spectral norm instead of group norm in the discriminator."""
 
@@ -72,7 +74,7 @@ PRESETS = {
     "f4c3": ("stride 4, 3 channels: small images", Config(architecture="f4c3")),
     "f8c4-large": (
         "stride 8, 4 channels, about the parameters of Stable Diffusion's VAE, for GPUs",
-        Config(architecture="f8c4-large", learning_rate=1e-4, disc_learning_rate=1e-4),
+        Config(architecture="f8c4-large", learning_rate=1e-4, disc_learning_rate=1e-4, disc_channels=64),
     ),
 }
 
@@ -85,7 +87,9 @@ def build(config: Config, accelerator: Accelerator) -> VAEState:
     state = VAEState.of(TrainableVAE(first_vae(config)), config, accelerator)
     state.adaptive_weight = state.adaptive_weight.to(accelerator.device)
     if config.adversarial != "none":
-        discriminator = PatchDiscriminator(in_channels=config.channels, spectral_norm=config.spectral_norm)
+        discriminator = PatchDiscriminator(
+            in_channels=config.channels, base_channels=config.disc_channels, spectral_norm=config.spectral_norm
+        )
         discriminator = discriminator.to(accelerator.device, memory_format=torch.channels_last)
         state.optimizers["discriminator"] = adamw(discriminator, config.disc_learning_rate, betas=(0.5, 0.9))
         state.discriminator = accelerator.prepare(discriminator)

@@ -99,7 +99,7 @@ def discriminator_accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def adaptive_weight(other_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
     """|d(other terms)| / |d(adversarial term)| at the decoder's last layer (Esser et al. 2021, eq. 7), at most 1e4.
 
-    Both gradients are those of the whole global batch, of the step before the one that the weight is used in: a
-    weight from part of a batch would make the step depend on how the batch is split.
+    Both gradients are those of the whole global batch: a weight from part of a batch would make the step depend on how
+    the batch is split.
     """
     return (other_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(max=1e4)

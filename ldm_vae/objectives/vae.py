@@ -21,6 +21,8 @@ from ldm_vae.objectives.perceptual import PHASES, SMALLEST_IMAGE, Backbone, Feat
 from ldm_vae.runs.config import Range
 from ldm_vae.runs.images import ImageConfig
 
+ADAPTIVE_STEPS = 20
+"""Over about how many steps the adaptive weight is averaged (docs/decisions/003)."""
 PERCEPTUAL_TERMS = {"pretrained": "lpips", "random": "lpips_random", "features": "features"}
 """What the loss of each `--perceptual` is called in the log."""
 
@@ -192,9 +194,10 @@ def vae_step(
     adversarial_gradient = accelerator.reduce(adversarial_gradient, "mean") / config.gradient_accumulation_steps
     share = config.adversarial_weight * state.adaptive_weight
     assert last.grad is not None
-    adaptive_weight = losses.adaptive_weight(last.grad - share * adversarial_gradient, adversarial_gradient)
+    measured = losses.adaptive_weight(last.grad - share * adversarial_gradient, adversarial_gradient)
+    average = state.adaptive_weight
     update(state, summary, learning_rates, config, accelerator)
     summary.terms["adaptive_weight"] = state.adaptive_weight.clone()  # the one that this step used
     if summary.healthy:
-        state.adaptive_weight.copy_(adaptive_weight)
+        average.copy_(torch.where(average > 0, average.lerp(measured, 1 / ADAPTIVE_STEPS), measured))
     return summary

@@ -138,7 +138,7 @@ def test_before_disc_start_the_discriminator_is_never_called_and_nothing_is_paid
     assert not all(torch.equal(before[k], v) for k, v in state.discriminator.state_dict().items())
 
 
-def test_the_adaptive_weight_is_that_of_separate_gradients_over_the_whole_batch() -> None:
+def test_the_adaptive_weight_averages_that_of_separate_gradients_over_the_whole_batch() -> None:
     config = VAEConfig(perceptual="random", disc_start=0, gradient_accumulation_steps=2, max_grad_norm=1e9)
     state = make_state(config)
     other = make_state(config)
@@ -152,7 +152,28 @@ def test_the_adaptive_weight_is_that_of_separate_gradients_over_the_whole_batch(
         torch.autograd.grad(done.terms["adversarial"] / (0.5 * 0.7), last)[0],
     )
     vae_step(micro_batches(IMAGES, 2), state, config, step=0, learning_rates=RATES, accelerator=accelerator)
-    assert state.adaptive_weight.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert state.adaptive_weight.item() == pytest.approx(0.95 * 0.7 + 0.05 * expected.item(), rel=1e-4)
+
+
+def test_the_adaptive_weight_begins_as_it_was_measured_first() -> None:
+    config = VAEConfig(perceptual="none", disc_start=0)
+    weights = []
+    for first in (0.0, 0.7):
+        state = make_state(config)
+        state.adaptive_weight.fill_(first)
+        state.optimizers = {
+            name: torch.optim.SGD(o.param_groups[0]["params"], 0.0) for name, o in state.optimizers.items()
+        }
+        vae_step(
+            micro_batches(IMAGES, 1),
+            state,
+            config,
+            step=0,
+            learning_rates=dict.fromkeys(RATES, 0.0),
+            accelerator=Accelerator(),
+        )
+        weights.append(state.adaptive_weight.item())
+    assert weights[1] == pytest.approx(0.95 * 0.7 + 0.05 * weights[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("spectral_norm", [False, True])
