@@ -10,7 +10,7 @@ from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError
 from ldm_vae.latents.rows import Squares
 from ldm_vae.models.interface import channels_of, check_resolution, side_for, stride_of
-from ldm_vae.runs.run import saved_config
+from ldm_vae.runs.config import saved_config
 
 
 def open_squares(data: str, vae: Any, name: str, resolution: int | None, *, options: ReadOptions = USUAL) -> Squares:

@@ -19,15 +19,15 @@ from ldm_vae.data.loader import MicroBatches, load_batches
 from ldm_vae.errors import ConfigError, RunError
 from ldm_vae.files import digest_of_json
 from ldm_vae.progress import progress
-from ldm_vae.runs.config import RunConfig
+from ldm_vae.runs.config import RunConfig, saved_config
 from ldm_vae.runs.processes import StopSignal, any_process
-from ldm_vae.runs.run import Run, saved_config
+from ldm_vae.runs.run import Run
 from ldm_vae.runs.state import Part, load_state
 from ldm_vae.runs.step import learning_rate_at
 
 FREE_ON_RESUME = (
     *("gradient_accumulation_steps", "num_workers", "cache_gib", "gradient_checkpointing", "compile"),
-    *("log_every", "sample_every", "checkpoint_every", "tracker", "output", "extend"),
+    *("log_every", "sample_every", "checkpoint_every", "tracker", "output", "extend", "like"),
 )
 """Fields that a resumed run may change: no result depends on them beyond rounding."""
 

@@ -32,7 +32,7 @@ from ldm_vae.files import (
     write_bad_images,
     write_json,
 )
-from ldm_vae.runs.config import as_json, differences
+from ldm_vae.runs.config import as_json, differences, saved_config
 
 PACKAGES = (
     *("ldm-vae", "torch", "torchvision", "diffusers", "accelerate", "lpips"),
@@ -194,17 +194,6 @@ class Run:
         if folders:
             raise RunError(f"none of the checkpoints in {folders[0].parent} is whole: remove them to start anew")
         return None
-
-
-def saved_config(directory: Path) -> dict[str, Any] | None:
-    """The configuration that a run was begun with; None where no run has begun. Raises RunError for a damaged file."""
-    file = directory / "config.json"
-    if not file.exists():
-        return None
-    try:
-        return dict(json.loads(file.read_text())["config"])
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{file} is not a run's configuration: choose another --output") from None
 
 
 def saved_facts(directory: Path) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ldm_vae.errors import RunError
-from ldm_vae.runs.config import RunConfig
+from ldm_vae.runs.config import RunConfig, saved_config
 from ldm_vae.runs.loop import FREE_ON_RESUME, fast_precision, start
-from ldm_vae.runs.run import Run, saved_config
+from ldm_vae.runs.run import Run
 
 OLD, NEW = {"sse2", "avx2", "avx512f"}, {"avx2", "avx512f", "avx512_bf16"}
 

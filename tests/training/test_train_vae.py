@@ -509,7 +509,7 @@ def npy(array: np.ndarray) -> bytes:
         (["--steps", "0"], "--steps is 0: it must be at least 1"),
         (["--checkpoint-every", "0"], "--checkpoint-every is 0"),
         (["--shorter-side", "-3"], "--shorter-side is -3"),
-        (["--ema-decay", "1.5"], "--ema-decay is 1.5"),
+        (["--ema-decay", "0.9"], "ema-decay"),  # the preset's
         (["--kl-weight", "-1"], "--kl-weight is -1"),
         (["--init", "{tmp}/tiny"], "AutoencoderTiny has no posterior"),
         (["--data", "{tmp}/missing"], "no such folder or file"),
