@@ -1,4 +1,5 @@
-"""Finds and loads what RUN_OR_MODEL names: a run, a diffusers folder, a hub id, or a model of the box, box:NAME.
+"""Finds and loads what RUN_OR_MODEL names: a run, a diffusers folder, a hub id, or a model of the box, box:NAME; an
+autoencoder may also be a single .safetensors file.
 
 Finding a model imports neither torch nor diffusers: they take seconds.
 """
@@ -29,6 +30,7 @@ PARTS = {
 """What is needed of a hub's repository (patterns), and the file that names the class."""
 BOX = Path(__file__).parents[1] / "box"
 """Models that come with the package, a folder each."""
+SINGLE_FILE = ".safetensors"
 DIGESTS = "SHA256SUMS"
 """In a model's folder of the box: the digests of what is loaded, as `sha256sum -c` reads them."""
 
@@ -98,7 +100,10 @@ def load_network(name: str) -> Any:
     import diffusers
 
     from ldm_vae.models.autoencoder import PatchAutoencoderKL
+    from ldm_vae.models.single_file import load_single_file
 
+    if name.endswith(SINGLE_FILE):
+        return load_single_file(name)
     folder, class_name = find_saved(name, "vae")
     if class_name == PatchAutoencoderKL.__name__:
         model_class: Any = PatchAutoencoderKL
@@ -122,6 +127,8 @@ def load_for_inference(name: str) -> Any:
 
     That saves the import of diffusers, which takes seconds.
     """
+    if name.endswith(SINGLE_FILE):
+        return load_autoencoder(name)
     folder, class_name = find_saved(name, "vae")
     if class_name != "PatchAutoencoderKL" or not (folder / WEIGHTS[1]).is_file():
         return load_autoencoder(name)

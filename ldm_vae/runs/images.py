@@ -41,7 +41,7 @@ class ImageConfig(RunConfig):
     """Decoded images that each training process may keep in memory."""
     architecture: tyro.conf.Suppress[str] = "f8c4"
     init: str | None = None
-    """Start from this autoencoder (run, diffusers folder or hub id) instead of the preset's network."""
+    """Start from this autoencoder (run, diffusers folder, hub id or .safetensors file) instead of the preset's."""
 
     def check(self, num_processes: int) -> None:
         if not self.data:
