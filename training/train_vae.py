@@ -18,9 +18,8 @@ from accelerate.utils import set_seed
 from ldm_vae.data.loader import collate
 from ldm_vae.errors import one_line_errors
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
-from ldm_vae.models.discriminator import FeatureDiscriminator, PatchDiscriminator
+from ldm_vae.models.discriminator import PatchDiscriminator
 from ldm_vae.models.loading import load_autoencoder
-from ldm_vae.models.pretrained import PretrainedFeatures
 from ldm_vae.objectives.autoencoding import (
     TrainableVAE,
     adamw,
@@ -31,7 +30,7 @@ from ldm_vae.objectives.autoencoding import (
     save_autoencoder,
     validation_set,
 )
-from ldm_vae.objectives.perceptual import FeatureDistance, perceptual_loss
+from ldm_vae.objectives.perceptual import perceptual_loss
 from ldm_vae.objectives.vae import VAEConfig, VAEState, vae_step
 from ldm_vae.runs.config import Range, parse_config
 from ldm_vae.runs.images import check_network, crops_of, forget_scale, start_on_images
@@ -88,7 +87,10 @@ def build(config: Config, accelerator: Accelerator) -> VAEState:
     state = VAEState.of(TrainableVAE(first_vae(config)), config, accelerator)
     state.adaptive_weight = state.adaptive_weight.to(accelerator.device)
     if config.adversarial != "none":
-        discriminator = first_discriminator(config).to(accelerator.device, memory_format=torch.channels_last)
+        discriminator = PatchDiscriminator(
+            in_channels=config.channels, base_channels=config.disc_channels, spectral_norm=config.spectral_norm
+        )
+        discriminator = discriminator.to(accelerator.device, memory_format=torch.channels_last)
         state.optimizers["discriminator"] = adamw(discriminator, config.disc_learning_rate, betas=(0.5, 0.9))
         state.discriminator = accelerator.prepare(discriminator)
     if config.perceptual != "none":
@@ -96,15 +98,6 @@ def build(config: Config, accelerator: Accelerator) -> VAEState:
             perceptual = perceptual_loss(config.perceptual, config.lpips_backbone, config.channels)
         state.perceptual = perceptual.to(accelerator.device).to(memory_format=torch.channels_last)
     return state
-
-
-def first_discriminator(config: Config) -> Any:
-    """Of features where the perceptual loss computes them, and of pixels otherwise."""
-    if config.perceptual == "features":
-        return FeatureDiscriminator(PretrainedFeatures.channels[: FeatureDistance.depths])
-    return PatchDiscriminator(
-        in_channels=config.channels, base_channels=config.disc_channels, spectral_norm=config.spectral_norm
-    )
 
 
 def first_vae(config: Config) -> Any:

@@ -1,43 +1,11 @@
-"""Judges of whether each patch of an image is real: from its pixels, or from a pretrained network's features."""
+"""PatchDiscriminator: judges whether each patch of an image is real."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
-
-
-class FeatureDiscriminator(nn.Module):
-    """Maps of features of several depths (B, C_i, H_i, W_i) -> logits (B, N), one at each place of each depth.
-
-    A few convolutions on each depth of a frozen network, with spectral norm, as of projected GANs (Sauer et al. 2021,
-    "Projected GANs Converge Faster", section 3) without their random mixing of depths. At the two finest depths a logit
-    is for 2x2 places.
-
-    Args:
-        channels: C_i of each depth.
-        width: of the layers between.
-    """
-
-    def __init__(self, channels: Sequence[int], width: int = 64) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(
-            nn.Sequential(
-                with_spectral_norm(nn.Conv2d(c, width, 3, padding=1)),
-                nn.LeakyReLU(0.2),
-                with_spectral_norm(nn.Conv2d(width, width, 3, padding=1, stride=2 if i < 2 else 1)),
-                nn.LeakyReLU(0.2),
-                with_spectral_norm(nn.Conv2d(width, 1, 3, padding=1)),
-            )
-            for i, c in enumerate(channels)
-        )
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps, strict=True)], dim=1)
 
 
 class PatchDiscriminator(ModelMixin, ConfigMixin):

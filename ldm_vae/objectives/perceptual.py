@@ -109,19 +109,11 @@ class FeatureDistance(nn.Module):
 
     def distances(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         """One distance an image: (B,)."""
-        return feature_distances(*self.maps(reconstruction, images))
-
-    def maps(self, reconstruction: Tensor, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The features of both, those of the images without gradient."""
         with torch.no_grad():
             truth = self.features.maps(three_channels(images), self.depths)
-        return self.features.maps(three_channels(reconstruction), self.depths), truth
-
-
-def feature_distances(maps: list[Tensor], truth: list[Tensor]) -> Tensor:
-    """Squared distance of unit vectors, mean over places and depths, of features (B, C_i, H_i, W_i): (B,)."""
-    squares = [(unit(a) - unit(b)).square().sum(dim=1) for a, b in zip(maps, truth, strict=True)]  # (B, h, w)
-    return torch.stack([square.mean(dim=(1, 2)) for square in squares]).mean(dim=0)
+        maps = self.features.maps(three_channels(reconstruction), self.depths)
+        squares = [(unit(a) - unit(b)).square().sum(dim=1) for a, b in zip(maps, truth, strict=True)]  # (B, h, w)
+        return torch.stack([square.mean(dim=(1, 2)) for square in squares]).mean(dim=0)
 
 
 def perceptual_loss(

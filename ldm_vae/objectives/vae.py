@@ -17,22 +17,14 @@ from ldm_vae.models.discriminator import PatchDiscriminator
 from ldm_vae.models.interface import is_variational, last_layer
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.autoencoding import AutoencoderState, StepSummary, micro_batches, update
-from ldm_vae.objectives.perceptual import (
-    PHASES,
-    SMALLEST_IMAGE,
-    Backbone,
-    FeatureDistance,
-    LPIPSLoss,
-    at_phase,
-    feature_distances,
-)
+from ldm_vae.objectives.perceptual import PHASES, SMALLEST_IMAGE, Backbone, FeatureDistance, LPIPSLoss, at_phase
 from ldm_vae.runs.config import Range
 from ldm_vae.runs.images import ImageConfig
 
 ADAPTIVE_STEPS = 20
 """Over about how many steps the adaptive weight is averaged (docs/decisions/003)."""
-Judged = Tensor | list[Tensor]
-"""What a discriminator sees: images, or their features of several depths."""
+PERCEPTUAL_TERMS = {"pretrained": "lpips", "random": "lpips_random", "features": "features"}
+"""What the loss of each `--perceptual` is called in the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +83,7 @@ class GeneratorStep:
     """Weighted loss terms by name, and what they were computed from."""
 
     terms: dict[str, Tensor]
-    judged: tuple[Judged, Judged]
-    """What the discriminator sees of the images and of their reconstruction."""
+    reconstruction: Tensor
     moments: Tensor
     nats_per_pixel: Tensor
     adversarial_gradient: Tensor | None
@@ -120,15 +111,12 @@ def generator_step(
     reconstruction, moments, nats = state.network(images, noise)
     error = losses.reconstruction_loss(reconstruction, images, config.reconstruction)
     terms: dict[str, Tensor] = {config.reconstruction: error}
-    real: Judged = images
-    fake: Judged = reconstruction
-    with accelerator.autocast():
-        if isinstance(state.perceptual, FeatureDistance):
-            fake, real = state.perceptual.maps(at_phase(reconstruction, phase), at_phase(images, phase))
-            terms["features"] = config.perceptual_weight * feature_distances(fake, real).mean()
-        elif state.perceptual is not None:
-            name = "lpips_random" if config.perceptual == "random" else "lpips"
-            terms[name] = config.perceptual_weight * state.perceptual(reconstruction, images)
+    if state.perceptual is not None:
+        pair = reconstruction, images
+        if config.perceptual == "features":
+            pair = at_phase(reconstruction, phase), at_phase(images, phase)
+        with accelerator.autocast():
+            terms[PERCEPTUAL_TERMS[config.perceptual]] = config.perceptual_weight * state.perceptual(*pair)
     if config.kl_weight > 0:
         terms["kl"] = config.kl_weight * nats.mean()
     gradient = None
@@ -136,29 +124,27 @@ def generator_step(
         assert state.discriminator is not None
         judge = accelerator.unwrap_model(state.discriminator)
         judge.train(first).requires_grad_(False)  # no gradient for the discriminator in this step
-        loss = losses.generator_loss(judge(fake), config.adversarial)
+        loss = losses.generator_loss(judge(reconstruction), config.adversarial)
         judge.requires_grad_(True)
         gradient = torch.autograd.grad(loss, last_layer(state.bare.vae), retain_graph=True)[0]
         terms["adversarial"] = config.adversarial_weight * state.adaptive_weight * loss
     return GeneratorStep(
         terms=terms,
-        judged=(real, fake),
+        reconstruction=reconstruction,
         moments=moments.detach(),
         nats_per_pixel=nats.detach().mean(),
         adversarial_gradient=gradient,
     )
 
 
-def discriminator_step(real: Judged, fake: Judged, discriminator: nn.Module, config: VAEConfig) -> dict[str, Tensor]:
+def discriminator_step(
+    images: Tensor, reconstruction: Tensor, discriminator: nn.Module, config: VAEConfig
+) -> dict[str, Tensor]:
     """Its loss and its accuracy on one micro-batch, real and fake in one forward."""
     discriminator.eval()
-    if isinstance(real, Tensor) and isinstance(fake, Tensor):
-        both: Judged = torch.cat([real, fake.detach()])
-    else:
-        both = [torch.cat([a, b.detach()]) for a, b in zip(real, fake, strict=True)]
-    on_real, on_fake = discriminator(both).chunk(2)
-    loss = losses.discriminator_loss(on_real, on_fake, config.adversarial)
-    return {"discriminator": loss, "discriminator_accuracy": losses.discriminator_accuracy(on_real, on_fake)}
+    real, fake = discriminator(torch.cat([images, reconstruction.detach()])).chunk(2)
+    loss = losses.discriminator_loss(real, fake, config.adversarial)
+    return {"discriminator": loss, "discriminator_accuracy": losses.discriminator_accuracy(real, fake)}
 
 
 def vae_step(
@@ -198,7 +184,7 @@ def vae_step(
                 summary.add({"bits_per_pixel": generated.nats_per_pixel / math.log(2)})
             if generated.adversarial_gradient is not None and state.discriminator is not None:
                 adversarial_gradient += generated.adversarial_gradient
-                terms = discriminator_step(*generated.judged, state.discriminator, config)
+                terms = discriminator_step(batch.images, generated.reconstruction, state.discriminator, config)
                 accelerator.backward(terms["discriminator"])
                 summary.add(terms)
     if not adversarial:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm_vae.models.discriminator import FeatureDiscriminator, PatchDiscriminator
+from ldm_vae.models.discriminator import PatchDiscriminator
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
@@ -38,16 +38,3 @@ def test_three_layers_see_seventy_pixels() -> None:
     network(images)[0, 0, 9, 9].backward()
     touched = images.grad[0, 0].nonzero()
     assert (touched.max(dim=0).values - touched.min(dim=0).values + 1).tolist() == [70, 70]
-
-
-def test_a_judge_of_features_gives_a_logit_a_place_of_each_depth_from_its_own_image() -> None:
-    torch.manual_seed(0)
-    network = FeatureDiscriminator((3, 5, 7), width=8).eval()
-    maps = [torch.randn(2, c, side, side) for c, side in ((3, 16), (5, 8), (7, 4))]
-    logits = network(maps)
-    assert logits.shape == (2, 8 * 8 + 4 * 4 + 4 * 4)
-    assert torch.allclose(network([x[:1] for x in maps]), logits[:1], atol=1e-6)
-    changed = [*maps[:2], maps[2] + 1]
-    same = network(changed) == logits
-    assert same[:, : 64 + 16].all()
-    assert not same[:, 64 + 16 :].any()
