@@ -85,7 +85,7 @@ def build(config: Config, accelerator: Accelerator) -> VAEState:
     """The networks and their optimizers, the same in every process."""
     set_seed(config.seed)
     state = VAEState.of(TrainableVAE(first_vae(config)), config, accelerator)
-    state.adaptive_weight = state.adaptive_weight.to(accelerator.device)
+    state.adaptive_weight, state.accuracy = (x.to(accelerator.device) for x in (state.adaptive_weight, state.accuracy))
     if config.adversarial != "none":
         discriminator = PatchDiscriminator(
             in_channels=config.channels, base_channels=config.disc_channels, spectral_norm=config.spectral_norm

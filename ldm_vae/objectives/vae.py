@@ -23,6 +23,9 @@ from ldm_vae.runs.images import ImageConfig
 
 ADAPTIVE_STEPS = 20
 """Over about how many steps the adaptive weight is averaged (docs/decisions/003)."""
+ACCURACY_STEPS, MOST_ACCURATE = 10, 0.75
+"""A discriminator that was right more often than this, over about so many steps, does not train until it is not:
+otherwise it wins on small data, and has nothing more to teach (docs/decisions/024)."""
 PERCEPTUAL_TERMS = {"pretrained": "lpips", "random": "lpips_random", "features": "features"}
 """What the loss of each `--perceptual` is called in the log."""
 
@@ -70,9 +73,11 @@ class VAEState(AutoencoderState):
     discriminator: nn.Module | None = None
     perceptual: LPIPSLoss | FeatureDistance | None = None
     adaptive_weight: Tensor = field(default_factory=lambda: torch.zeros(()))
+    accuracy: Tensor = field(default_factory=lambda: torch.full((), 0.5))
+    """Of the discriminator, a running average over its steps."""
 
     def parts(self) -> dict[str, Any]:
-        parts = super().parts() | {"adaptive_weight": self.adaptive_weight}
+        parts = super().parts() | {"adaptive_weight": self.adaptive_weight, "accuracy": self.accuracy}
         if self.discriminator is not None:
             parts["discriminator"] = getattr(self.discriminator, "module", self.discriminator)
         return parts
@@ -196,8 +201,11 @@ def vae_step(
     assert last.grad is not None
     measured = losses.adaptive_weight(last.grad - share * adversarial_gradient, adversarial_gradient)
     average = state.adaptive_weight
-    update(state, summary, learning_rates, config, accelerator)
+    ahead = bool(state.accuracy > MOST_ACCURATE)  # then it waits
+    rates = {name: 0.0 if ahead and name == "discriminator" else rate for name, rate in learning_rates.items()}
+    update(state, summary, rates, config, accelerator)
     summary.terms["adaptive_weight"] = state.adaptive_weight.clone()  # the one that this step used
     if summary.healthy:
+        state.accuracy.lerp_(accelerator.reduce(summary.terms["discriminator_accuracy"], "mean"), 1 / ACCURACY_STEPS)
         average.copy_(torch.where(average > 0, average.lerp(measured, 1 / ADAPTIVE_STEPS), measured))
     return summary

@@ -233,3 +233,19 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: float) -> None:
     assert vae_step(
         micro_batches(IMAGES, 1), state, config, step=1, learning_rates=RATES, accelerator=accelerator
     ).healthy
+
+
+@pytest.mark.parametrize(("accuracy", "trains"), [(0.74, True), (0.76, False)])
+def test_a_discriminator_that_wins_waits_and_its_accuracy_is_averaged(accuracy: float, trains: bool) -> None:
+    config = VAEConfig(perceptual="none", disc_start=0)
+    state = make_state(config)
+    state.accuracy.fill_(accuracy)
+    assert state.discriminator is not None
+    before = copy.deepcopy(state.discriminator.state_dict())
+    vae = copy.deepcopy(state.bare.state_dict())
+    result = vae_step(micro_batches(IMAGES, 1), state, config, step=0, learning_rates=RATES, accelerator=Accelerator())
+    same = [torch.equal(before[name], value) for name, value in state.discriminator.state_dict().items()]
+    assert all(same) != trains
+    assert not all(torch.equal(vae[name], value) for name, value in state.bare.state_dict().items())
+    now = result.terms["discriminator_accuracy"].item()
+    assert state.accuracy.item() == pytest.approx(0.9 * accuracy + 0.1 * now, abs=1e-5)

@@ -98,7 +98,7 @@ def assert_identical(a: Path, b: Path) -> None:
     x, y = state(a), state(b)
     assert x.keys() == y.keys()
     assert {k.split("/")[0] for k in x} == {
-        *("vae", "ema", "discriminator", "adaptive_weight", "vae_optimizer", "discriminator_optimizer")
+        *("vae", "ema", "discriminator", "adaptive_weight", "accuracy", "vae_optimizer", "discriminator_optimizer")
     }
     for key in x:
         assert torch.equal(x[key], y[key]), key
