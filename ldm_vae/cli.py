@@ -13,10 +13,12 @@ from ldm_vae.commands.anomaly import Anomaly, find_anomalies
 from ldm_vae.commands.codec import Compress, Decompress, compress, decompress
 from ldm_vae.commands.denoise import Denoise, denoise_files
 from ldm_vae.commands.embed import Embed, embed_images
+from ldm_vae.commands.export import Export, export
 from ldm_vae.commands.fit_codec import FitCodec, fit_codec
 from ldm_vae.commands.generate import Generate, generate_images
 from ldm_vae.commands.info import Info, info
 from ldm_vae.commands.models import Models, models
+from ldm_vae.commands.publish import Publish, publish
 from ldm_vae.commands.reconstruct import Reconstruct, reconstruct_files
 from ldm_vae.commands.shards import Shards, work_on_shards
 from ldm_vae.errors import ConfigError, one_line_errors
@@ -31,6 +33,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "info": (Info, info),
     "models": (Models, models),
     "fit-codec": (FitCodec, fit_codec),
+    "export": (Export, export),
+    "publish": (Publish, publish),
     "embed": (Embed, embed_images),
     "anomaly": (Anomaly, find_anomalies),
     "shards": (Shards, work_on_shards),
