@@ -47,10 +47,11 @@ class Publish:
 
 def publish(command: Publish) -> None:
     import huggingface_hub
+    from huggingface_hub.utils import validate_repo_id
 
     if command.name.count("/") != 1:
         raise ConfigError(f"{command.name} is no name on the hub: try you/{command.name.strip('/').split('/')[-1]}")
-    huggingface_hub.utils.validate_repo_id(command.name)
+    validate_repo_id(command.name)
     if command.output is not None and command.output.exists():
         raise ConfigError(f"{command.output} is there: choose another --output")
     if command.output is None and huggingface_hub.get_token():

@@ -68,6 +68,7 @@ def test_what_cannot_be_published_is_said_in_a_line_and_nothing_is_written(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert "try you/photos" in fails(capsys, "publish", trained, "photos")
+    assert "you/--photos" in fails(capsys, "publish", trained, "you/--photos")
     assert "is there" in fails(capsys, "publish", trained, "you/photos", "-o", trained)
     assert "no run" in fails(capsys, "publish", tmp_path / "no run", "you/photos", "-o", tmp_path / "hub")
     for part in ("vae", "codec"):
