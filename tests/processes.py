@@ -16,20 +16,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 from ldm_vae.errors import one_line_errors
+from ldm_vae.models.autoencoder import ARCHITECTURES
+from ldm_vae.models.unet import DENOISERS, make_denoiser
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["ldm_vae.objectives.vae", "ldm_vae.objectives.denoising", "ldm_vae.pipeline", "pytest"])
+FORKS.set_forkserver_preload(
+    [
+        *("ldm_vae.objectives.vae", "ldm_vae.objectives.denoising", "ldm_vae.pipeline", "ldm_vae.codec.codec"),
+        *("matplotlib.figure", "pytest", "tensorboard.backend.event_processing.event_accumulator"),
+    ]
+)
 
 
 def flags(config: Any, preset: Any) -> list[str]:
@@ -45,8 +55,6 @@ def flags(config: Any, preset: Any) -> list[str]:
     return words
 
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no"]
-LAUNCH += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
 ON_CPU = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
 
 
@@ -98,7 +106,7 @@ def run_forked(job: Callable[..., None], args: tuple[Any, ...], environment: dic
     os.environ.update(environment)
     torch.set_num_threads(1)
     hurry()
-    with one_line_errors():
+    with nullcontext() if job in (run_script, accelerate_launch) else one_line_errors():  # these handle their own
         job(*args)
 
 
@@ -113,14 +121,28 @@ def run_script(script: str, *words: str) -> None:
 
 
 def hurry() -> None:
-    """Little time for what no test looks at: starting workers, grids of untrained denoisers, timing."""
+    """Little time for what no test looks at: starting workers, grids of untrained denoisers, timing, widths."""
     from benchmarks import rate_distortion, reconstruction  # late: the hub's library is told to stay offline before
     from ldm_vae.commands import folders
     from training import train_diffusion
 
     rate_distortion.get_context = folders.get_context = lambda _: FORKS  # pickled all the same, but imported once
     train_diffusion.SAMPLE_STEPS = 2
+    train_diffusion.make_denoiser = narrow_denoiser
     reconstruction.TIMED_SECONDS = 0.01
+
+
+def narrow(architecture: str, divisor: int = 2) -> Any:
+    """Within this, new autoencoders of the preset are of a fraction of its width."""
+    widths = ARCHITECTURES[architecture].get("block_out_channels", (64, 128))
+    return patch.dict(ARCHITECTURES[architecture], block_out_channels=tuple(width // divisor for width in widths))
+
+
+def narrow_denoiser(preset: str, **shape: Any) -> UNet2DModel:
+    """The preset at half its width, normalised in as large groups."""
+    widths = tuple(width // 2 for width in DENOISERS[preset]["block_out_channels"])
+    with patch.dict(DENOISERS[preset], block_out_channels=widths, norm_num_groups=16):
+        return make_denoiser(preset, **shape)
 
 
 def run_until_killed(job: Callable[..., None], *args: Any) -> None:
@@ -149,20 +171,25 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def launch_machines(script: str, words: list[str], machines: int) -> list[subprocess.Popen[str]]:
+def launch_machines(script: str, words: list[str], machines: int) -> list[Forked]:
     """An `accelerate launch` for each of so many machines, as it is given on each, here all on this one."""
-    command = [*LAUNCH, "--num_processes", str(machines), "--num_machines", str(machines)]
+    command = ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    command += ["--num_processes", str(machines), "--num_machines", str(machines)]
     command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [
-        subprocess.Popen([*command, "--machine_rank", str(m), script, *words], env=ON_CPU, cwd=ROOT, **pipes)
-        for m in range(machines)
-    ]
+    return [Forked(accelerate_launch, *command, "--machine_rank", str(m), script, *words) for m in range(machines)]
 
 
-def trainer_below(launcher: subprocess.Popen[str]) -> int:
+def accelerate_launch(*words: str) -> None:
+    from accelerate.commands.launch import main
+
+    sys.argv = ["accelerate launch", *words]
+    main()
+
+
+def trainer_below(launcher: Forked) -> int:
     """The process that an `accelerate launch` of one process started."""
-    return int(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()[-1])
+    (pid,) = launcher.pids
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1])
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str] | Forked) -> None:

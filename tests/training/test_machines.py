@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, largest_difference, launch_machines, metrics, state, trainer_below, wait_for
+from ldm_vae.models.unet import make_denoiser
+from tests.processes import ROOT, Forked, largest_difference, launch_machines, metrics, state, trainer_below, wait_for
 from training import train_diffusion, train_vae
 
 SMALL = "--steps 24 --batch-size 4 --resolution 32 --num-workers 0 --learning-rate 1e-4 --mixed-precision no".split()
@@ -19,8 +19,9 @@ SMALL += "--log-every 1 --checkpoint-every 5 --sample-every 100 --tracker none".
 
 @pytest.mark.parametrize("name", ["train_vae", pytest.param("train_diffusion", marks=pytest.mark.slow)])
 def test_a_lost_machine_ends_the_launch_and_the_same_command_goes_on(
-    name: str, photos: Path, vae: Path, tmp_path: Path
+    name: str, photos: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(train_diffusion, "make_denoiser", make_denoiser)  # as wide as in what is launched
     script = str(ROOT / "training" / f"{name}.py")
     if name == "train_vae":
         words = ["demo", "--data", str(photos), *SMALL, "--perceptual", "none", "--adversarial", "none"]
@@ -41,8 +42,10 @@ def test_a_lost_machine_ends_the_launch_and_the_same_command_goes_on(
     steps = [m["step"] for m in metrics(run) if "images_per_second" in m]
     last = max(int(c.name.removeprefix("step-")) for c in checkpoints.glob("step-*"))
     assert last < 24
+    before = [m for m in metrics(run) if m["step"] <= last]
     config = train_vae.parse_config(trainer.PRESETS, description="", args=[*words, "--output", str(run)])
     trainer.main(config)  # on one process
+    assert metrics(run)[: len(before)] == before  # seconds, too: none was done again
     again = [m["step"] for m in metrics(run) if "images_per_second" in m][len(steps) :]
     assert again == list(range(last + 1, 25))  # nothing is lost but the steps since the checkpoint
     alone = tmp_path / "alone"
@@ -50,7 +53,7 @@ def test_a_lost_machine_ends_the_launch_and_the_same_command_goes_on(
     assert largest_difference(state(run, 24), state(alone, 24), (part, "ema")) < 1e-4
 
 
-def ended(node: subprocess.Popen[str]) -> str:
-    out, error = node.communicate(timeout=60)
-    assert node.returncode != 0
-    return out + error
+def ended(node: Forked) -> str:
+    done = node.wait()
+    assert done.returncode != 0
+    return done.stdout + done.stderr
