@@ -21,7 +21,7 @@ from ldm_vae.latents.scaling import scale_latents, scale_of, unscale_latents
 from ldm_vae.models.interface import channels_of, fingerprint, latent_channels_of, stride_of
 from ldm_vae.models.loading import find_saved, load_saved
 from ldm_vae.models.reconstruction import encode_mean, turn_on_tiling
-from ldm_vae.models.unet import num_classes_of
+from ldm_vae.models.unet import num_classes_of, patch_size_of
 from ldm_vae.sampling import (
     Sampling,
     Seed,
@@ -78,11 +78,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def __init__(self, vae: Any, unet: Any, scheduler: Any, class_names: list[str] | None = None) -> None:
         super().__init__()
-        if unet.config.in_channels != latent_channels_of(vae):
-            raise ValueError(
-                f"the denoiser takes {unet.config.in_channels} channels, the autoencoder's latents have "
-                f"{latent_channels_of(vae)}: use the autoencoder that it was trained on"
-            )
+        patch_size_of(unet, latent_channels_of(vae))
         if class_names and len(class_names) != num_classes_of(unet):
             raise ValueError(f"{len(class_names)} class names for a denoiser of {num_classes_of(unet)} classes")
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_vae.latents.timesteps import FIRST_BETA, LAST_BETA, NUM_TIMESTEPS, Prediction
-from ldm_vae.models.unet import denoiser_output, multiple_of, num_classes_of
+from ldm_vae.models.unet import denoiser_output, num_classes_of
 
 Seed = int | torch.Generator
 StepCallback = Callable[[int, Tensor, Tensor], Tensor]
@@ -238,7 +238,7 @@ def guided_output(unet: Any, noisy: Tensor, time: float, labels: Tensor | None, 
     elif none is not None and guidance_scale != 1:
         noisy, labels = torch.cat([noisy, noisy]), torch.cat([labels, none])
     timesteps = torch.full((len(noisy),), time * NUM_TIMESTEPS, device=noisy.device)
-    output = denoiser_output(unet, noisy.to(unet.dtype), timesteps, labels, multiple=multiple_of(unet))
+    output = denoiser_output(unet, noisy.to(unet.dtype), timesteps, labels, unet)
     if len(noisy) == count:
         return output
     with_class, without = output.chunk(2)

@@ -100,7 +100,7 @@ def shown(images: Tensor) -> Tensor:
 def exact_denoiser(prediction: Any, s: float) -> Any:
     """In place of `denoiser_output`: the best output for data that is normal with deviation s."""
 
-    def exact(_: Any, noisy: Tensor, timesteps: Tensor, labels: Any, *, multiple: int) -> Tensor:
+    def exact(_: Any, noisy: Tensor, timesteps: Tensor, labels: Any, bare: Any) -> Tensor:
         alpha, sigma = alpha_and_sigma(prediction, timesteps)
         x = noisy * alpha * s**2 / (alpha**2 * s**2 + sigma**2)
         noise = (noisy - alpha * x) / sigma
@@ -231,9 +231,9 @@ def test_guidance_is_applied_and_paid_for_within_its_interval_alone(
     passes: list[tuple[int, float]] = []
     real = sampling.denoiser_output
 
-    def count(unet: Any, noisy: Tensor, timesteps: Tensor, labels: Any, *, multiple: int) -> Tensor:
+    def count(unet: Any, noisy: Tensor, timesteps: Tensor, labels: Any, bare: Any) -> Tensor:
         passes.append((len(noisy), timesteps[0].item()))
-        return real(unet, noisy, timesteps, labels, multiple=multiple)
+        return real(unet, noisy, timesteps, labels, bare)
 
     monkeypatch.setattr(sampling, "denoiser_output", count)
     images = made(flow, [0, 2], generator=[1, 2], guidance_scale=3.0, guidance_interval=(0.4, 0.75))

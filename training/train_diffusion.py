@@ -100,6 +100,10 @@ PRESETS = {
         "11 M parameters: small latents on a CPU",
         Config(denoiser="tiny", batch_size=64, learning_rate=1e-3, steps=5000),
     ),
+    "tiny-256": (
+        "12 M parameters: images of 256 pixels on a CPU; for latents of stride 8, two by two",
+        Config(denoiser="tiny-256", batch_size=32, learning_rate=1e-3, steps=20_000),
+    ),
     "small": ("43 M parameters: one GPU", Config(denoiser="small", batch_size=256, learning_rate=2e-4)),
     "base": (
         "171 M parameters: several GPUs",

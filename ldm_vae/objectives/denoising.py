@@ -19,7 +19,7 @@ from ldm_vae.latents.rows import DiffusionBatch, DiffusionRows, collate_rows
 from ldm_vae.latents.scaling import as_stored, scale_latents
 from ldm_vae.latents.timesteps import NUM_TIMESTEPS, Prediction
 from ldm_vae.models.interface import encode_moments, posterior_of
-from ldm_vae.models.unet import denoiser_output, multiple_of
+from ldm_vae.models.unet import denoiser_output
 from ldm_vae.objectives.diffusion import add_noise, min_snr_weights
 from ldm_vae.runs.config import Range, RunConfig
 from ldm_vae.runs.sharding import averaged_copy, is_sharded, whole
@@ -77,7 +77,7 @@ def denoising_losses(
     """The weighted squared error of each image's prediction, (B,), in float32."""
     noisy, target = add_noise(config.prediction, scaled_latents, batch.noise, batch.timesteps)
     labels = batch.labels if bare.config.num_class_embeds else None
-    prediction = denoiser_output(unet, noisy, batch.timesteps, labels, multiple=multiple_of(bare))
+    prediction = denoiser_output(unet, noisy, batch.timesteps, labels, bare)
     errors = (prediction - target).square().mean(dim=(1, 2, 3))
     if config.min_snr_gamma is not None:
         errors = errors * min_snr_weights(config.prediction, batch.timesteps, config.min_snr_gamma)
