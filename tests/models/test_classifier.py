@@ -8,6 +8,7 @@ import torch
 from ldm_vae.errors import ModelError
 from ldm_vae.models.classifier import ImageClassifier, load_classifier
 from ldm_vae.models.discriminator import PatchDiscriminator
+from ldm_vae.models.pretrained import PretrainedFeatures
 
 
 def small(**changes: object) -> ImageClassifier:
@@ -47,6 +48,20 @@ def test_saved_and_loaded_it_is_the_same_with_the_names_of_its_classes(tmp_path:
     assert tuple(loaded.config.class_names) == ("ant", "bee", "cat")
     assert loaded.config.resolution == 48
     assert not loaded.training
+
+
+def test_with_a_backbone_only_what_learns_is_saved_and_the_rest_is_the_installed_network(tmp_path: Path) -> None:
+    classifier = small(backbone="efficientnet-lite0", class_names=("ant", "bee", "cat"))
+    assert sorted(classifier.state_dict()) == ["head.bias", "head.weight", "hidden.bias", "hidden.weight"]
+    classifier.save_pretrained(tmp_path)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").stat().st_size < 4 * (1281 * 6 + 7 * 3) + 1000
+    loaded = load_classifier(str(tmp_path))
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    pooled = PretrainedFeatures().pooled(images)
+    expected = torch.relu(pooled @ classifier.hidden.weight.T + classifier.hidden.bias)
+    assert torch.allclose(loaded.features(images), expected, atol=1e-5)
+    assert torch.allclose(loaded(images), classifier.head(expected), atol=1e-5)
+    assert loaded.pretrained is loaded.pretrained
 
 
 def test_names_for_another_number_of_classes_are_refused() -> None:

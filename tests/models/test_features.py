@@ -13,7 +13,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from ldm_vae.errors import ModelError
 from ldm_vae.models import features
 from ldm_vae.models.classifier import ImageClassifier
-from ldm_vae.models.features import INCEPTION_FILE, FeatureExtractor, load_features
+from ldm_vae.models.features import INCEPTION, INCEPTION_FILE, FeatureExtractor, load_features
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
 
@@ -30,8 +30,8 @@ class Network(nn.Module):
         return self.layers(images.float())
 
 
-def load(path: Path | str | None, network_input: Any = "images") -> FeatureExtractor:
-    return load_features(None if path is None else str(path), network_input=network_input, device=torch.device("cpu"))
+def load(path: Path | str, network_input: Any = "images") -> FeatureExtractor:
+    return load_features(str(path), network_input=network_input, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +122,13 @@ def test_missing_inception_weights_are_one_error_that_names_file_place_and_way_o
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     place = tmp_path / "hub" / "checkpoints"
     with pytest.raises(ModelError) as error:
-        load(None)
+        load(INCEPTION)
     for part in (INCEPTION_FILE, str(place), "https://", "TORCH_HOME", "--features PATH"):
         assert part in str(error.value)
     place.mkdir(parents=True)
     (place / INCEPTION_FILE).write_bytes(b"another file")
     with pytest.raises(ModelError, match="damaged or another file"):
-        load(None)
+        load(INCEPTION)
 
 
 def test_inception_takes_pixels_as_torch_fidelity_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +142,6 @@ def test_inception_takes_pixels_as_torch_fidelity_does(tmp_path: Path, monkeypat
     torch.manual_seed(0)
     direct = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(place / INCEPTION_FILE))
     torch.manual_seed(0)
-    given, _ = load(None)(PIXELS[:2])
+    given, _ = load(INCEPTION)(PIXELS[:2])
     assert given.shape == (2, 2048)
     assert torch.allclose(given, direct(torch.from_numpy(PIXELS[:2]).permute(0, 3, 1, 2))[0].double())
