@@ -28,6 +28,7 @@ from ldm_vae.models.unet import DENOISERS
 from ldm_vae.objectives.denoising import DenoiserConfig
 from ldm_vae.report import logged_values, provenance, write_report
 from ldm_vae.runs.config import MixedPrecision, as_json, check_ranges, differences, parse_config
+from ldm_vae.runs.loop import fast_precision
 from ldm_vae.sampling import SCHEDULERS, make_scheduler
 from ldm_vae.timing import seconds_of_script
 
@@ -78,7 +79,7 @@ class Config:
     """At each guidance scale."""
     sampling_steps: int = 20
     compared_steps: tuple[int, ...] = (10, 20, 250)
-    """Of the default scheduler, without guidance."""
+    """Of the default scheduler, at the first guidance scale."""
     seed: int = 0
 
 
@@ -177,7 +178,7 @@ def train(config: Config, data: str, test: str) -> dict[str, float]:
 
 
 def judge(config: Config, data: str, test: str) -> None:
-    """Samples at each guidance scale and number of steps, reconstructions, and the table of them all."""
+    """A classifier, and by it samples at each guidance scale and number of steps, and reconstructions."""
     classifier = config.output / "classifier"
     if not (classifier / "results.json").exists():
         seconds_of_script(
@@ -187,33 +188,19 @@ def judge(config: Config, data: str, test: str) -> None:
             *("--widths", *config.classifier_widths, "--erase", config.classifier_erase),
         )
     reference, other = halves(config, test)
-    sets = [config.output / "reconstructions"]
-    seconds_of_script("pipelines/reconstruct.py", "--vae", config.output / "vae", "--input", other, "--output", sets[0])
-    for name, scale, interval, steps, scheduler in sample_settings(config):
-        sets.append(config.output / f"{name}, {steps} steps of {scheduler}")
-        seconds_of_script(
-            "pipelines/generate.py",
-            *("--model", config.output / "diffusion", "--output", sets[-1]),
-            *("--num-images", config.num_images, "--guidance-scale", scale, "--guidance-interval", *interval),
-            *("--steps", steps, "--scheduler", scheduler, "--seed", config.seed, "--batch-size", 100),
-            *("--mixed-precision", config.mixed_precision),
-        )
-    samples = [word for folder in sets for word in ("--samples", folder)]
+    scheduler = [] if config.scheduler == DEFAULT_SCHEDULER else ["--scheduler", config.scheduler]
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = fast_precision(Accelerator().device)
     seconds_of_script(
         "benchmarks/generation.py",
-        *("--data", reference, "--real", other, *samples),
+        *("--data", reference, "--real", other, "--pipeline", config.output / "diffusion"),
         *("--features", classifier, "--num-images", config.num_images, "--output", config.output / "figures"),
+        *("--guidance-scale", *config.guidance_scales, "--interval-scale", *config.interval_scales),
+        *("--guidance-interval", *config.guidance_interval, "--num-inference-steps", config.sampling_steps),
+        *(*scheduler, "--compared-steps", *config.compared_steps, "--seed", config.seed, "--batch-size", 100),
+        *("--mixed-precision", precision),
     )
-
-
-def sample_settings(config: Config) -> list[tuple[str, float, tuple[float, float], int, str]]:
-    """Name, guidance scale and interval, steps and scheduler of each set of samples, each once."""
-    low, high = config.guidance_interval
-    guided = [(f"guidance {s:g}", s, (0.0, 1.0)) for s in config.guidance_scales]
-    guided += [(f"guidance {s:g} in {low:g} to {high:g}", s, (low, high)) for s in config.interval_scales]
-    settings = [(*guidance, config.sampling_steps, config.scheduler) for guidance in guided]
-    settings += [("guidance 1", 1.0, (0.0, 1.0), steps, DEFAULT_SCHEDULER) for steps in config.compared_steps]
-    return list(dict.fromkeys(settings))  # the default scheduler can be in both
 
 
 def check_config(config: Config) -> None:

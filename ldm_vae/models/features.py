@@ -72,6 +72,8 @@ class FeatureExtractor:
         shape, kind = tuple(images.shape), str(images.dtype).removeprefix("torch.")
         try:
             features = self.network(images)
+        except ModelError:
+            raise
         except Exception as error:  # whatever the code of a stranger's module raises
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise ModelError(
