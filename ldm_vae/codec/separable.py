@@ -32,6 +32,7 @@ DEFAULTS = {
     "encoder_layers_per_block": [0, 1],
     "decoder_layers_per_block": [1, 2],
     "block": "residual",
+    "stem_kernel_size": None,
     "linear_path": False,
     "pool": 1,
     "deterministic": False,
@@ -98,7 +99,8 @@ def load_separable(name: str, workers: int = 1) -> SeparableAutoencoder | None:
     try:
         config = DEFAULTS | json.loads((folder / "config.json").read_text())
         blocks_at_one_resolution = config["block"] == "separable" and len(config["block_out_channels"]) == 1
-        usual = all(config[n] == DEFAULTS[n] for n in ("out_channels", "pool", "latent_activation", "noise_level"))
+        special = ("out_channels", "stem_kernel_size", "pool", "latent_activation", "noise_level")
+        usual = all(config[n] == DEFAULTS[n] for n in special)
         if not blocks_at_one_resolution or not usual or config["finds_blemishes"]:
             return None
         weights = load_file(file)

@@ -31,6 +31,8 @@ class PatchAutoencoderKL(PatchNetwork, ModelMixin, ConfigMixin):
             `f = patch_size * 2 ** (len(block_out_channels) - 1)`.
         encoder_layers_per_block, decoder_layers_per_block: residual blocks at each resolution, finest first.
         block: "residual", or "separable": cheaper, for patches as large as the stride.
+        stem_kernel_size: side of the convolutions before and after all blocks, odd; the block's own unless given: 3 for
+            "residual", 1 for "separable", which leaves the pixels of a patch to one position.
         linear_path: adds a linear transform of patches of the stride's side, and its inverse, which start as the cosine
             transform; the network's own output starts at 0 and learns the rest (docs/decisions/011).
         pool: one latent for pool x pool positions of the coarsest resolution; the stride grows by the same factor. An
@@ -87,6 +89,14 @@ class PatchAutoencoderKL(PatchNetwork, ModelMixin, ConfigMixin):
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
 
 
+SEPARABLE: dict[str, Any] = {
+    "patch_size": 2,
+    "block_out_channels": (32, 96, 192),
+    "encoder_layers_per_block": (0, 1, 3),
+    "decoder_layers_per_block": (1, 3, 5),
+    "block": "separable",
+    "stem_kernel_size": 3,
+}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     # of train_vae.py
     "demo": {
@@ -95,13 +105,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "encoder_layers_per_block": (2,),
         "decoder_layers_per_block": (3,),
     },
-    "f8c4": {"latent_channels": 4},
-    "f8c8": {"latent_channels": 8},
+    "f8c4": {"latent_channels": 4, **SEPARABLE},
+    "f8c8": {"latent_channels": 8, **SEPARABLE},
     "f16c16": {
         "latent_channels": 16,
-        "block_out_channels": (64, 128, 256),
-        "encoder_layers_per_block": (0, 1, 1),
-        "decoder_layers_per_block": (1, 1, 2),
+        **SEPARABLE,
+        "block_out_channels": (32, 96, 192, 256),
+        "encoder_layers_per_block": (0, 0, 1, 3),
+        "decoder_layers_per_block": (1, 2, 3, 5),
     },
     "f4c3": {"latent_channels": 3, "patch_size": 2},
     "f8c4-large": {

@@ -101,12 +101,12 @@ class Encoder(nn.Module):
         widths: tuple[int, ...],
         layers: tuple[int, ...],
         block: str,
+        stem: int,
         pool: int,
         takes_level: bool,
     ) -> None:
         super().__init__()
         self.patch = patch
-        stem = BLOCKS[block].stem
         self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], stem, padding=stem // 2)
         self.level = nn.Linear(2, widths[0], bias=False) if takes_level else None
         if self.level is not None:
@@ -142,10 +142,11 @@ class Decoder(nn.Module):
         widths: tuple[int, ...],
         layers: tuple[int, ...],
         block: str,
+        stem: int,
         pool: int,
     ) -> None:
         super().__init__()
-        self.patch, stem = patch, BLOCKS[block].stem
+        self.patch = patch
         coarse_to_fine = widths[::-1]
         self.conv_in: nn.Conv2d | nn.ConvTranspose2d
         if pool == 1:
@@ -196,6 +197,7 @@ class PatchNetwork(nn.Module):
         encoder_layers_per_block: tuple[int, ...] = (0, 1),
         decoder_layers_per_block: tuple[int, ...] = (1, 2),
         block: str = "residual",
+        stem_kernel_size: int | None = None,
         linear_path: bool = False,
         pool: int = 1,
         deterministic: bool = False,
@@ -224,11 +226,15 @@ class PatchNetwork(nn.Module):
                 f"pool is {pool}, latent_activation {latent_activation}: at least 1 and one of {', '.join(ACTIVATIONS)}"
             )
         out_channels = out_channels or in_channels
+        stem = stem_kernel_size or BLOCKS[block].stem
+        self.ends = stem // 2
+        """Positions that the convolutions before and after all blocks see each way."""
         stride = self.spatial_compression_ratio = patch_size * 2 ** (len(widths) - 1) * pool
         moments = 2 * latent_channels
         takes_level = noise_level is not None
-        self.encoder = Encoder(in_channels, moments, patch_size, widths, encoder_layers, block, pool, takes_level)
-        self.decoder = Decoder(out_channels, latent_channels, patch_size, widths, decoder_layers, block, pool)
+        ends = (block, stem, pool)
+        self.encoder = Encoder(in_channels, moments, patch_size, widths, encoder_layers, *ends, takes_level)
+        self.decoder = Decoder(out_channels, latent_channels, patch_size, widths, decoder_layers, *ends)
         if linear_path:
             self.encoder.linear = LinearEncoder(in_channels, latent_channels, stride)
             self.decoder.linear = LinearDecoder(out_channels, latent_channels, stride)
@@ -271,8 +277,8 @@ class PatchNetwork(nn.Module):
         """Pixels beyond its own f x f cell that a latent depends on, each way (f: the stride)."""
         cell, halo, block = self.config.patch_size, 0, BLOCKS[self.config.block]
         convolutions = [block.radius * n for n in self.config.encoder_layers_per_block]
-        convolutions[0] += block.stem // 2  # conv_in
-        convolutions[-1] += block.stem // 2 * (self.config.pool == 1)  # conv_out; one that pools sees its own cell
+        convolutions[0] += self.ends  # conv_in
+        convolutions[-1] += self.ends * (self.config.pool == 1)  # conv_out; one that pools sees its own cell
         for count in convolutions:
             halo += count * cell
             cell *= 2
@@ -283,8 +289,8 @@ class PatchNetwork(nn.Module):
         """Latents beyond its own that the f x f pixels of a latent depend on, each way."""
         block = BLOCKS[self.config.block]
         convolutions = [block.radius * n for n in self.config.decoder_layers_per_block]
-        convolutions[0] += block.stem // 2  # conv_out
-        convolutions[-1] += block.stem // 2 * (self.config.pool == 1)  # conv_in
+        convolutions[0] += self.ends  # conv_out
+        convolutions[-1] += self.ends * (self.config.pool == 1)  # conv_in
         halo = 0
         for count in convolutions:  # finest first: halve the reach at each coarser resolution, rounding up
             halo = -(-halo // 2) + count

@@ -27,6 +27,7 @@ SMALL: list[dict[str, Any]] = [
     },
     {"patch_size": 2, "block_out_channels": (8, 8), "pool": 2},
     {"patch_size": 4, "block_out_channels": (8, 8), "block": "separable"},
+    {"patch_size": 4, "block_out_channels": (8, 8), "block": "separable", "stem_kernel_size": 3},
     {
         "patch_size": 8,
         "block_out_channels": (8,),
