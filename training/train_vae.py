@@ -8,7 +8,7 @@ The same command resumes a run, on any number of processes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -40,8 +40,6 @@ from ldm_vae.runs.images import check_network, crops_of, forget_scale, start_on_
 
 @dataclass(frozen=True, kw_only=True)
 class Config(VAEConfig):
-    train: Literal["all", "decoder"] = "all"
-    """decoder leaves the encoder, and so the latents, as they are."""
     disc_learning_rate: tyro.conf.Suppress[Annotated[float, Range(above=0)]] = 2e-4
     disc_channels: tyro.conf.Suppress[Annotated[int, Range(at_least=1)]] = 32
     """Of the discriminator's first layer."""
@@ -68,9 +66,9 @@ DEMO = Config(
 )
 PRESETS = {
     "demo": ("minutes on two CPU cores, every loss on", DEMO),
-    "f8c4": ("stride 8, 4 channels: Stable Diffusion's shape of latents", Config()),
-    "f8c8": ("stride 8, 8 channels", Config(architecture="f8c8")),
-    "f16c16": ("stride 16, 16 channels", Config(architecture="f16c16")),
+    "f8c4": ("stride 8, 4 channels: Stable Diffusion's shape of latents", Config(scale_equivariance=0.4)),
+    "f8c8": ("stride 8, 8 channels", Config(architecture="f8c8", scale_equivariance=0.4)),
+    "f16c16": ("stride 16, 16 channels", Config(architecture="f16c16", scale_equivariance=0.4)),
     "f4c3": ("stride 4, 3 channels: small images", Config(architecture="f4c3")),
     "f8c4-large": (
         "stride 8, 4 channels, about the parameters of Stable Diffusion's VAE, for GPUs",

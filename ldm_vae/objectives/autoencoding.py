@@ -50,11 +50,12 @@ class TrainableVAE(nn.Module):
         self.vae: Any = vae
 
     def forward(
-        self, images: Tensor, noise: Tensor, noise_level: Tensor | None = None
+        self, images: Tensor, noise: Tensor, noise_level: Tensor | None = None, reduction: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, C, H, W), normal noise (B, c, h, w) -> reconstruction, moments, KL in nats per pixel (B,).
 
-        Without a posterior the latents are its mean, and the KL is 0. noise_level (B,): see `encode_moments`.
+        Without a posterior the latents are its mean, and the KL is 0. noise_level (B,): see `encode_moments`. With a
+        reduction r < 1 the latents are resized to r times their side before they are decoded.
         """
         moments = encode_moments(self.vae, images, noise_level)
         posterior = posterior_of(moments)
@@ -63,7 +64,8 @@ class TrainableVAE(nn.Module):
             nats = losses.kl_per_pixel(posterior, images.shape[-2] * images.shape[-1])
         else:
             latents, nats = posterior.mean, torch.zeros(len(images), device=images.device)
-        return self.vae.decode(latents).sample, moments, nats
+        size = [round(side * reduction) for side in latents.shape[-2:]]
+        return self.vae.decode(losses.resized(latents, size)).sample, moments, nats
 
 
 def check_posterior(vae: Any, kl_weight: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -32,6 +33,13 @@ def reconstruction_loss(
         case "cross-entropy":
             truth = (1 + images) / 2
             return functional.binary_cross_entropy_with_logits(reconstruction, truth, reduction="none").mean()
+
+
+def resized(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Images or latents (B, C, H, W) -> (B, C, *size), bilinear, antialiased."""
+    if tuple(size) == tuple(images.shape[-2:]):
+        return images
+    return functional.interpolate(images, tuple(size), mode="bilinear", antialias=True)
 
 
 def kl_per_pixel(posterior: DiagonalGaussianDistribution, num_pixels: int) -> Tensor:

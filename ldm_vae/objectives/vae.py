@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from random import Random
 from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ ADAPTIVE_STEPS = 20
 ACCURACY_STEPS, MOST_ACCURATE = 10, 0.75
 """A discriminator that was right more often than this, over about so many steps, does not train until it is not:
 otherwise it wins on small data, and has nothing more to teach (docs/decisions/024)."""
+REDUCTIONS = 0.5, 0.75
+"""To what share of their side latents are reduced for scale equivariance."""
 PERCEPTUAL_TERMS = {"pretrained": "lpips", "random": "lpips_random", "features": "features"}
 """What the loss of each `--perceptual` is called in the log."""
 
@@ -47,23 +51,32 @@ class VAEConfig(ImageConfig):
     """Times the adaptive weight."""
     disc_start: Annotated[int, Range(at_least=0)] = 50_000
     """The step from which the discriminator trains and counts."""
+    train: Literal["all", "decoder"] = "all"
+    """decoder leaves the encoder, and so the latents, as they are."""
+    scale_equivariance: tyro.conf.Suppress[Annotated[float, Range(at_least=0, at_most=1)]] = 0.0
+    """The share of steps in which reduced latents must decode to the image, reduced alike: such latents suit diffusion
+    (Skorokhodov et al. 2025, section 4; Kouzelis et al. 2025). Not with a fixed encoder."""
+
+    @property
+    def smallest_crops(self) -> dict[str, tuple[str, int]]:
+        """By the flag that turns a loss off: what it is, and the smallest crops that it can judge."""
+        least = {}
+        if self.perceptual == "features":
+            least["--perceptual"] = ("--perceptual features", PHASES + FeatureDistance.smallest_image)
+        elif self.perceptual != "none":
+            least["--perceptual"] = (f"LPIPS with {self.lpips_backbone}", SMALLEST_IMAGE[self.lpips_backbone])
+        if self.adversarial != "none":
+            least["--adversarial"] = ("the discriminator", PatchDiscriminator.smallest_image(num_layers=3))
+        return least
 
     def check(self, num_processes: int) -> None:
         super().check(num_processes)
-        with_features = self.perceptual == "features"
-        least = PHASES + FeatureDistance.smallest_image if with_features else SMALLEST_IMAGE[self.lpips_backbone]
-        if self.perceptual != "none" and self.resolution < least:
-            name = "--perceptual features" if with_features else f"LPIPS with {self.lpips_backbone}"
-            raise ConfigError(
-                f"{name} needs crops of {least} pixels, --resolution is {self.resolution}: "
-                "enlarge it, or choose --perceptual none"
-            )
-        least = PatchDiscriminator.smallest_image(num_layers=3)
-        if self.adversarial != "none" and self.resolution < least:
-            raise ConfigError(
-                f"the discriminator needs crops of {least} pixels, --resolution is {self.resolution}: "
-                "enlarge it, or choose --adversarial none"
-            )
+        for flag, (name, least) in self.smallest_crops.items():
+            if self.resolution < least:
+                raise ConfigError(
+                    f"{name} needs crops of {least} pixels, --resolution is {self.resolution}: "
+                    f"enlarge it, or choose {flag} none"
+                )
 
 
 @dataclass(kw_only=True)
@@ -83,11 +96,23 @@ class VAEState(AutoencoderState):
         return parts
 
 
+def reduction_at(config: VAEConfig, step: int) -> float:
+    """What a step's latents are reduced to, the same in every process: 1, or by chance one of REDUCTIONS that leaves
+    the losses enough to judge."""
+    least = max((least for _, least in config.smallest_crops.values()), default=1)
+    fitting = [r for r in REDUCTIONS if config.resolution * r >= least]
+    draw = Random(f"{config.seed} {step}")
+    if config.train == "decoder" or not fitting or draw.random() >= config.scale_equivariance:
+        return 1.0
+    return draw.choice(fitting)
+
+
 @dataclass(kw_only=True)
 class GeneratorStep:
     """Weighted loss terms by name, and what they were computed from."""
 
     terms: dict[str, Tensor]
+    images: Tensor
     reconstruction: Tensor
     moments: Tensor
     nats_per_pixel: Tensor
@@ -104,22 +129,24 @@ def generator_step(
     adversarial: bool,
     first: bool,
     accelerator: Accelerator,
-    phase: int = 0,
+    step: int = 0,
 ) -> GeneratorStep:
     """One forward of the wrapped VAE and its named loss terms. images: (B, C, H, W) in [-1, 1].
 
-    `phase` is that of `at_phase`, for the loss in pretrained features.
+    `step` draws the phase of `at_phase`, for the loss in pretrained features, and whether the latents are reduced.
 
     `first`: whether this is the step's first micro-batch. Only then is the discriminator in training mode, in which
     spectral norm's power iteration advances: once a step, before anything is judged, however the batch is split.
     """
-    reconstruction, moments, nats = state.network(images, noise)
+    reduction = reduction_at(config, step)
+    reconstruction, moments, nats = state.network(images, noise, reduction=reduction)
+    images = losses.resized(images, reconstruction.shape[-2:])
     error = losses.reconstruction_loss(reconstruction, images, config.reconstruction)
     terms: dict[str, Tensor] = {config.reconstruction: error}
     if state.perceptual is not None:
         pair = reconstruction, images
         if config.perceptual == "features":
-            pair = at_phase(reconstruction, phase), at_phase(images, phase)
+            pair = at_phase(reconstruction, step), at_phase(images, step)
         with accelerator.autocast():
             terms[PERCEPTUAL_TERMS[config.perceptual]] = config.perceptual_weight * state.perceptual(*pair)
     if config.kl_weight > 0:
@@ -135,6 +162,7 @@ def generator_step(
         terms["adversarial"] = config.adversarial_weight * state.adaptive_weight * loss
     return GeneratorStep(
         terms=terms,
+        images=images,
         reconstruction=reconstruction,
         moments=moments.detach(),
         nats_per_pixel=nats.detach().mean(),
@@ -180,7 +208,7 @@ def vae_step(
                 adversarial=adversarial,
                 first=micro == 0,
                 accelerator=accelerator,
-                phase=step,
+                step=step,
             )
             accelerator.backward(sum(generated.terms.values()))
             summary.add(generated.terms)
@@ -189,7 +217,7 @@ def vae_step(
                 summary.add({"bits_per_pixel": generated.nats_per_pixel / math.log(2)})
             if generated.adversarial_gradient is not None and state.discriminator is not None:
                 adversarial_gradient += generated.adversarial_gradient
-                terms = discriminator_step(batch.images, generated.reconstruction, state.discriminator, config)
+                terms = discriminator_step(generated.images, generated.reconstruction, state.discriminator, config)
                 accelerator.backward(terms["discriminator"])
                 summary.add(terms)
     if not adversarial:

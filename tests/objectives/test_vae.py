@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from ldm_vae.models.interface import last_layer
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.autoencoding import TrainableVAE
 from ldm_vae.objectives.perceptual import LPIPSLoss
-from ldm_vae.objectives.vae import VAEConfig, VAEState, discriminator_step, generator_step, vae_step
+from ldm_vae.objectives.vae import VAEConfig, VAEState, discriminator_step, generator_step, reduction_at, vae_step
 
 RATES = {"vae": 1e-4, "discriminator": 1e-4}
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -63,6 +64,38 @@ def test_lpips_alone_gives_the_decoder_a_gradient() -> None:
     done.terms["lpips_random"].backward()
     assert gradient_size(state.bare.vae.decoder) > 0
     assert gradient_size(state.bare.vae.encoder) > 0
+
+
+def test_reduced_latents_must_decode_to_the_image_reduced_alike() -> None:
+    config = VAEConfig(perceptual="none", adversarial="none", kl_weight=0.0, resolution=32, scale_equivariance=1.0)
+    state = make_state(config)
+    assert {reduction_at(config, step) for step in range(20)} == {0.5, 0.75}
+    step = next(step for step in range(20) if reduction_at(config, step) == 0.5)
+    done = generator_step(
+        IMAGES, NOISE, state, config, adversarial=False, first=True, accelerator=Accelerator(), step=step
+    )
+    posterior = state.bare.vae.encode(IMAGES).latent_dist
+    half = {"size": (2, 2), "mode": "bilinear", "antialias": True}
+    latents = torch.nn.functional.interpolate(posterior.mean + posterior.std * NOISE, **half)
+    images = torch.nn.functional.interpolate(IMAGES, **half | {"size": (16, 16)})
+    assert torch.equal(done.images, images)
+    assert done.terms["l1"].item() == pytest.approx(
+        (state.bare.vae.decode(latents).sample - images).abs().mean().item()
+    )
+
+
+def test_latents_are_reduced_as_often_as_asked_and_no_further_than_the_losses_can_judge() -> None:
+    config = VAEConfig(perceptual="none", adversarial="none", resolution=64, scale_equivariance=0.4)
+    drawn = [reduction_at(config, step) for step in range(1000)]
+    assert drawn.count(1.0) == pytest.approx(600, abs=50)
+    judged = replace(config, adversarial="hinge", resolution=40)  # the discriminator needs 24
+    assert {reduction_at(judged, step) for step in range(100)} == {1.0, 0.75}
+    for never in (
+        replace(config, train="decoder"),
+        replace(judged, resolution=24),
+        replace(config, scale_equivariance=0),
+    ):
+        assert {reduction_at(never, step) for step in range(100)} == {1.0}
 
 
 def test_each_term_is_weighed() -> None:
