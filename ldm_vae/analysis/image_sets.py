@@ -197,27 +197,32 @@ def beside_training(
 ) -> dict[str, dict[str, Any]]:
     """`Nearest.beside` of each set, and a picture of each in the folder."""
     folder.mkdir(exist_ok=True)
-    usual, rows = nearest_training(held_out, training), {}
-    for i, (name, images) in enumerate(sets.items()):
-        nearest = nearest_training(images, training)
-        rows[name] = nearest.beside(usual)
+    usual = nearest_training(held_out, training)
+    found = {name: nearest_training(images, training) for name, images in sets.items()}
+    wanted = {int(nearest.indices[i]) for nearest in found.values() for i in shown_of(nearest)}
+    training_images = chosen_squares(training.squares(), wanted)
+    for i, (name, nearest) in enumerate(found.items()):
         with atomic(folder / f"{i} {Path(name).name}.png") as out:
-            nearest_grid(images, training, nearest, usual).save(out, "PNG")
-    return rows
+            nearest_grid(sets[name], training_images, nearest, usual).save(out, "PNG")
+    return {name: nearest.beside(usual) for name, nearest in found.items()}
 
 
-def nearest_grid(images: ImageSet, training: ImageSet, nearest: Nearest, held_out: Nearest) -> Image.Image:
-    """The images that come closest to a training image, and the first of the set, each above its training image."""
-    closest, first = np.argsort(nearest.distances, kind="stable")[:SHOWN], np.arange(len(nearest.distances))[:SHOWN]
-    chosen = [*closest.tolist(), *first.tolist()]
-    shown = chosen_squares(images.squares(), set(chosen))
-    beside = chosen_squares(training.squares(), set(nearest.indices[chosen].tolist()))
-    median, rows = np.median(held_out.distances), []
-    for label, positions in (("the closest to a training image", closest), ("the first ones", first)):
-        distances = " ".join(f"{d / median:.2f}" for d in nearest.distances[positions])
+def shown_of(nearest: Nearest) -> list[int]:
+    """The images that come closest to a training image, then the first of the set."""
+    closest = np.argsort(nearest.distances, kind="stable")[:SHOWN]
+    return [*closest.tolist(), *range(len(nearest.distances))[:SHOWN]]
+
+
+def nearest_grid(images: ImageSet, training: dict[int, Pixels], nearest: Nearest, held_out: Nearest) -> Image.Image:
+    """The images of `shown_of`, each above its nearest training image."""
+    positions = shown_of(nearest)
+    shown = chosen_squares(images.squares(), set(positions))
+    median, half, rows = np.median(held_out.distances), len(positions) // 2, []
+    for label, part in (("the closest to a training image", positions[:half]), ("the first ones", positions[half:])):
+        distances = " ".join(f"{d / median:.2f}" for d in nearest.distances[part])
         rows += [
-            (f"{label}; distances, of held-out images' median: {distances}", [shown[i] for i in positions]),
-            ("their nearest training images", [beside[i] for i in nearest.indices[positions]]),
+            (f"{label}; distances, of held-out images' median: {distances}", [shown[i] for i in part]),
+            ("their nearest training images", [training[i] for i in nearest.indices[part]]),
         ]
     return labelled_rows([(label, visible(to_images(np.stack(pixels)))) for label, pixels in rows])
 
