@@ -12,7 +12,7 @@ setup: .venv/installed
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[datasets,dev,features,onnx]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[datasets,dev,features,onnx,page]"
 	touch $@
 
 # Another DATA than last time's starts anew; the same one goes on.

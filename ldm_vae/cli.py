@@ -22,6 +22,8 @@ from ldm_vae.commands.publish import Publish, publish
 from ldm_vae.commands.reconstruct import Reconstruct, reconstruct_files
 from ldm_vae.commands.shards import Shards, work_on_shards
 from ldm_vae.errors import ConfigError, one_line_errors
+from ldm_vae.page.command import open_page
+from ldm_vae.page.flags import Page
 from ldm_vae.runs.config import tyro_errors
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -30,6 +32,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "denoise": (Denoise, denoise_files),
     "generate": (Generate, generate_images),
     "reconstruct": (Reconstruct, reconstruct_files),
+    "page": (Page, open_page),
     "info": (Info, info),
     "models": (Models, models),
     "fit-codec": (FitCodec, fit_codec),

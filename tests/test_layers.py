@@ -20,6 +20,7 @@ LAYERS = (
     ("ldm_vae.objectives", "ldm_vae.sampling"),
     ("ldm_vae.analysis", "ldm_vae.pipeline"),
     ("ldm_vae.commands", "ldm_vae.pillow_plugin"),
+    ("ldm_vae.page",),
     ("ldm_vae.cli",),
     ("training", "pipelines", "benchmarks"),
 )

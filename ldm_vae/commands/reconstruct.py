@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +49,7 @@ class Reconstruct(Transfer):
         return load_vae(self.model, self.device, self.tile)
 
 
-@cache
+@lru_cache(maxsize=2)
 def load_vae(model: str, device: str, tile: bool) -> Any:
     from ldm_vae.data.conversion import check_viewable
     from ldm_vae.models.interface import channels_of
