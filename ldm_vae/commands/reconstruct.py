@@ -10,8 +10,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
 from ldm_vae.commands.embed import ready
 from ldm_vae.commands.folders import in_one_line
 from ldm_vae.commands.transfer import STREAM, Transfer, is_nameless, read, transfer, write
@@ -25,8 +23,8 @@ from ldm_vae.runs.config import Range
 class Reconstruct(Transfer):
     """Send images through an autoencoder and back: photo.jpg -> photo.reconstructed.png."""
 
-    model: str = tyro.MISSING
-    """Run directory, diffusers folder or hub id of the autoencoder."""
+    model: str = "box:f8c4"
+    """Run directory, diffusers folder, hub id or model of the box: an autoencoder."""
     workers: Annotated[int, Range(at_least=0)] = 0
     """Processes for several files; 0: one a core."""
     tile: bool = False
