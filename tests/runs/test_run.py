@@ -24,9 +24,10 @@ from ldm_vae.errors import ConfigError, RunError
 from ldm_vae.files import atomic, beside_of, staged_directory, write_csv
 from ldm_vae.progress import progress
 from ldm_vae.runs import loop
+from ldm_vae.runs import run as run_module
 from ldm_vae.runs.config import RunConfig, parse_flags
 from ldm_vae.runs.loop import Loop
-from ldm_vae.runs.run import Checkpoint, Run
+from ldm_vae.runs.run import Checkpoint, Run, git_revision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,3 +394,25 @@ def test_a_wrong_flag_is_said_once(flag: list[str], message: str) -> None:
     assert text.lower().count(message.lower()) == 1
     assert "\n" not in text
     assert not re.search(r"(\w+ \w+):? \1", text, re.IGNORECASE), "the title again"
+
+
+def test_the_commit_is_that_of_the_code_and_not_of_another_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a wheel is installed into an environment inside somebody's checkout."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    installed = tmp_path / "site" / "run.py"
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr(run_module, "__file__", str(installed))
+    assert git_revision() is None
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "theirs"], check=True)
+    assert git_revision() is None
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", "ours"], check=True)
+    revision = git_revision()
+    assert revision is not None
+    assert len(revision) == 40
+    installed.write_text("changed")
+    assert git_revision() == f"{revision}-dirty"
