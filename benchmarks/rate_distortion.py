@@ -10,10 +10,8 @@ differences are given for the mean curve, and as the mean over images with its 9
 from __future__ import annotations
 
 import csv
-import io
 import math
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -25,9 +23,10 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
-from PIL import Image, features
+from PIL import Image
 
 from ldm_vae.codec.codec import LatentCodec
+from ldm_vae.codec.others import PILLOW, Codec, installed
 from ldm_vae.codec.search import bits_per_pixel
 from ldm_vae.data.conversion import to_images
 from ldm_vae.data.images import Pixels
@@ -53,20 +52,6 @@ METRICS = {
     "lpips_alex": "LPIPS (AlexNet)",
 }
 """ms_ssim_db: -10 log10(1 - MS-SSIM), which spreads the values near 1. LPIPS is a distance: lower is better."""
-JPEG, AVIF = (5, 8, 12, 17, 23, 30, 40, 50, 60, 70, 80), (20, 30, 38, 45, 52, 60, 68, 76)
-RATIOS = tuple(24 / rate for rate in (0.07, 0.1, 0.15, 0.22, 0.32, 0.46, 0.68, 1.0))
-PILLOW: dict[str, tuple[str, Sequence[float], dict[str, Any]]] = {
-    "jpeg-420": ("JPEG", JPEG, {"optimize": True, "subsampling": 2}),
-    "jpeg-444": ("JPEG", JPEG, {"optimize": True, "subsampling": 0}),
-    "webp": ("WEBP", (0, 5, 12, 22, 35, 50, 65, 78, 86), {"method": 6}),
-    "avif-420": ("AVIF", AVIF, {"speed": 6, "subsampling": "4:2:0"}),
-    "avif-444": ("AVIF", AVIF, {"speed": 6, "subsampling": "4:4:4"}),
-    "avif-420-slowest": ("AVIF", AVIF, {"speed": 0, "subsampling": "4:2:0"}),
-    "avif-444-slowest": ("AVIF", AVIF, {"speed": 0, "subsampling": "4:4:4"}),
-    "jpeg2000": ("JPEG2000", RATIOS, {"quality_mode": "rates", "irreversible": True, "mct": 1}),
-    "jpeg-xl": ("JXL", (15, 25, 35, 45, 55, 65, 75, 85), {"effort": 7}),
-}
-"""Pillow's name of the format, qualities (JPEG 2000: compression ratios), and the other options of `Image.save`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,42 +76,6 @@ class Config:
     reading: Reading = USUAL
 
 
-@dataclass(frozen=True, kw_only=True)
-class Codec:
-    """Compresses pixels (H, W, 3) to bytes, and back, at several settings."""
-
-    name: str
-    settings: Sequence[float]
-    encode: Callable[[Pixels, float], bytes]
-    decode: Callable[[bytes], Pixels]
-
-
-def pillow_codec(name: str) -> Codec | None:
-    """None when this Pillow cannot write the format. Raises ConfigError for an unknown name."""
-    if name not in PILLOW:
-        raise ConfigError(f"--others {name} is not known: try {', '.join(PILLOW)}")
-    file_format, settings, options = PILLOW[name]
-    feature = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}.get(file_format)
-    try:
-        if file_format == "JXL":
-            import pillow_jxl  # noqa: F401  # registers itself
-    except ImportError:
-        return None
-    if feature and not features.check(feature):
-        return None
-
-    def encode(pixels: Pixels, setting: float) -> bytes:
-        file = io.BytesIO()
-        quality = {"quality_layers": [setting]} if file_format == "JPEG2000" else {"quality": setting}
-        Image.fromarray(pixels).save(file, file_format, **quality, **options)
-        return file.getvalue()
-
-    def decode(data: bytes) -> Pixels:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-    return Codec(name=name, settings=settings, encode=encode, decode=decode)
-
-
 def our_codec(path: str, config: Config) -> Codec:
     codec = LatentCodec.from_pretrained(path, device=config.device)
     return Codec(
@@ -141,13 +90,7 @@ def load_codecs(config: Config) -> list[Codec]:
     if not config.codec and not config.others:
         raise ConfigError("no codec is given: add --codec, or --others")
     codecs = [our_codec(path, config) for path in dict.fromkeys(config.codec)]
-    for name in dict.fromkeys(config.others):
-        codec = pillow_codec(name)
-        if codec is None:
-            print(f"left out: {name} is not installed")
-        else:
-            codecs.append(codec)
-    return codecs
+    return [*codecs, *installed(config.others)]
 
 
 def load_images(config: Config) -> dict[str, Pixels]:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.rate_distortion import Config, difference, main, mean_curve, pillow_codec
+from benchmarks.rate_distortion import Config, difference, main, mean_curve
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.fit_tables import fit_tables
+from ldm_vae.codec.others import pillow_codec
 from ldm_vae.data.sources import open_source
 from ldm_vae.errors import ConfigError, DataError
 from ldm_vae.models.autoencoder import PatchAutoencoderKL
