@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,9 +10,9 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-from PIL import Image
 
 from ldm_vae.codec.bitstream import EXTENSION
+from ldm_vae.codec.others import best_within, pillow_codec
 from ldm_vae.codec.quality import USUAL_QUALITY
 from ldm_vae.commands.codec import Compress, Decompress, compress_file, decompress_file, is_compressed
 from ldm_vae.commands.info import facts_in
@@ -22,10 +21,7 @@ from ldm_vae.data.images import Pixels
 from ldm_vae.page.events import BUTTONS, DROP_HEIGHT, QUEUED, SLIDER, WORKERS, in_a_folder, reduced, viewed
 from ldm_vae.page.flags import Page
 
-RIVALS: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "AVIF": {"speed": 6}}
-"""Pillow's names, and its options beside the quality."""
-FINEST = 95
-"""Quality of the others up to which they are tried."""
+RIVALS = {label: codec for label, name in (("JPEG", "jpeg-420"), ("AVIF", "avif-420")) if (codec := pillow_codec(name))}
 COMPARED_SIDE = 768
 """Of larger images, so many pixels each way in the middle are compared: that takes seconds."""
 ABOUT_SCORES = (
@@ -62,25 +58,6 @@ def compress_upload(command: Compress) -> list[str]:
     return [*notes, *([note] if note else [])]
 
 
-def smaller_file(pixels: Pixels, kind: str, size: int) -> bytes:
-    """Pillow's file of the best quality within so many bytes; of the worst, where none is that small."""
-
-    def encoded(quality: int) -> bytes:
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, kind, quality=quality, **RIVALS[kind])
-        return file.getvalue()
-
-    low, high, best = 0, FINEST, encoded(0)
-    while low < high:
-        middle = (low + high + 1) // 2
-        found = encoded(middle)
-        if len(found) <= size:
-            low, best = middle, found
-        else:
-            high = middle - 1
-    return best
-
-
 def compare(codec: Any, pixels: Pixels, quality: float) -> Iterator[Rival]:
     """Ours at a quality, then the others in as many bytes; of a large image (H, W, 3), its middle."""
     from ldm_vae.metrics import ssimulacra2
@@ -90,11 +67,10 @@ def compare(codec: Any, pixels: Pixels, quality: float) -> Iterator[Rival]:
     data = codec.compress(pixels, step=codec.tables.step_at(quality, []))
     ours = codec.decompress_picture(data).pixels
     yield Rival(name="ldm-vae", pixels=ours, size=len(data), score=ssimulacra2(pixels, ours))
-    for kind in RIVALS:
-        file = smaller_file(pixels, kind, len(data))
-        with Image.open(io.BytesIO(file)) as image:
-            theirs = np.asarray(image.convert("RGB"))
-        yield Rival(name=kind, pixels=theirs, size=len(file), score=ssimulacra2(pixels, theirs))
+    for label, rival in RIVALS.items():
+        file = best_within(rival, pixels, len(data))
+        theirs = rival.decode(file)
+        yield Rival(name=label, pixels=theirs, size=len(file), score=ssimulacra2(pixels, theirs))
 
 
 def said_of(upload: Path, file: Path, shape: tuple[int, ...], notes: list[str]) -> str:

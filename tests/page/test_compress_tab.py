@@ -16,7 +16,7 @@ from tests.command_line import fails, run
 
 pytest.importorskip("gradio", reason="Gradio is not installed")
 
-from ldm_vae.page.compress import RIVALS, compare, show, smaller_file
+from ldm_vae.page.compress import compare, show
 from ldm_vae.page.events import in_a_folder, reduced
 
 
@@ -104,15 +104,6 @@ def test_files_of_an_event_are_gone_when_it_is_over(tmp_path: Path) -> None:
 
     assert list(in_a_folder(act)()) == [True]
     assert not seen[0].exists()
-
-
-@pytest.mark.parametrize("kind", RIVALS)
-def test_another_format_gets_the_best_quality_within_as_many_bytes(kind: str) -> None:
-    pixels = image_of(64, 48)
-    files = {size: smaller_file(pixels, kind, size) for size in (1200, 1800)}
-    assert len(files[1200]) <= 1200 < len(files[1800]) <= 1800
-    assert smaller_file(pixels, kind, len(files[1200])) == files[1200]
-    assert smaller_file(pixels, kind, 1) == smaller_file(pixels, kind, 2)  # none is that small: the worst
 
 
 def test_ours_and_the_others_are_compared_at_one_size_in_the_middle_of_a_large_image() -> None:
