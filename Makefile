@@ -24,7 +24,7 @@ demo: setup
 		$(TRAINED)/vae/config.json "$(IMAGES)#train" 2> /dev/null || rm -rf $(TRAINED)
 	$(BIN)/python training/train_vae.py f8c4 --init box:f8c4 --data "$(IMAGES)#train" --val-data "$(IMAGES)#held-out" \
 		--output $(TRAINED)/vae --steps 200 --batch-size 16 --resolution 64 --learning-rate 1e-3 --train decoder \
-		--perceptual features --adversarial-weight 0.25 --disc-start 20 --sample-every 200 --checkpoint-every 200
+		--perceptual features --adversarial-weight 0.05 --disc-start 20 --sample-every 200 --checkpoint-every 200
 	$(BIN)/python benchmarks/reconstruction.py --vae box:f8c4 --vae $(TRAINED)/vae --data "$(IMAGES)#held-out" \
 		--num-images 40 --resolution 64 --perceptual none --output $(TRAINED)/reconstruction
 	$(BIN)/python training/cache_latents.py --vae $(TRAINED)/vae --data "$(IMAGES)" --num-images 6000 \
