@@ -90,9 +90,9 @@ def main(config: Config) -> None:
             tiles[by].append(middle(within(result, CROP), CROP))
             rows.append({"image": name, "codec": by, "bytes": len(file), "ssimulacra2": ssimulacra2(pixels, result)})
     write_report(config.output, provenance(config), {"files": rows}, table(rows))
-    file = config.output / "compressed.png"
-    picture_of(tiles, rows).save(file)
-    print(f"crops at 100 %: {file}")
+    shown = config.output / "compressed.png"
+    grid_of(tiles, rows).save(shown)
+    print(f"crops at 100 %: {shown}")
 
 
 def table(rows: list[Row]) -> str:
@@ -104,7 +104,7 @@ def table(rows: list[Row]) -> str:
     return markdown_table(list(lines.values()))
 
 
-def picture_of(tiles: dict[str, list[Pixels]], rows: list[Row]) -> Image.Image:
+def grid_of(tiles: dict[str, list[Pixels]], rows: list[Row]) -> Image.Image:
     """A column a photo: a part of the original, then each codec's of it."""
     lines = []
     for name, crops in tiles.items():
