@@ -63,7 +63,8 @@ def test_the_commands_of_the_readme_run_one_after_the_other(here: Path, capsys: 
         cli.main(shlex.split(help_of)[1:])
     assert "compress" in capsys.readouterr().out
     assert run_commands(use) == 4 + 3
-    [decompress] = re.findall(r"`(ldm-vae \S.*?)`", use)
+    page, decompress = re.findall(r"`(ldm-vae \S.*?)`", use)
+    check_command(shlex.split(page))
     cli.main(shlex.split(decompress)[1:])
     with Image.open("photo.png") as image, Image.open("restored.png") as restored:
         assert restored.size == image.size
