@@ -9,7 +9,16 @@ from PIL import Image
 
 from ldm_vae.codec.codec import LatentCodec
 
-SLOW = ("diffusers", "transformers", "torch._dynamo", "accelerate", "scipy.optimize", "torchvision", "huggingface_hub", "gradio")
+SLOW = (
+    "diffusers",
+    "transformers",
+    "torch._dynamo",
+    "accelerate",
+    "scipy.optimize",
+    "torchvision",
+    "huggingface_hub",
+    "gradio",
+)
 
 
 def test_compress_and_decompress_import_nothing_slow_but_torch(
