@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
-import tyro
-
 from ldm_vae.commands.reconstruct import Reconstruct, convert_file
 from ldm_vae.commands.transfer import transfer
 from ldm_vae.data.image_files import images_below
@@ -17,8 +15,8 @@ from ldm_vae.data.image_files import images_below
 class Denoise(Reconstruct):
     """Take the noise out of images, by an autoencoder that was trained to: photo.jpg -> photo.denoised.png."""
 
-    model: str = tyro.MISSING
-    """Run directory, diffusers folder or hub id of the autoencoder."""
+    model: str = "box:denoise"
+    """Run directory, diffusers folder, hub id or model of the box: an autoencoder that was trained to."""
     sigma: float | None = None
     """Standard deviation of the noise in 0..255; the network goes by what it sees unless given."""
 

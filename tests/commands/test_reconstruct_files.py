@@ -142,7 +142,6 @@ def test_an_original_is_not_written_over_and_what_is_there_stays(
 def test_what_cannot_work_is_said_in_one_line(models: Path, two: Path, capsys: pytest.CaptureFixture) -> None:
     (two / "text.txt").write_text("no image")
     for words, said in (
-        (("a.png",), "--model"),
         (("a.png", "--model", "box:nothing"), "the box has box:codec"),
         (("a.png", "--model", models / "blind", "--sigma", 20), "cannot be told how much noise"),
         (("a.png", "--model", models, "--sigma", 99), "can be told 0 to 50"),
