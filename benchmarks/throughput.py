@@ -25,7 +25,7 @@ import tyro
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from ldm_vae.codec.codec import LatentCodec
 from ldm_vae.codec.fit_tables import fit_tables
@@ -219,6 +219,17 @@ def file_stages(config: Config, accelerator: Accelerator, work: Path) -> dict[st
     }
 
 
+def convolution_backward_flops(
+    grad_shape: Any, input_shape: Any, weight_shape: Any, *options: Any, out_shape: Any, **named: Any
+) -> int:
+    """torch's own count takes a depthwise convolution's weight gradient for that of all channels with all."""
+    *_, transposed, _, _, wanted = options
+    return conv_flop_count(input_shape, weight_shape, grad_shape, transposed) * sum(wanted[:2])
+
+
+BACKWARD_FLOPS = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+
+
 def measure(
     stages: dict[str, Stage], config: Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, dict[str, Any]], float]:
@@ -226,7 +237,7 @@ def measure(
     results: dict[str, dict[str, Any]] = {}
     for name, stage in stages.items():
         stage.call()
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=BACKWARD_FLOPS) as counter:
             stage.call()
         memory = peak_memory_of(stage.call, device=device)
         results[name] = {

@@ -87,7 +87,7 @@ def read_tiff(
         check_size(page.imagewidth, page.imagelength, max_pixels)
         if len(stacked) == 1 and page is tiff.pages[0] and is_for_pil(page):
             return Tiff(None, metadata, notes)
-        if page.photometric in ONLY_8_BITS:
+        if page.photometric in ONLY_8_BITS and not is_plain_ycbcr(page):
             raise BadImageError(f"TIFF of {page.photometric.name} colours in this layout is not read")
         array = np.concatenate([read_page(p, channels, value_range) for p in stacked], axis=2)
         if page.photometric in CONVERTED:
@@ -142,7 +142,14 @@ def is_for_pil(page: tifffile.TiffPage) -> bool:
     in_order = page.planarconfig != tifffile.PLANARCONFIG.SEPARATE or page.samplesperpixel == 1
     bands = page.samplesperpixel > COLOURS[page.photometric] and not transparency_of(page)
     known = layout in TiffImagePlugin.OPEN_INFO and page.compression in LIBTIFF_COMPRESSIONS
-    return known and in_order and not bands and page.bitspersample <= 8 and kinds == [UNSIGNED]
+    usual = page.bitspersample <= 8 and kinds == [UNSIGNED] and not is_plain_ycbcr(page)
+    return known and in_order and not bands and usual
+
+
+def is_plain_ycbcr(page: tifffile.TiffPage) -> bool:
+    """Whether it is YCbCr without compression or subsampling, which Pillow reads from version 13 only."""
+    plain = page.compression == COMPRESSION.NONE and page.subsampling in (None, (1, 1))
+    return bool(page.photometric == PHOTOMETRIC.YCBCR and plain and page.samplesperpixel == 3)
 
 
 def transparency_of(page: tifffile.TiffPage) -> int:
@@ -160,6 +167,8 @@ def read_page(page: tifffile.TiffPage, channels: int, value_range: tuple[float, 
     stored = np.moveaxis(array, 0, 2) if planar else np.atleast_3d(array)
     if page.photometric in (PHOTOMETRIC.CIELAB, PHOTOMETRIC.ICCLAB):
         return full_scale_lab(stored[:, :, :3], page.photometric)
+    if page.photometric == PHOTOMETRIC.YCBCR:
+        return np.asarray(Image.fromarray(np.ascontiguousarray(stored), "YCbCr").convert("RGB"))
     values = in_scale(stored, page, value_range)
     if page.photometric == PHOTOMETRIC.MINISWHITE:
         values[:, :, 0] = white(values) - values[:, :, 0]
