@@ -2,7 +2,7 @@
 # box:denoise from photos: benchmarks/recipes/denoise.sh DATA RUNS
 #
 # DATA holds the folders photos-clean and photos-train/cid22 of clean photos, RUNS gets the run and the model. The same
-# command goes on where it was interrupted; one core takes about an hour.
+# command goes on where it was interrupted; by the time of its parts, one core takes about an hour.
 # The model in the tree was trained in two pieces; its card says how.
 set -euo pipefail
 data=$1 runs=$2 python=${PYTHON:-python}

@@ -2,7 +2,7 @@
 # box:f8c4 from photos: benchmarks/recipes/f8c4.sh DATA RUNS
 #
 # DATA holds flowers256/flowers256-train.zip and the folders photos-clean and photos-train/cid22, RUNS gets three runs
-# and the model. The same command goes on where it was interrupted; one core takes about two hours and a half.
+# and the model. The same command goes on where it was interrupted. By the time of its parts, one core takes two hours.
 # The model in the tree was made in pieces, and the whole has not been run in one go; its card says what differs.
 set -euo pipefail
 data=$1 runs=$2 python=${PYTHON:-python}

@@ -221,6 +221,8 @@ class PatchNetwork(nn.Module):
             raise ValueError(f"patch_size {patch_size} is not a power of two: try 2 or 4")
         if block not in BLOCKS:
             raise ValueError(f"block is {block}: try {', '.join(BLOCKS)}")
+        if stem_kernel_size is not None and stem_kernel_size % 2 == 0:
+            raise ValueError(f"stem_kernel_size is {stem_kernel_size}: it must be odd, such as 3")
         if pool < 1 or latent_activation not in ACTIVATIONS:
             raise ValueError(
                 f"pool is {pool}, latent_activation {latent_activation}: at least 1 and one of {', '.join(ACTIVATIONS)}"

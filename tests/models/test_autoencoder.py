@@ -196,6 +196,8 @@ def test_a_wrong_size_or_channel_count_says_what_would_fit() -> None:
         PatchAutoencoderKL(block_out_channels=(8, 8, 8))
     with pytest.raises(ValueError, match="power of two"):
         PatchAutoencoderKL(patch_size=3)
+    with pytest.raises(ValueError, match="must be odd"):
+        PatchAutoencoderKL(stem_kernel_size=2)
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
