@@ -46,7 +46,8 @@ class PatchAutoencoderKL(PatchNetwork, ModelMixin, ConfigMixin):
         scaling_factor, shift_factor: the scalar convention of older diffusers VAEs, for code that asks for it.
 
     Raises:
-        ValueError: lengths that differ, a patch size that is not a power of two, an even kernel, or an unknown activation.
+        ValueError: lengths that differ, a patch size that is not a power of two, an even kernel, or an unknown
+            activation.
     """
 
     _supports_gradient_checkpointing = True
