@@ -17,6 +17,7 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 
 from ldm_vae.data.order import index_at
@@ -32,7 +33,7 @@ from ldm_vae.latents.scaling import has_scale, put_statistics, scale_of
 from ldm_vae.latents.statistics import Statistics
 from ldm_vae.models.interface import encode_moments, fingerprint, latent_channels_of, stride_of
 from ldm_vae.models.loading import load_autoencoder
-from ldm_vae.models.unet import make_denoiser
+from ldm_vae.models.unet import make_denoiser, with_classes
 from ldm_vae.objectives.denoising import (
     DenoiserConfig,
     DenoiserState,
@@ -40,12 +41,12 @@ from ldm_vae.objectives.denoising import (
     validation_batches,
     validation_loss,
 )
-from ldm_vae.pipeline import LatentDiffusionPipeline
+from ldm_vae.pipeline import LatentDiffusionPipeline, load_pipeline
 from ldm_vae.runs.config import Range, Reading, parse_config
 from ldm_vae.runs.loop import FREE_ON_RESUME, Loop, start
 from ldm_vae.runs.run import Checkpoint, Run, saved_facts
 from ldm_vae.runs.state import state_tensors
-from ldm_vae.sampling import make_scheduler
+from ldm_vae.sampling import make_scheduler, prediction_of
 
 SAMPLE_STEPS = 25
 SAMPLES_A_CLASS = 8
@@ -70,6 +71,9 @@ class Config(DenoiserConfig):
     """Learn the classes of the data, if it has any."""
     val_latents: Path | None = None
     """Cache for the validation loss; the first of the training data unless given."""
+    init: str | None = None
+    """Start from the denoiser of this pipeline (run, diffusers folder, hub id or box:NAME) instead of the preset's;
+    classes that it does not know begin as "no class"."""
     denoiser: tyro.conf.Suppress[str] = "tiny"
     guidance_scale: Annotated[float, Range(at_least=0)] = 1.5
     """Of the sample grid."""
@@ -241,13 +245,29 @@ def rows_of(images: LatentCache | Squares, data: Data, config: Config) -> Diffus
     )
 
 
+def first_denoiser(config: Config, data: Data) -> UNet2DModel:
+    """The preset's, untrained, or that of --init. Raises ModelError for one of other latents, or another prediction."""
+    channels, sample_size = data.latent_shape[0], data.latent_shape[1:]
+    if config.init is None:
+        num_classes = len(data.classes)
+        return make_denoiser(
+            config.denoiser, latent_channels=channels, sample_size=sample_size, num_classes=num_classes
+        )
+    pipeline = load_pipeline(config.init)
+    if fingerprint(pipeline.vae) != fingerprint(data.vae):
+        raise ModelError(f"{config.init} knows latents of another VAE: make the cache with --vae {config.init}")
+    prediction = prediction_of(pipeline.scheduler)
+    if prediction != config.prediction:
+        raise ModelError(f"{config.init} predicts {prediction}: add --prediction {prediction}")
+    known = list(pipeline.config.class_names or ())
+    classes = [known.index(name) if name in known else None for name in data.classes]
+    return with_classes(pipeline.unet, sample_size=sample_size, classes=classes)
+
+
 def build(config: Config, data: Data, accelerator: Accelerator) -> DenoiserState:
     """The denoiser and its optimizer, the same in every process."""
     set_seed(config.seed)
-    channels, height, width = data.latent_shape
-    unet = make_denoiser(
-        config.denoiser, latent_channels=channels, sample_size=(height, width), num_classes=len(data.classes)
-    )
+    unet: Any = first_denoiser(config, data)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     layout = torch.contiguous_format if accelerator.is_fsdp2 else torch.channels_last  # FSDP supports no other

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
@@ -36,6 +38,7 @@ DENOISERS: dict[str, dict[str, Any]] = {
 }
 """Keywords of UNet2DModel for each preset. `patch_size` p: the network sees p x p latents as one, of p^2 times the
 channels, which is that much cheaper."""
+TIME_BIAS = "time_embedding.linear_2.bias"
 
 
 def make_denoiser(preset: str, *, latent_channels: int, sample_size: tuple[int, int], num_classes: int) -> UNet2DModel:
@@ -55,6 +58,26 @@ def make_denoiser(preset: str, *, latent_channels: int, sample_size: tuple[int, 
         num_class_embeds=num_classes + 1 if num_classes else None,
         **keywords,
     )
+
+
+def with_classes(unet: UNet2DModel, *, sample_size: tuple[int, int], classes: Sequence[int | None]) -> UNet2DModel:
+    """A copy of a denoiser for other classes.
+
+    Args:
+        sample_size: as in `make_denoiser`.
+        classes: which of the denoiser's classes each is; None for a new one, which begins as "no class". Without
+            classes the copy is unconditional.
+    """
+    rows = len(classes) + 1 if classes else None
+    copy = UNet2DModel.from_config({**unet.config, "sample_size": sample_size, "num_class_embeds": rows})
+    weights = unet.state_dict()
+    known = weights.pop("class_embedding.weight", torch.zeros_like(weights[TIME_BIAS])[None])
+    if classes:
+        weights["class_embedding.weight"] = known[[-1 if c is None else c for c in (*classes, None)]]
+    else:
+        weights[TIME_BIAS] = weights[TIME_BIAS] + known[-1]  # the network adds the two embeddings
+    copy.load_state_dict(weights)
+    return copy
 
 
 def patch_size_of(unet: Any, latent_channels: int) -> int:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from ldm_vae.models.unet import DENOISERS, denoiser_output, make_denoiser, num_classes_of, patch_size_of
+from ldm_vae.models.unet import (
+    DENOISERS,
+    denoiser_output,
+    make_denoiser,
+    num_classes_of,
+    patch_size_of,
+    with_classes,
+)
 
 
 def test_presets_have_the_parameters_that_the_help_names() -> None:
@@ -59,3 +67,28 @@ def test_the_last_class_is_no_class() -> None:
     for a in range(4):
         for b in range(a):
             assert (outputs[a] - outputs[b]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "classes"), [(0, []), (0, [None, None]), (2, []), (2, [None, 0]), (2, [1, None, 0])]
+)
+def test_a_copy_for_other_classes_knows_the_old_ones_and_takes_new_ones_for_no_class(
+    num_classes: int, classes: list[int | None]
+) -> None:
+    torch.manual_seed(0)
+    old = make_denoiser("demo", latent_channels=2, sample_size=(4, 4), num_classes=num_classes).eval()
+    before = {name: weight.clone() for name, weight in old.state_dict().items()}
+    new = with_classes(old, sample_size=(8, 8), classes=classes).eval()
+    assert num_classes_of(new) == len(classes)
+    assert tuple(new.config.sample_size) == (8, 8)
+    noisy = torch.randn(1, 2, 4, 4)
+
+    def output(unet: Any, label: int | None) -> torch.Tensor:
+        labels = None if label is None else torch.tensor([label])
+        with torch.no_grad():
+            return denoiser_output(unet, noisy, torch.tensor([500.0]), labels, unet)
+
+    for label, known in enumerate([*classes, None]):
+        of_old = (num_classes if known is None else known) if num_classes else None
+        torch.testing.assert_close(output(new, label if classes else None), output(old, of_old))
+    assert all(torch.equal(weight, before[name]) for name, weight in old.state_dict().items())

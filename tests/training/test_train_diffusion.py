@@ -431,6 +431,30 @@ def test_bad_images_are_named_on_the_fly_and_a_set_of_nothing_else_is_an_error(
         main(config_for(None, tmp_path / "nothing", **settings))
 
 
+def test_a_run_starts_from_the_denoiser_of_another(
+    reference: Path, cache: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever size the preset names, and with a class fewer."""
+    config = config_for(cache, tmp_path / "run", init=str(reference), steps=1, denoiser="tiny", learning_rate=1e-9)
+    main(config)
+    before, after = load_pipeline(str(reference)).unet, load_pipeline(str(tmp_path / "run")).unet
+    assert largest_difference(before.state_dict(), after.state_dict(), tuple(before.state_dict())) < 1e-6
+    main(replace(config, output=tmp_path / "none", class_conditional=False))
+    assert load_pipeline(str(tmp_path / "none")).num_classes == 0
+
+
+def test_a_denoiser_of_other_latents_or_another_prediction_is_no_start(
+    reference: Path, cache: Path, photos: Path, tmp_path: Path
+) -> None:
+    config = config_for(cache, tmp_path / "run", init=str(reference), prediction="v")
+    with pytest.raises(ModelError, match="predicts flow: add --prediction flow"):
+        main(config)
+    PatchAutoencoderKL(block_out_channels=(8, 8)).save_pretrained(tmp_path / "other")
+    others = config_for(None, tmp_path / "run", init=str(reference), data=str(photos), vae=str(tmp_path / "other"))
+    with pytest.raises(ModelError, match="knows latents of another VAE: make the cache with --vae"):
+        main(replace(others, resolution=32))
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
