@@ -28,7 +28,7 @@ DENOISERS: dict[str, dict[str, Any]] = {
     "tiny": {"block_out_channels": (128, 256), **CONVOLUTIONAL},
     "tiny-256": {
         "patch_size": 2,
-        "block_out_channels": (128, 256),
+        "block_out_channels": (64, 128),
         **CONVOLUTIONAL,
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),

@@ -288,7 +288,7 @@ def test_nan_steps_are_skipped_counted_and_then_lead_back_to_the_checkpoint(
     [
         {"prediction": "v", "min_snr_gamma": 5.0, "tracker": "tensorboard"},
         {"prediction": "epsilon", "class_conditional": False, "gradient_checkpointing": True},
-        {"mixed_precision": "bf16", "num_workers": 1, "val": True},
+        {"mixed_precision": "bf16", "num_workers": 1, "val": True, "optimizer": "muon"},
         pytest.param({"compile": True, "flip": False}, marks=pytest.mark.slow),  # minutes of compiling
     ],
     ids=lambda c: " ".join(c),
