@@ -1,7 +1,8 @@
-"""The page in a real browser, Chromium: once, from the first photo to a file that is none."""
+"""The page in a real browser, Chromium: from the first photo to a file that is none, and with a brush."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,7 +10,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,6 +20,7 @@ from ldm_vae.data.sources import open_source
 from ldm_vae.page.command import serving
 from ldm_vae.page.flags import Page
 from tests.command_line import run
+from tests.pipelines.test_generate import save_pipeline
 from tests.processes import free_port
 
 pytest.importorskip("gradio", reason="Gradio is not installed")
@@ -51,7 +55,7 @@ def chromium(tmp_path: Path) -> Iterator[Any]:
 
 
 class Visitor:
-    """What one sees and does in the tab *Compress*."""
+    """What one sees and does."""
 
     def __init__(self, browser: Any) -> None:
         self.browser = browser
@@ -75,12 +79,31 @@ class Visitor:
             self.find("#compress-drop button[aria-label='Clear']").click()
         self.find("#compress-drop input[type=file]").send_keys(str(file))
 
+    def press(self, selector: str, text: str) -> None:
+        """The element that says so."""
+        self.wait(lambda: [e for e in self.browser.find_elements("css selector", selector) if text in e.text])[
+            0
+        ].click()
+
     def download(self, folder: Path, name: str) -> bytes:
         self.read("#compress-download", until=f"Download {name}")
         (folder / name).unlink(missing_ok=True)
         self.find("#compress-download").click()
         self.wait((folder / name).exists)  # under another name until it is whole
         return (folder / name).read_bytes()
+
+    def painted(self) -> bool:
+        """Paints from the left to the middle of the image that is to be painted on, once it is there."""
+        canvas = self.find("#generate-editor canvas")
+        self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+        actions = webdriver.ActionChains(self.browser).move_to_element_with_offset(canvas, -150, 0)
+        actions.click_and_hold().move_by_offset(60, 0).move_by_offset(30, 10).release().perform()
+        return bool(self.find("#generate-editor button[aria-label=Undo]").is_enabled())
+
+    def shown(self, selector: str) -> list[str]:
+        """The addresses of a gallery's images."""
+        images = self.browser.find_elements("css selector", f"{selector} .grid-container img")
+        return [str(image.get_attribute("src")) for image in images]
 
     def divider(self) -> float:
         """How far to the right it is, in pixels."""
@@ -147,3 +170,29 @@ def test_a_visitor_drops_a_photo_drags_downloads_and_opens_the_file_again(
         assert any(temporary.iterdir())
     assert not temporary.exists()
     assert {"downloads", "photo.png", "text.png", "profile"} >= set(os.listdir()) - {"own.ldi", "again.png"}
+
+
+def test_a_visitor_paints_over_a_part_of_a_photo_and_only_this_part_is_made_anew(
+    chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photo = tmp_path / "photo.png"
+    Image.fromarray(open_source("procedural:dead-leaves", resolution=64)[0].pixels[:48]).save(photo)
+    model = save_pipeline(tmp_path / "model", classes=("daisies", "roses"))
+    with serving(Page(port=free_port(), generate=model)) as address:
+        visitor = Visitor(chromium)
+        chromium.get(address)
+        visitor.press("button[role=tab]", "Generate")
+        visitor.press("button", "Start from an image instead of noise")
+        visitor.find("#generate-drop input[type=file]").send_keys(str(photo))
+        visitor.wait(visitor.painted)
+        visitor.find("#generate-go").click()
+        visitor.wait(lambda: len(visitor.shown("#generate-out")) == 4)
+        images = [np.asarray(Image.open(io.BytesIO(urlopen(url).read()))) for url in visitor.shown("#generate-out")]
+    differing = np.any([image != images[0] for image in images], axis=(0, 3))
+    rows, columns = np.nonzero(differing)
+    height, width = differing.shape
+    assert len(rows) > 3
+    assert columns.max() < 0.55 * width, "the stroke ends left of the middle"
+    assert rows.min() > 0.25 * height
+    assert rows.max() < 0.75 * height
