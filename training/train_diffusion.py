@@ -107,7 +107,7 @@ PRESETS = {
     ),
     "tiny-256": (
         "3 M parameters: images of 256 pixels on a CPU; for latents of stride 8, two by two",
-        Config(denoiser="tiny-256", batch_size=32, optimizer="muon", learning_rate=8e-3, steps=20_000),
+        Config(denoiser="tiny-256", batch_size=32, optimizer="muon", learning_rate=3e-3, steps=20_000),
     ),
     "small": ("43 M parameters: one GPU", Config(denoiser="small", batch_size=256, learning_rate=2e-4)),
     "base": (

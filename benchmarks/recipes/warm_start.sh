@@ -47,6 +47,6 @@ if [ "$part" != autoencoders ]; then
             --resolution 256 --flip --num-workers 0 --output "$runs/clothing/latents-$split"
     done
     denoiser nothing
-    denoiser box --init "$pipeline" --learning-rate 2.5e-3
+    denoiser box --init "$pipeline" --learning-rate 1e-3
 fi
 "$python" "$here/benchmarks/studies/warm_start.py" --runs "$runs" --output "$runs/result"
