@@ -106,7 +106,7 @@ def plot(rows: list[Row], file: Path) -> None:
                     panel.plot(*zip(*trained, strict=True), marker="o", color=colour, label=STARTS[start])
                 for _, value in points[: len(points) - len(trained)]:
                     panel.axhline(value, color=colour, ls=":", label="the box as it is")
-            panel.set(xscale="log", xlim=(0.8, 25), xlabel="minutes of training on one core", ylabel=name, title=folder)
+            panel.set(xscale="log", xlim=(0.8, 30), xlabel="minutes of training on one core", ylabel=name, title=folder)
             panel.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"], minor=False)
             panel.minorticks_off()
             panel.grid(alpha=0.3)
