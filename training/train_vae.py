@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ldm_vae.data.loader import collate
-from ldm_vae.errors import one_line_errors
+from ldm_vae.errors import ConfigError, one_line_errors
+from ldm_vae.latents.scaling import has_scale
 from ldm_vae.models.autoencoder import ARCHITECTURES, PatchAutoencoderKL
 from ldm_vae.models.discriminator import PatchDiscriminator
 from ldm_vae.models.loading import load_autoencoder
@@ -106,6 +107,8 @@ def first_vae(config: Config) -> Any:
         vae = load_autoencoder(config.init)
     check_network(vae, config)
     check_posterior(vae, config.kl_weight)
+    if config.latent_noise and not has_scale(vae):
+        raise ConfigError(f"{config.init} has no scale of its latents: give --init CACHE/vae, of a cache made with it")
     if config.train == "decoder":
         for name, parameter in vae.named_parameters():
             parameter.requires_grad_(not name.startswith(("encoder.", "quant_conv.")))

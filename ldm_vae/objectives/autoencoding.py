@@ -21,6 +21,7 @@ from ldm_vae.data.sources import Source
 from ldm_vae.errors import ConfigError
 from ldm_vae.files import staged_directory
 from ldm_vae.grids import reconstruction_grid, validation_images
+from ldm_vae.latents.scaling import mean_and_std
 from ldm_vae.metrics import psnr
 from ldm_vae.models.interface import (
     encode_moments,
@@ -50,17 +51,26 @@ class TrainableVAE(nn.Module):
         self.vae: Any = vae
 
     def forward(
-        self, images: Tensor, noise: Tensor, noise_level: Tensor | None = None, reduction: float = 1.0
+        self,
+        images: Tensor,
+        noise: Tensor,
+        noise_level: Tensor | None = None,
+        reduction: float = 1.0,
+        latent_noise: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, C, H, W), normal noise (B, c, h, w) -> reconstruction, moments, KL in nats per pixel (B,).
 
         Without a posterior the latents are its mean, and the KL is 0. noise_level (B,): see `encode_moments`. With a
-        reduction r < 1 the latents are resized to r times their side before they are decoded.
+        reduction r < 1 the latents are resized to r times their side before they are decoded. latent_noise: standard
+        deviation of the noise that is added to the latents, relative to theirs by the VAE's scale.
         """
         moments = encode_moments(self.vae, images, noise_level)
         posterior = posterior_of(moments)
         if is_variational(self.vae):
-            latents = posterior.mean + posterior.std * noise
+            std = posterior.std
+            if latent_noise:
+                std = std + latent_noise * mean_and_std(self.vae, std)[1]
+            latents = posterior.mean + std * noise
             nats = losses.kl_per_pixel(posterior, images.shape[-2] * images.shape[-1])
         else:
             latents, nats = posterior.mean, torch.zeros(len(images), device=images.device)

@@ -56,6 +56,9 @@ class VAEConfig(ImageConfig):
     scale_equivariance: tyro.conf.Suppress[Annotated[float, Range(at_least=0, at_most=1)]] = 0.0
     """The share of steps in which reduced latents must decode to the image, reduced alike: such latents suit diffusion
     (Skorokhodov et al. 2025, section 4; Kouzelis et al. 2025). Not with a fixed encoder."""
+    latent_noise: tyro.conf.Suppress[Annotated[float, Range(at_least=0)]] = 0.0
+    """Latents are decoded with noise of up to so many of their standard deviations: such a decoder bears the errors of
+    sampled latents (Zheng et al. 2025). Only with --train decoder, of a VAE that knows its scale."""
 
     @property
     def smallest_crops(self) -> dict[str, tuple[str, int]]:
@@ -71,6 +74,8 @@ class VAEConfig(ImageConfig):
 
     def check(self, num_processes: int) -> None:
         super().check(num_processes)
+        if self.latent_noise and self.train != "decoder":
+            raise ConfigError("--latent-noise is for --train decoder: an encoder would make its latents larger than it")
         for flag, (name, least) in self.smallest_crops.items():
             if self.resolution < least:
                 raise ConfigError(
@@ -107,6 +112,11 @@ def reduction_at(config: VAEConfig, step: int) -> float:
     return draw.choice(fitting)
 
 
+def latent_noise_at(config: VAEConfig, step: int) -> float:
+    """The noise of a step's latents, evenly drawn, the same in every process."""
+    return config.latent_noise * Random(f"{config.seed} {step} noise").random()
+
+
 @dataclass(kw_only=True)
 class GeneratorStep:
     """Weighted loss terms by name, and what they were computed from."""
@@ -138,8 +148,8 @@ def generator_step(
     `first`: whether this is the step's first micro-batch. Only then is the discriminator in training mode, in which
     spectral norm's power iteration advances: once a step, before anything is judged, however the batch is split.
     """
-    reduction = reduction_at(config, step)
-    reconstruction, moments, nats = state.network(images, noise, reduction=reduction)
+    reduction, latent_noise = reduction_at(config, step), latent_noise_at(config, step)
+    reconstruction, moments, nats = state.network(images, noise, reduction=reduction, latent_noise=latent_noise)
     images = losses.resized(images, reconstruction.shape[-2:])
     error = losses.reconstruction_loss(reconstruction, images, config.reconstruction)
     terms: dict[str, Tensor] = {config.reconstruction: error}

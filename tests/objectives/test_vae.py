@@ -20,7 +20,15 @@ from ldm_vae.models.interface import last_layer
 from ldm_vae.objectives import losses
 from ldm_vae.objectives.autoencoding import TrainableVAE
 from ldm_vae.objectives.perceptual import LPIPSLoss
-from ldm_vae.objectives.vae import VAEConfig, VAEState, discriminator_step, generator_step, reduction_at, vae_step
+from ldm_vae.objectives.vae import (
+    VAEConfig,
+    VAEState,
+    discriminator_step,
+    generator_step,
+    latent_noise_at,
+    reduction_at,
+    vae_step,
+)
 
 RATES = {"vae": 1e-4, "discriminator": 1e-4}
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -82,6 +90,21 @@ def test_reduced_latents_must_decode_to_the_image_reduced_alike() -> None:
     assert done.terms["l1"].item() == pytest.approx(
         (state.bare.vae.decode(latents).sample - images).abs().mean().item()
     )
+
+
+def test_the_decoder_is_given_latents_with_noise_of_their_own_scale() -> None:
+    config = VAEConfig(perceptual="none", adversarial="none", kl_weight=0.0, train="decoder", latent_noise=0.5)
+    levels = [latent_noise_at(config, step) for step in range(1000)]
+    assert min(levels) < 0.01
+    assert max(levels) > 0.49
+    assert sum(levels) / 1000 == pytest.approx(0.25, abs=0.02)
+    state = make_state(config)
+    state.bare.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[0.5, 1.0, 2.0, 4.0])
+    done = generator_step(IMAGES, NOISE, state, config, adversarial=False, first=True, accelerator=Accelerator())
+    posterior = state.bare.vae.encode(IMAGES).latent_dist
+    std = posterior.std + levels[0] * torch.tensor([0.5, 1.0, 2.0, 4.0]).view(1, 4, 1, 1)
+    reconstruction = state.bare.vae.decode(posterior.mean + std * NOISE).sample
+    assert done.terms["l1"].item() == pytest.approx((reconstruction - IMAGES).abs().mean().item())
 
 
 def test_latents_are_reduced_as_often_as_asked_and_no_further_than_the_losses_can_judge() -> None:
