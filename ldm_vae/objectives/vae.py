@@ -56,7 +56,7 @@ class VAEConfig(ImageConfig):
     scale_equivariance: tyro.conf.Suppress[Annotated[float, Range(at_least=0, at_most=1)]] = 0.0
     """The share of steps in which reduced latents must decode to the image, reduced alike: such latents suit diffusion
     (Skorokhodov et al. 2025, section 4; Kouzelis et al. 2025). Not with a fixed encoder."""
-    latent_noise: tyro.conf.Suppress[Annotated[float, Range(at_least=0)]] = 0.0
+    latent_noise: Annotated[float, Range(at_least=0)] = 0.0
     """Latents are decoded with noise of up to so many of their standard deviations: such a decoder bears the errors of
     sampled latents (Zheng et al. 2025). Only with --train decoder, of a VAE that knows its scale."""
 
