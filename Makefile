@@ -20,6 +20,8 @@ demo: TRAINED = runs/demo/trained
 demo: IMAGES = $(or $(DATA),procedural:shapes)
 demo: setup
 	$(BIN)/python benchmarks/equal_bytes.py --output runs/demo/codec $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python pipelines/generate.py --model box:flowers --output runs/demo/flowers --num-images 25 --steps 20 \
+		--guidance-scale 2
 	@$(BIN)/python -c 'import json, sys; sys.exit(json.load(open(sys.argv[1]))["config"]["data"] != sys.argv[2:])' \
 		$(TRAINED)/vae/config.json "$(IMAGES)#train" 2> /dev/null || rm -rf $(TRAINED)
 	$(BIN)/python training/train_vae.py f8c4 --init box:f8c4 --data "$(IMAGES)#train" --val-data "$(IMAGES)#held-out" \
@@ -34,6 +36,7 @@ demo: setup
 	$(BIN)/python pipelines/generate.py --model $(TRAINED)/diffusion --output $(TRAINED)/generated --num-images 80 \
 		--guidance-scale 2 --steps 20
 	@echo "runs/demo/codec/compressed.png: photos by box:codec, AVIF, WebP and JPEG, of as many bytes"
+	@echo "runs/demo/flowers/contact_sheet.png: flowers by box:flowers, an early model"
 	@echo "$(TRAINED)/reconstruction/gallery.png: unseen images by box:f8c4, and by it when its decoder was trained on others like them"
 	@echo "$(TRAINED)/generated/contact_sheet.png: images drawn by the diffusion model"
 	@echo "$$(( $$(date +%s) - $(shell date +%s) )) seconds"  # make expands the second date before the first line runs

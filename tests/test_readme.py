@@ -43,15 +43,15 @@ def test_the_commands_of_the_demo_are_understood_and_each_takes_what_one_before_
     dry_run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     printed = dry_run.stdout.replace("\\\n", "")
     lines = [shlex.split(line)[1:] for line in printed.splitlines() if re.match(r"\S+python \w+/\w+\.py ", line)]
-    compare, train, measure, cache, diffuse, generate = (parsed(line)[1] for line in lines)
+    compare, flowers, train, measure, cache, diffuse, generate = (parsed(line)[1] for line in lines)
     assert compare.data == cache.data == "Fotos ü's"
     assert train.data == ("Fotos ü's#train",)
     assert train.val_data == measure.data == "Fotos ü's#held-out"
     assert measure.vae == (train.init, cache.vae) == ("box:f8c4", str(train.output))
     assert diffuse.latents == cache.output
-    assert generate.model == str(diffuse.output)
+    assert (flowers.model, generate.model) == ("box:flowers", str(diffuse.output))
     shown = re.findall(r"^echo \"(\S+\.png): ", printed, flags=re.M)
-    assert [str(Path(file).parent) for file in shown] == [str(c.output) for c in (compare, measure, generate)]
+    assert [str(Path(file).parent) for file in shown] == [str(c.output) for c in (compare, flowers, measure, generate)]
 
 
 def test_the_commands_of_the_readme_run_one_after_the_other(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class GenerateConfig:
     """What is generated, and how."""
 
-    model: str
-    """Run directory, pipeline folder or hub id."""
+    model: str = "box:flowers"
+    """Run directory, pipeline folder, hub id or box:NAME."""
     output: Annotated[Path, arg(aliases=["-o"])]
     num_images: Annotated[int | None, Range(at_least=1)] = None
     """With --image, one for each of them unless given."""

@@ -14,7 +14,7 @@ from ldm_vae.models import loading
 from ldm_vae.models.loading import BOX, DIGESTS, find_saved, local_folder
 from tests.command_line import fails, run
 
-LIMITS = {"codec": 10e6, "denoise": 5e6, "f8c4": 5e6}
+LIMITS = {"codec": 10e6, "denoise": 5e6, "f8c4": 5e6, "flowers": 25e6}
 """Bytes that a model may take."""
 
 
