@@ -107,9 +107,9 @@ def first_vae(config: Config) -> Any:
         vae = load_autoencoder(config.init)
     check_network(vae, config)
     check_posterior(vae, config.kl_weight)
-    if config.latent_noise and not has_scale(vae):
+    if config.train == "robust-decoder" and not has_scale(vae):
         raise ConfigError(f"{config.init} has no scale of its latents: give --init CACHE/vae, of a cache made with it")
-    if config.train == "decoder":
+    if config.train != "all":
         for name, parameter in vae.named_parameters():
             parameter.requires_grad_(not name.startswith(("encoder.", "quant_conv.")))
     elif config.init is not None:

@@ -19,7 +19,7 @@ for part in train val; do
         --resolution 256 --flip --output "$runs/flowers-latents-$part"
 done
 "$python" "$here/training/train_vae.py" f8c4 --init "$runs/flowers-latents-train/vae" --output "$runs/flowers-decoder" \
-    --train decoder --latent-noise 0.25 --perceptual features --perceptual-weight 0.3 --adversarial-weight 1 \
+    --train robust-decoder --perceptual features --perceptual-weight 0.3 --adversarial-weight 1 \
     --disc-start 20 --learning-rate 5e-4 --steps 1100 --resolution 128 --batch-size 8 --num-workers 0 \
     --data "$data/flowers256/flowers256-train.zip" --data "$data/photos-clean:2" --data "$data/photos-train/cid22:2" \
     --val-data "$data/photos-val/cid22"

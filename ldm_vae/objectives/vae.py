@@ -30,6 +30,8 @@ ACCURACY_STEPS, MOST_ACCURATE = 10, 0.75
 otherwise it wins on small data, and has nothing more to teach (docs/decisions/024)."""
 REDUCTIONS = 0.5, 0.75
 """To what share of their side latents are reduced for scale equivariance."""
+LATENT_NOISE = 0.25
+"""The most noise that a robust decoder is given, in standard deviations of the latents."""
 PERCEPTUAL_TERMS = {"pretrained": "lpips", "random": "lpips_random", "features": "features"}
 """What the loss of each `--perceptual` is called in the log."""
 
@@ -51,14 +53,12 @@ class VAEConfig(ImageConfig):
     """Times the adaptive weight."""
     disc_start: Annotated[int, Range(at_least=0)] = 50_000
     """The step from which the discriminator trains and counts."""
-    train: Literal["all", "decoder"] = "all"
-    """decoder leaves the encoder, and so the latents, as they are."""
+    train: Literal["all", "decoder", "robust-decoder"] = "all"
+    """decoder leaves the encoder, and so the latents, as they are; robust-decoder decodes them with noise, too, and so
+    learns to bear the errors of sampled latents (Zheng et al. 2025): of a VAE that knows its scale."""
     scale_equivariance: tyro.conf.Suppress[Annotated[float, Range(at_least=0, at_most=1)]] = 0.0
     """The share of steps in which reduced latents must decode to the image, reduced alike: such latents suit diffusion
     (Skorokhodov et al. 2025, section 4; Kouzelis et al. 2025). Not with a fixed encoder."""
-    latent_noise: Annotated[float, Range(at_least=0)] = 0.0
-    """Latents are decoded with noise of up to so many of their standard deviations: such a decoder bears the errors of
-    sampled latents (Zheng et al. 2025). Only with --train decoder, of a VAE that knows its scale."""
 
     @property
     def smallest_crops(self) -> dict[str, tuple[str, int]]:
@@ -74,8 +74,6 @@ class VAEConfig(ImageConfig):
 
     def check(self, num_processes: int) -> None:
         super().check(num_processes)
-        if self.latent_noise and self.train != "decoder":
-            raise ConfigError("--latent-noise is for --train decoder: an encoder would make its latents larger than it")
         for flag, (name, least) in self.smallest_crops.items():
             if self.resolution < least:
                 raise ConfigError(
@@ -107,14 +105,14 @@ def reduction_at(config: VAEConfig, step: int) -> float:
     least = max((least for _, least in config.smallest_crops.values()), default=1)
     fitting = [r for r in REDUCTIONS if config.resolution * r >= least]
     draw = Random(f"{config.seed} {step}")
-    if config.train == "decoder" or not fitting or draw.random() >= config.scale_equivariance:
+    if config.train != "all" or not fitting or draw.random() >= config.scale_equivariance:
         return 1.0
     return draw.choice(fitting)
 
 
 def latent_noise_at(config: VAEConfig, step: int) -> float:
-    """The noise of a step's latents, evenly drawn, the same in every process."""
-    return config.latent_noise * Random(f"{config.seed} {step} noise").random()
+    """Of a step's latents, for a robust decoder: evenly drawn up to LATENT_NOISE, the same in every process."""
+    return 0.0 if config.train != "robust-decoder" else LATENT_NOISE * Random(f"{config.seed} {step} noise").random()
 
 
 @dataclass(kw_only=True)

@@ -43,5 +43,6 @@ def test_a_class_that_is_not_there_is_one_line_with_those_that_are(
     assert "there is no class wasps: try daisies, roses, tulips" in fails(capsys, *words, "--class", "wasps")
     assert "the model's are 0 to 2" in fails(capsys, *words, "--class", 7)
     assert "no such model: box:nothing (the box has box:codec" in fails(capsys, "generate", "--model", "box:nothing")
-    assert "--model" in fails(capsys, "generate")
+    of_the_box = fails(capsys, "generate", "-o", tmp_path / "out", "--class", "wasps")
+    assert "there is no class wasps: try daisy, dandelion, roses, sunflowers, tulips" in of_the_box
     assert not (tmp_path / "out").exists()
