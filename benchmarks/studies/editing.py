@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ldm_vae.grids import labelled_rows, visible
 from ldm_vae.models.interface import stride_of
 from ldm_vae.pipeline import LatentDiffusionPipeline, load_pipeline
 from ldm_vae.report import provenance
-from ldm_vae.runs.config import parse_flags
+from ldm_vae.runs.config import Range, check_ranges, parse_flags
 
 STRENGTHS = (0.4, 0.6, 0.8)
 HOLE = 0.5
@@ -42,7 +42,7 @@ class Config:
     output: Path
     steps: int = 20
     guidance_scale: float = 2.0
-    photos_a_class: int = 2
+    photos_a_class: Annotated[int, Range(at_least=2)] = 2
     seed: int = 0
 
 
@@ -71,6 +71,7 @@ def edge_contrast(images: Tensor, hole: slice) -> Tensor:
 
 
 def main(config: Config) -> None:
+    check_ranges(config)
     check_writable(config.output)
     pipeline: LatentDiffusionPipeline = load_pipeline(config.model)
     pipeline.set_progress_bar_config(disable=True)
