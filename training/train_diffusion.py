@@ -274,6 +274,8 @@ def make_optimizer(unet: Any, config: Config) -> Any:
 
 def build(config: Config, data: Data, accelerator: Accelerator) -> DenoiserState:
     """The denoiser and its optimizer, the same in every process."""
+    if accelerator.is_fsdp2 and config.optimizer == "muon":
+        raise ConfigError("Muon needs whole matrices, which FSDP divides: add --optimizer adamw and its learning rate")
     set_seed(config.seed)
     unet: Any = first_denoiser(config, data)
     if config.gradient_checkpointing:

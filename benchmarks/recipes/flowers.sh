@@ -2,8 +2,8 @@
 # box:flowers from photos: benchmarks/recipes/flowers.sh DATA RUNS [--gpu]
 #
 # DATA holds flowers256/flowers256-train.zip and flowers256-val.zip, photos-clean and photos-train/cid22, RUNS gets two
-# caches of latents, two runs and the model. The same command goes on where it was interrupted; one core takes about
-# three hours. With --gpu a larger denoiser is trained with settings for ten minutes of a card like the H200, by its
+# caches of latents, two runs and the model. The same command goes on where it was interrupted; one core takes more
+# than two hours. The model in the tree was made in pieces; its card says how. With --gpu a larger denoiser is trained with settings for ten minutes of a card like the H200, by its
 # operations; that has not been run on one. The decoder learns to bear the errors of sampled latents.
 set -euo pipefail
 data=$1 runs=$2 python=${PYTHON:-python}

@@ -70,6 +70,7 @@ def edge_contrast(images: Tensor, hole: slice) -> Tensor:
     return torch.cat(pairs, dim=2).abs().mean(dim=(1, 2)) * 127.5
 
 
+@torch.inference_mode()
 def main(config: Config) -> None:
     check_ranges(config)
     check_writable(config.output)

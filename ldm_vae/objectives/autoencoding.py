@@ -61,19 +61,20 @@ class TrainableVAE(nn.Module):
         """Images (B, C, H, W), normal noise (B, c, h, w) -> reconstruction, moments, KL in nats per pixel (B,).
 
         Without a posterior the latents are its mean, and the KL is 0. noise_level (B,): see `encode_moments`. With a
-        reduction r < 1 the latents are resized to r times their side before they are decoded. latent_noise: standard
-        deviation of the noise that is added to the latents, relative to theirs by the VAE's scale.
+        reduction r < 1 the latents are resized to r times their side before they are decoded. latent_noise: how much
+        wider than the posterior the latents are spread, in their standard deviations by the VAE's scale.
         """
         moments = encode_moments(self.vae, images, noise_level)
         posterior = posterior_of(moments)
         if is_variational(self.vae):
-            std = posterior.std
-            if latent_noise:
-                std = std + latent_noise * mean_and_std(self.vae, std)[1]
-            latents = posterior.mean + std * noise
+            spread = posterior.std
             nats = losses.kl_per_pixel(posterior, images.shape[-2] * images.shape[-1])
         else:
-            latents, nats = posterior.mean, torch.zeros(len(images), device=images.device)
+            spread = torch.zeros_like(posterior.mean)
+            nats = torch.zeros(len(images), device=images.device)
+        if latent_noise:
+            spread = spread + latent_noise * mean_and_std(self.vae, spread)[1]
+        latents = posterior.mean + spread * noise
         size = [round(side * reduction) for side in latents.shape[-2:]]
         return self.vae.decode(losses.resized(latents, size)).sample, moments, nats
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -431,10 +432,8 @@ def test_bad_images_are_named_on_the_fly_and_a_set_of_nothing_else_is_an_error(
         main(config_for(None, tmp_path / "nothing", **settings))
 
 
-def test_a_run_starts_from_the_denoiser_of_another(
-    reference: Path, cache: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Whatever size the preset names, and with a class fewer."""
+def test_a_run_starts_from_the_denoiser_of_another(reference: Path, cache: Path, tmp_path: Path) -> None:
+    """Whatever size the preset names, and without its classes."""
     config = config_for(cache, tmp_path / "run", init=str(reference), steps=1, denoiser="tiny", learning_rate=1e-9)
     main(config)
     before, after = load_pipeline(str(reference)).unet, load_pipeline(str(tmp_path / "run")).unet
@@ -449,6 +448,8 @@ def test_a_denoiser_of_other_latents_or_another_prediction_is_no_start(
     config = config_for(cache, tmp_path / "run", init=str(reference), prediction="v")
     with pytest.raises(ModelError, match="predicts flow: add --prediction flow"):
         main(config)
+    with pytest.raises(ConfigError, match="Muon needs whole matrices, which FSDP divides: add --optimizer adamw"):
+        build(replace(config, optimizer="muon"), None, SimpleNamespace(is_fsdp2=True))  # type: ignore[arg-type]
     PatchAutoencoderKL(block_out_channels=(8, 8)).save_pretrained(tmp_path / "other")
     others = config_for(None, tmp_path / "run", init=str(reference), data=str(photos), vae=str(tmp_path / "other"))
     with pytest.raises(ModelError, match="knows latents of another VAE: make the cache with --vae"):
