@@ -256,7 +256,9 @@ def first_denoiser(config: Config, data: Data) -> UNet2DModel:
         )
     pipeline = load_pipeline(config.init)
     if fingerprint(pipeline.vae) != fingerprint(data.vae):
-        raise ModelError(f"{config.init} knows latents of another VAE: make the cache with --vae {config.init}")
+        raise ModelError(
+            f"{config.init} knows latents of another VAE: give --vae {config.init}, and make a cache with it"
+        )
     prediction = prediction_of(pipeline.scheduler)
     if prediction != config.prediction:
         raise ModelError(f"{config.init} predicts {prediction}: add --prediction {prediction}")

@@ -108,7 +108,9 @@ def first_vae(config: Config) -> Any:
     check_network(vae, config)
     check_posterior(vae, config.kl_weight)
     if config.train == "robust-decoder" and not has_scale(vae):
-        raise ConfigError(f"{config.init} has no scale of its latents: give --init CACHE/vae, of a cache made with it")
+        raise ConfigError(
+            "--train robust-decoder needs the scale of the latents: give --init CACHE/vae, of their cache"
+        )
     if config.train != "all":
         for name, parameter in vae.named_parameters():
             parameter.requires_grad_(not name.startswith(("encoder.", "quant_conv.")))

@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm_vae.data.conversion import to_images
 from ldm_vae.data.images import centre_square
 from ldm_vae.data.sources import Source, check_finite, open_source, shuffled
-from ldm_vae.errors import ConfigError, one_line_errors
+from ldm_vae.errors import ConfigError, DataError, one_line_errors
 from ldm_vae.files import check_writable, write_json
 from ldm_vae.grids import labelled_rows, visible
 from ldm_vae.models.interface import stride_of
@@ -80,6 +80,9 @@ def main(config: Config) -> None:
         raise ConfigError(f"{config.model} has no classes")
     source = open_source(config.data)
     check_finite(source, config.data, config.photos_a_class)
+    names = pipeline.config.class_names or list(map(str, range(pipeline.num_classes)))
+    if list(source.classes) != list(names):
+        raise DataError(f"{config.data} has other classes than {config.model}, which knows {', '.join(names)}")
     height, width = pipeline.latent_size(None, None, None)
     side = min(height, width) * stride_of(pipeline.vae)
     photos, labels = photos_of(source, pipeline.num_classes, config.photos_a_class, side, config.seed)
@@ -112,7 +115,6 @@ def main(config: Config) -> None:
         ).images
         for i in pairs
     ]
-    names = pipeline.config.class_names or list(map(str, range(pipeline.num_classes)))
     ends = zip(pairs, between, strict=True)
     lines = [(names[labels[i]], shown(torch.cat([given[i][None], images, given[i + 1][None]]))) for i, images in ends]
     labelled_rows(lines).save(config.output / "between.png")

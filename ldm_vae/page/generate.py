@@ -23,6 +23,7 @@ ALL_CLASSES = "all in turn"
 EDITED_SIDE = 512
 """About so many pixels each way are painted on; the model's own size may be too small for a brush."""
 MOST_IMAGES, MOST_STEPS, MOST_GUIDANCE = 8, 100, 8
+PAINT = "#ff2bd6"
 
 
 def training_side(pipeline: Any) -> int:
@@ -141,7 +142,7 @@ def generate_tab(model: str, max_pixels: int) -> None:
                 label="Paint over what is to be made anew",
                 **{"sources": (), "transforms": (), "layers": False, "format": "png", "buttons": ["fullscreen"]},
                 visible=False,
-                brush=gr.Brush(colors=["#ff2bd6"], color_mode="fixed", default_size=40),
+                brush=gr.Brush(colors=[PAINT], color_mode="fixed", default_size=40),
                 elem_id="generate-editor",
             )
     dropped.upload(in_a_folder(partial(start_from, max_pixels)), inputs=[dropped], outputs=[editor], **QUEUED)

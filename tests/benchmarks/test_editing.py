@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks.studies.editing import Config, edge_contrast, main
-from ldm_vae.errors import ConfigError
+from ldm_vae.errors import ConfigError, DataError
 from tests.pipelines.test_generate import save_pipeline
 
 
@@ -30,6 +30,8 @@ def test_photos_are_varied_filled_and_joined(photos: Path, tmp_path: Path) -> No
     assert sizes["strengths"][0] == sizes["holes"][0] < sizes["between"][0]  # 4 photos, and 2 with 7 frames between
     edge = json.loads((tmp_path / "edited" / "results.json").read_text())["edge"]
     assert 0 < edge["reconstruction"] < 255
+    with pytest.raises(DataError, match=r"has other classes than .*model, which knows first class, zweite Klasse ü"):
+        main(Config(model=model, data="procedural:shapes", output=tmp_path / "other"))
     unconditional = save_pipeline(tmp_path / "plain")
     with pytest.raises(ConfigError, match="plain has no classes"):
         main(Config(model=unconditional, data=str(photos), output=tmp_path / "other"))

@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from ldm_vae.data.sources import open_source
 from ldm_vae.page.command import serving
@@ -93,12 +93,15 @@ class Visitor:
         return (folder / name).read_bytes()
 
     def painted(self) -> bool:
-        """Paints from the left to the middle of the image that is to be painted on, once it is there."""
+        """Paints from the left to the middle of the image that is to be painted on; whether its paint is to be seen."""
+        from ldm_vae.page.generate import PAINT
+
         canvas = self.find("#generate-editor canvas")
         self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
         actions = webdriver.ActionChains(self.browser).move_to_element_with_offset(canvas, -150, 0)
         actions.click_and_hold().move_by_offset(60, 0).move_by_offset(30, 10).release().perform()
-        return bool(self.find("#generate-editor button[aria-label=Undo]").is_enabled())
+        seen = np.asarray(Image.open(io.BytesIO(self.find("#generate-editor").screenshot_as_png)).convert("RGB"))
+        return int((seen == ImageColor.getrgb(PAINT)).all(axis=2).sum()) > 1000
 
     def shown(self, selector: str) -> list[str]:
         """The addresses of a gallery's images."""

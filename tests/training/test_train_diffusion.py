@@ -452,7 +452,7 @@ def test_a_denoiser_of_other_latents_or_another_prediction_is_no_start(
         build(replace(config, optimizer="muon"), None, SimpleNamespace(is_fsdp2=True))  # type: ignore[arg-type]
     PatchAutoencoderKL(block_out_channels=(8, 8)).save_pretrained(tmp_path / "other")
     others = config_for(None, tmp_path / "run", init=str(reference), data=str(photos), vae=str(tmp_path / "other"))
-    with pytest.raises(ModelError, match="knows latents of another VAE: make the cache with --vae"):
+    with pytest.raises(ModelError, match="knows latents of another VAE: give --vae"):
         main(replace(others, resolution=32))
 
 

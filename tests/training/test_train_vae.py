@@ -348,7 +348,7 @@ def test_images_of_five_channels_go_all_the_way(tmp_path: Path) -> None:
 def test_the_scale_of_latents_that_will_be_others_is_forgotten(photos: Path, tmp_path: Path) -> None:
     main(config_for(photos, tmp_path / "first", steps=1))
     noisy = config_for(photos, tmp_path / "noisy", steps=1, init=str(tmp_path / "first"))
-    with pytest.raises(ConfigError, match="first has no scale of its latents: give --init CACHE/vae"):
+    with pytest.raises(ConfigError, match="needs the scale of the latents: give --init CACHE/vae"):
         main(replace(noisy, train="robust-decoder"))
     vae = load_autoencoder(str(tmp_path / "first"))
     channels = vae.config.latent_channels
